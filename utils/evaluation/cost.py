@@ -1,0 +1,131 @@
+"""What routing saves: floating-point operations, measured seconds, and bytes of keys and values."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from utils.model import kv_cache_bytes, record_routing
+
+Batch = dict[str, Tensor]
+
+
+@torch.no_grad()
+def measure_cost(
+    dense: PreTrainedModel,
+    routed: PreTrainedModel,
+    batches: Sequence[Batch],
+    *,
+    new_tokens: int = 16,
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """Cost of ``routed`` beside ``dense`` on the same prompts.
+
+    Args:
+        batches: left-padded prompts, ``{"input_ids": [b, t], "attention_mask": [b, t]}`` each.
+        new_tokens: tokens generated per prompt for the decoding time.
+        repeats: timed rounds over all batches; both models take turns within every round.
+
+    Returns ``flops_dense``, ``flops_routed``, ``flops_share`` (one forward over all batches), ``kv_bytes_dense``,
+    ``kv_bytes_routed``, ``kv_share`` (keys and values held after it), ``capacity``, and for ``prefill`` and
+    ``generate`` a dict of ``seconds_dense``, ``seconds_routed`` (medians over rounds) and ``time_ratio``.
+    """
+    dense.eval(), routed.eval()
+    flops = [sum(count_flops(model, batch) for batch in batches) for model in (dense, routed)]
+    held = [sum(cache_bytes(model, batch) for batch in batches) for model in (dense, routed)]
+    with record_routing(routed) as log:
+        for batch in batches:
+            routed(**batch, use_cache=False)
+    result: dict[str, Any] = {
+        "flops_dense": flops[0],
+        "flops_routed": flops[1],
+        "flops_share": flops[1] / flops[0],
+        "kv_bytes_dense": held[0],
+        "kv_bytes_routed": held[1],
+        "kv_share": held[1] / held[0],
+        "capacity": {str(key): float(share) for key, share in log.capacity().items()},
+        "prompts": sum(len(batch["input_ids"]) for batch in batches),
+        "prompt_tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+    }
+    for name, tokens in (("prefill", 0), ("generate", new_tokens)):
+        result[name] = interleaved_times(dense, routed, batches, tokens, repeats, name)
+    return result
+
+
+@torch.no_grad()
+def count_flops(model: PreTrainedModel, batch: Batch) -> int:
+    """Floating-point operations of one forward, by torch's counter.
+
+    Attention runs as plain matrix products meanwhile, because the counter knows no fused kernel on the CPU.
+    """
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**batch, use_cache=False)
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def cache_bytes(model: PreTrainedModel, batch: Batch) -> int:
+    """Bytes of keys and values really held after the prompts of one batch."""
+    return kv_cache_bytes(model(**batch, use_cache=True).past_key_values)
+
+
+def interleaved_times(
+    dense: PreTrainedModel,
+    routed: PreTrainedModel,
+    batches: Sequence[Batch],
+    new_tokens: int,
+    repeats: int,
+    name: str,
+) -> dict[str, Any]:
+    """Medians over ``repeats`` rounds in which both models take turns, after one warm-up round of each.
+
+    ``new_tokens`` = 0 times the forward over the prompts, otherwise generation of exactly that many tokens.
+    ``time_ratio`` is the median over rounds of routed / dense, so that a drift of the machine cancels.
+    """
+    rounds: list[tuple[float, float]] = []
+    for number in tqdm(range(repeats + 1), desc=f"time of {name}", leave=False):
+        pair = [0.0, 0.0]
+        order = (0, 1) if number % 2 else (1, 0)
+        for batch in batches:
+            for side in order:
+                pair[side] += _seconds((dense, routed)[side], batch, new_tokens)
+        if number:
+            rounds.append((pair[0], pair[1]))
+    return {
+        "seconds_dense": statistics.median(pair[0] for pair in rounds),
+        "seconds_routed": statistics.median(pair[1] for pair in rounds),
+        "time_ratio": statistics.median(pair[1] / pair[0] for pair in rounds),
+    }
+
+
+def _seconds(model: PreTrainedModel, batch: Batch, new_tokens: int) -> float:
+    _synchronize(model)
+    start = time.perf_counter()
+    if new_tokens:
+        model.generate(
+            **batch,
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=0,
+        )
+    else:
+        model(**batch, use_cache=True)
+    _synchronize(model)
+    return time.perf_counter() - start
+
+
+def _synchronize(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

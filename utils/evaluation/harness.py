@@ -1,0 +1,106 @@
+"""Scores of a model through lm-eval, in process, with the cost of every task and the origin of every number."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.errors import UserError
+from utils.evaluation.metered import MeteredLM
+from utils.evaluation.provenance import provenance
+
+TASK_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "lm_eval"
+SCORE_ORDER = ("exact_match", "acc_norm", "acc", "word_perplexity", "bits_per_byte")
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    batch_size: int | str = 16,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    include_path: Path = TASK_CONFIGS,
+    under: AbstractContextManager | None = None,
+) -> dict[str, Any] | None:
+    """Score ``model`` on lm-eval tasks or groups and return a plain, JSON-ready dict (None on ranks other than 0).
+
+    Keys: ``scores`` (``{task or group: {"metric,filter": value}}`` as lm-eval reports), ``groups`` (their names),
+    ``samples`` (documents per task), ``task_versions``, ``meter`` (capacity and seconds per task), ``model`` (routing
+    fields, ``router_pooling`` among them), ``settings`` and ``provenance``. ``under`` is a context entered around the
+    evaluation, for example ``force_routing(model, mask)``. Raises :class:`UserError` for a task that does not exist.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(include_path=str(include_path), metadata=dict(metadata or {}))
+    _check_tasks(tasks, manager)
+    model.eval()
+    lm = MeteredLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    with under or nullcontext():
+        found = simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    if found is None:
+        return None
+    return {
+        "scores": {name: _numbers(scores) for name, scores in found["results"].items()},
+        "groups": sorted(found.get("groups", {})),
+        "samples": {task: count["effective"] for task, count in found["n-samples"].items()},
+        "task_versions": found["versions"],
+        "meter": lm.meter,
+        "model": describe(model),
+        "settings": {"batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot},
+        "provenance": provenance(),
+    }
+
+
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """Architecture, size, precision and routing fields of a model, for a results file."""
+    config = model.config
+    fields = {key: value for key, value in config.to_dict().items() if key.startswith("mod_")}
+    return {
+        "class": type(model).__name__,
+        "name_or_path": config.name_or_path,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "routing": fields if fields.get("mod_layers") else None,
+    }
+
+
+def main_score(scores: Mapping[str, float]) -> tuple[str, float, float | None] | None:
+    """Headline ``(metric, value, standard error)`` of one task's scores; None if it has none that we rank."""
+    for metric in SCORE_ORDER:
+        for key, value in scores.items():
+            name, _, kind = key.partition(",")
+            if name == metric:
+                return metric, value, scores.get(f"{metric}_stderr,{kind}")
+    return None
+
+
+def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in scores.items() if isinstance(value, (int, float)) and "," in key}
+
+
+def _check_tasks(tasks: Sequence[str], manager: TaskManager) -> None:
+    missing = [task for task in tasks if task not in manager.task_index and not Path(task).is_file()]
+    if missing:
+        known = sorted(name for name, entry in manager.task_index.items() if _is_ours(entry))
+        raise UserError(f"no lm-eval task named {', '.join(missing)}; ours are {', '.join(known)}")
+
+
+def _is_ours(entry: Any) -> bool:
+    return entry.yaml_path is not None and TASK_CONFIGS in Path(entry.yaml_path).parents
