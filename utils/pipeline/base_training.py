@@ -24,6 +24,22 @@ CHAT_TEMPLATE = (
     "{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
+TASK_WEIGHTS = {
+    "copy": 0.5,
+    "reverse": 1.0,
+    "sort": 1.0,
+    "lookup": 1.0,
+    "count": 1.0,
+    "max": 1.0,
+    "add": 1.5,
+    "fact": 1.0,
+    "compare": 0.7,
+    "math": 1.0,
+    "code": 1.0,
+    "dialogue": 0.8,
+    "story": 0.3,
+}
+"""Share of each task in training, larger where a task is slow to learn."""
 PLAIN_SHARE = 0.5
 """Share of the free texts that is learnt as bare text behind ``<s>``, the form in which perplexity is measured."""
 

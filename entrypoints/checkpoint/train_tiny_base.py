@@ -1,0 +1,121 @@
+"""Train the embedded base model from scratch on the generator's training split, score it, write its checkpoint.
+
+    python entrypoints/checkpoint/train_tiny_base.py                    # train, score, write ckpt/tiny-llama-mod
+    python entrypoints/checkpoint/train_tiny_base.py --eval_only        # score the checkpoint that is there
+An interrupted run continues from its last HF checkpoint in --work_dir; --fresh starts again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    get_wsd_schedule,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from utils.data.sample_tasks import FREE_TASKS, TASKS
+from utils.errors import UserError, cli
+from utils.pipeline.base_checkpoint import read_checkpoint, write_card, write_checkpoint
+from utils.pipeline.base_scoring import held_out_items, score_tasks
+from utils.pipeline.base_training import TASK_WEIGHTS, SampleStream, build_tokenizer, collate, tiny_config
+from utils.pipeline.muon import MuonWithAdamW
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "ckpt" / "tiny-llama-mod")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "trained_models" / "tiny-llama-base")
+    parser.add_argument("--max_steps", type=int, default=12_000)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=6e-3, help="of the matrices (Muon)")
+    parser.add_argument("--adamw_learning_rate", type=float, default=3e-3, help="of embeddings and norms")
+    parser.add_argument("--decay_share", type=float, default=0.3, help="last share of the steps, with falling rate")
+    parser.add_argument("--save_steps", type=int, default=500)
+    parser.add_argument("--eval_items", type=int, default=256, help="held-out items per task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's own choice")
+    parser.add_argument("--fresh", action="store_true", help="ignore checkpoints in --work_dir")
+    parser.add_argument("--eval_only", action="store_true", help="score the checkpoint in --output_dir")
+    args = parser.parse_args()
+    for name in ("max_steps", "batch_size", "save_steps", "eval_items"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if not 0 <= args.decay_share < 1:
+        raise UserError(f"--decay_share must be in [0, 1), not {args.decay_share}")
+    return args
+
+
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    """HF arguments of the run."""
+    return TrainingArguments(
+        output_dir=str(args.work_dir),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        logging_steps=50,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        max_grad_norm=1.0,
+        seed=args.seed,
+        ignore_data_skip=True,
+        remove_unused_columns=False,
+        report_to=[],
+    )
+
+
+def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[LlamaForCausalLM, list[dict]]:
+    """Train from scratch, or from the last checkpoint; returns the model and the Trainer's log."""
+    set_seed(args.seed)
+    model = LlamaForCausalLM(tiny_config(len(tokenizer)))
+    last = None if args.fresh or not args.work_dir.is_dir() else get_last_checkpoint(str(args.work_dir))
+    start = int(last.rsplit("-", 1)[1]) if last else 0
+    optimizer = MuonWithAdamW(model.named_parameters(), args.learning_rate, args.adamw_learning_rate)
+    decay = int(args.max_steps * args.decay_share)
+    schedule = get_wsd_schedule(
+        optimizer, num_warmup_steps=100, num_decay_steps=decay, num_training_steps=args.max_steps, min_lr_ratio=0.02
+    )
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(args),
+        train_dataset=SampleStream(tokenizer, TASK_WEIGHTS, args.batch_size, args.seed, start),
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        optimizers=(optimizer, schedule),
+    )
+    trainer.train(resume_from_checkpoint=last)
+    return model, trainer.state.log_history
+
+
+def main() -> None:
+    """Train (unless --eval_only), score, write."""
+    args = parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.eval_only:
+        model, tokenizer = read_checkpoint(args.output_dir)
+    else:
+        tokenizer = build_tokenizer()
+        model, log = train(args, tokenizer)
+        model = model.cpu()
+        write_checkpoint(args.output_dir, model, tokenizer, log, vars(args))
+    held_out = {task: held_out_items(task, args.eval_items) for task in TASKS}
+    scores = score_tasks(model, tokenizer, held_out, FREE_TASKS)
+    write_card(args.output_dir, scores, args.eval_items)
+    for task, share in scores["exact_match"].items():
+        print(f"{task:10s} exact match {share:.3f}")
+    for task, value in scores["perplexity"].items():
+        print(f"{task:10s} perplexity  {value:.3f}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,86 @@
+"""The folder of the embedded base: weights, configuration with routing fields, tokenizer, log, model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from utils.errors import UserError
+
+ROUTING_FIELDS = {
+    "mod_layers": [5, 6, 7, 8, 9, 10],
+    "mod_granularity": "attn_sequence",
+    "mod_threshold": 0.5,
+    "mod_router_pooling": "sequence",
+    "mod_kv_policy": "keep",
+}
+"""The deepest six of twelve layers except the last."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    log: list[dict],
+    arguments: Mapping[str, object],
+) -> None:
+    """Write model, tokenizer and ``training_log.json`` into ``folder``; the model card is kept.
+
+    The weights keep plain Llama names and hold no routers: routers start from zero, which is what a missing key
+    means. Every file is complete before the first one is moved into place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        staged = Path(name)
+        model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=64, pad_token_id=0, eos_token_id=2)
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
+        config |= {"model_type": "llama_mod", "architectures": ["LlamaModForCausalLM"], **ROUTING_FIELDS}
+        write_text(staged / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        losses = [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in log if "loss" in row]
+        record = {
+            "arguments": {key: value for key, value in arguments.items() if isinstance(value, (int, float, bool))},
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "log": losses,
+        }
+        write_text(staged / "training_log.json", json.dumps(record, indent=1) + "\n")
+        for path in sorted(staged.iterdir()):
+            path.chmod(0o644)
+            shutil.move(path, folder / path.name)
+
+
+def read_checkpoint(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """The dense base and its tokenizer. Raises :class:`UserError` if the folder holds no weights."""
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"no model.safetensors in {folder}; train it with entrypoints/checkpoint/train_tiny_base.py")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    plain = {key: value for key, value in config.items() if key != "model_type" and not key.startswith("mod_")}
+    model = LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(**plain))
+    return model, AutoTokenizer.from_pretrained(folder, config=model.config)
+
+
+def write_card(folder: Path, scores: Mapping[str, Mapping[str, float]], items: int) -> None:
+    """Write ``eval_results.json`` and the table between the markers of ``README.md``."""
+    results = {"items_per_task": items, **scores}
+    write_text(folder / "eval_results.json", json.dumps(results, indent=2) + "\n")
