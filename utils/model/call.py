@@ -1,0 +1,89 @@
+"""What one forward pass of a routed model knows: real tokens, the cache, forced masks, the recorder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A layer index, or (layer, part) where several parts of a layer are routed.
+RouterKey = int | tuple[int, str]
+Forced = bool | Mapping[Any, Any] | Callable[..., Tensor]
+
+
+@dataclass
+class RoutingCall:
+    """State of one forward pass; never kept on a module, so calls on one model cannot disturb each other.
+
+    Attributes:
+        real: bool ``[b, t]``, true for tokens that are not padding; None when all are real.
+        pool: bool ``[b, t]``, tokens that count in a sequence's pooled feature; None when all count.
+        cache: the key/value cache, which also holds sequence-level decisions.
+        past: tokens that the cache held before this pass.
+        training: run every module densely and let the straight-through gradient pass.
+        forced: decisions imposed by :func:`force_routing`.
+        record: called as ``record(key, keep, logits, real)`` for each decision taken.
+    """
+
+    real: Tensor | None = None
+    pool: Tensor | None = None
+    cache: Any = None
+    past: int = 0
+    training: bool = False
+    forced: Forced | None = None
+    record: Callable[..., None] | None = None
+
+
+_CURRENT: ContextVar[RoutingCall | None] = ContextVar("routing_call", default=None)
+
+
+def current_call() -> RoutingCall | None:
+    """The pass under way in this thread, if any."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def routing_call(call: RoutingCall | None) -> Iterator[None]:
+    """Make ``call`` the current pass within the block."""
+    token = _CURRENT.set(call)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def forced_decision(
+    forced: Forced | None, layer: int, part: str, shape: torch.Size, past: int, device
+) -> Tensor | None:
+    """The imposed decision for one router as a bool tensor of ``shape`` (``[b]`` or ``[b, t]``), or None.
+
+    A ``[b, T]`` tensor is read at the positions ``past … past+t`` of this pass, so that one mask serves a whole
+    cached generation; a number of rows or tokens that does not fit is a ValueError.
+    """
+    if forced is None:
+        return None
+    if callable(forced):
+        value = forced(layer, part, shape, past)
+    elif isinstance(forced, Mapping):
+        value = forced.get((layer, part), forced.get(layer))
+    else:
+        value = forced
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return torch.full(shape, value, dtype=torch.bool, device=device)
+    value = torch.as_tensor(value, device=device)
+    if value.dtype != torch.bool:
+        raise ValueError(f"forced mask of layer {layer} must be bool, not {value.dtype}")
+    if len(shape) >= 2 and value.dim() == 1:
+        value = value.view(-1, *[1] * (len(shape) - 1)).expand(-1, *shape[1:])
+    elif len(shape) >= 2 and value.shape[1] >= past + shape[1] and value.shape[1] != shape[1]:
+        value = value[:, past : past + shape[1]]
+    if value.shape != shape:
+        raise ValueError(f"forced mask of layer {layer} has shape {tuple(value.shape)}, the decision {tuple(shape)}")
+    return value

@@ -1,0 +1,161 @@
+"""Which modules are routed, at which level, and how a decision is taken (paper section 3; published knobs)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+
+GRANULARITIES = (
+    "attn_sequence",
+    "attn_token",
+    "mlp_sequence",
+    "mlp_token",
+    "block_sequence",
+    "block_token",
+    "expert_token",
+)
+POOLINGS = ("sequence", "prompt")
+KV_POLICIES = ("keep", "drop")
+
+
+def parse_granularity(granularity: str) -> dict[str, str]:
+    """Split ``"attn_token+mlp_token"`` into ``{"attn": "token", "mlp": "token"}``; refuse what cannot combine."""
+    parts: dict[str, str] = {}
+    for name in str(granularity).split("+"):
+        if name not in GRANULARITIES:
+            raise ValueError(
+                f"granularity {granularity!r}: {name!r} is not one of {', '.join(GRANULARITIES)} (combine with '+')"
+            )
+        part, level = name.split("_")
+        if part in parts:
+            raise ValueError(f"granularity {granularity!r} routes {part!r} twice; name each part once")
+        parts[part] = level
+    if "block" in parts and len(parts) > 1:
+        raise ValueError(f"granularity {granularity!r}: a block already holds attention and MLP; route it alone")
+    if "expert" in parts and "mlp" in parts:
+        raise ValueError(f"granularity {granularity!r}: experts live inside the MLP; route one of the two")
+    return parts
+
+
+def select_layers(num_layers: int, mod_n: int | None, mod_layers: list[int] | None) -> list[int]:
+    """The routed layers: an explicit list, or the deepest ``mod_n`` layers except the last, ``L-1-n … L-2``."""
+    if mod_layers is not None:
+        layers = sorted(mod_layers)
+        if len(set(layers)) != len(layers) or not layers or layers[0] < 0 or layers[-1] >= num_layers:
+            raise ValueError(f"mod_layers {mod_layers} must be distinct indices in 0…{num_layers - 1}")
+        return layers
+    if mod_n is None:
+        raise ValueError("name the routed layers: mod_n (how many) or mod_layers (which)")
+    if not 1 <= mod_n < num_layers:
+        raise ValueError(f"mod_n {mod_n} must lie in 1…{num_layers - 1}: the model has {num_layers} layers")
+    return list(range(num_layers - 1 - mod_n, num_layers - 1))
+
+
+@dataclass
+class ModConfig:
+    """Everything that turns a dense decoder into a routed one.
+
+    Args:
+        mod_n: how many layers are routed, counted from the deepest but one (``mindskip_n`` is its published alias).
+        mod_layers: the routed layers by index; overrides ``mod_n``.
+        granularity: one of :data:`GRANULARITIES`, or several joined with ``+`` (a router each).
+        threshold: τ of ``m = 1[σ(W·h) ≥ τ]``: one number, or ``{"<layer>.<part>": τ}`` with one per router.
+        router_pooling: at sequence level, mean over the whole ``sequence`` seen (published) or over the ``prompt``.
+        kv_policy: at token level, whether a skipped token offers its key and value (``keep``) or not (``drop``).
+        target_capacity, gradient_scale: ``target`` and ``λ`` of the training loss.
+
+    Raises:
+        ValueError: naming the field, the bad value and the fix.
+    """
+
+    mod_n: int | None = None
+    mod_layers: list[int] | None = None
+    granularity: str = "attn_sequence"
+    threshold: float | dict[str, float] = 0.5
+    router_pooling: str = "sequence"
+    kv_policy: str = "keep"
+    target_capacity: float = 0.5
+    gradient_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        parse_granularity(self.granularity)
+        thresholds = self.threshold.values() if isinstance(self.threshold, Mapping) else [self.threshold]
+        if not all(isinstance(t, (int, float)) and 0 <= t <= 1 for t in thresholds):
+            raise ValueError(f"threshold {self.threshold} must lie in [0, 1]")
+        if self.router_pooling not in POOLINGS:
+            raise ValueError(f"router_pooling {self.router_pooling!r} is not one of {', '.join(POOLINGS)}")
+        if self.kv_policy not in KV_POLICIES:
+            raise ValueError(f"kv_policy {self.kv_policy!r} is not one of {', '.join(KV_POLICIES)}")
+        if not 0 <= self.target_capacity <= 1:
+            raise ValueError(f"target_capacity {self.target_capacity} must lie in [0, 1]")
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """``{part: level}`` of the granularity."""
+        return parse_granularity(self.granularity)
+
+    def threshold_of(self, layer: int, part: str) -> float:
+        """τ of one router."""
+        if not isinstance(self.threshold, Mapping):
+            return float(self.threshold)
+        key = f"{layer}.{part}"
+        if key not in self.threshold:
+            raise ValueError(f"threshold has no entry {key!r}; it names {sorted(self.threshold)}")
+        return float(self.threshold[key])
+
+    def write_to(self, config: PretrainedConfig) -> None:
+        """Store the routing fields on a model's config as ``mod_*``."""
+        for name, value in self.to_fields().items():
+            setattr(config, name, value)
+
+    def to_fields(self) -> dict[str, Any]:
+        """The routing fields by the names under which a model's ``config.json`` holds them."""
+        return {_field_name(f.name): getattr(self, f.name) for f in fields(self) if f.name != "mod_n"}
+
+    @classmethod
+    def read_from(cls, config: PretrainedConfig) -> ModConfig | None:
+        """The routing fields of a model's config, or None for a config that names no routed layers."""
+        if not getattr(config, "mod_layers", None):
+            return None
+        names = {f.name: _field_name(f.name) for f in fields(cls) if f.name != "mod_n"}
+        return cls(
+            **{name: getattr(config, key) for name, key in names.items() if getattr(config, key, None) is not None}
+        )
+
+
+def _field_name(name: str) -> str:
+    return name if name.startswith("mod_") else f"mod_{name}"
+
+
+class _ModFields:
+    """Defaults of the routing fields for the named config classes; a config without ``mod_layers`` is dense."""
+
+    mod_layers: list[int] | None = None
+    mod_granularity: str = "attn_sequence"
+    mod_threshold: float | dict[str, float] = 0.5
+    mod_router_pooling: str = "sequence"
+    mod_kv_policy: str = "keep"
+    mod_target_capacity: float = 0.5
+    mod_gradient_scale: float = 0.0
+    mod_padding_ids: list[int] | None = None
+
+
+class LlamaModConfig(_ModFields, LlamaConfig):
+    """A Llama config with routing fields."""
+
+    model_type = "llama_mod"
+
+
+class MistralModConfig(_ModFields, MistralConfig):
+    """A Mistral config with routing fields."""
+
+    model_type = "mistral_mod"
+
+
+class Qwen2ModConfig(_ModFields, Qwen2Config):
+    """A Qwen2/2.5 config with routing fields."""
+
+    model_type = "qwen2_mod"

@@ -1,0 +1,120 @@
+"""Packing of kept rows and tokens: gather what runs, scatter what ran, and the masks and positions that go along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What a decoder layer and its attention receive per token or per row; everything else passes through untouched.
+POSITIONAL = ("position_embeddings", "position_ids")
+
+
+@dataclass
+class Packing:
+    """Kept tokens of a batch, packed to the left: ``x[rows[:, None], index]`` is ``[r, q, …]``.
+
+    Attributes:
+        rows: int64 ``[r]``, batch rows with at least one kept token (None: every row, in order).
+        index: int64 ``[r, q]``, positions of the kept tokens in their order, then of skipped ones as filler.
+        slots: bool ``[r, q]``, true for kept tokens; None when there is no filler.
+        counts: kept tokens per packed row.
+    """
+
+    row_list: list[int]
+    rows: Tensor
+    index: Tensor
+    slots: Tensor | None
+    counts: list[int]
+
+    def take(self, values: Tensor) -> Tensor:
+        """``[b, t, …]`` → ``[r, q, …]``."""
+        return values[self.rows[:, None], self.index]
+
+    def put(self, packed: Tensor, base: Tensor) -> Tensor:
+        """A copy of ``base [b, t, …]`` in which kept tokens hold ``packed [r, q, …]``."""
+        where = (self.rows[:, None], self.index)
+        if self.slots is not None:
+            slots = self.slots.view(*self.slots.shape, *[1] * (packed.dim() - 2))
+            packed = torch.where(slots, packed, base[where].to(packed.dtype))
+        return base.index_put(where, packed.to(base.dtype))
+
+
+def pack(keep: Tensor, counts: list[int]) -> Packing:
+    """Packing of the tokens where ``keep [b, t]`` is true; ``counts`` are its row sums (at least one is positive)."""
+    row_list = [row for row, count in enumerate(counts) if count]
+    kept = [counts[row] for row in row_list]
+    rows = torch.tensor(row_list, device=keep.device)
+    order = keep.to(torch.uint8)[rows].argsort(dim=1, descending=True, stable=True)
+    index = order[:, : max(kept)]
+    slots = None if min(kept) == max(kept) else keep[rows[:, None], index]
+    return Packing(row_list, rows, index, slots, kept)
+
+
+def select_rows(kwargs: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
+    """The keyword arguments of a module, for ``rows`` of a batch of ``batch``."""
+
+    def take(value):
+        if isinstance(value, tuple):
+            return tuple(take(item) for item in value)
+        if not isinstance(value, Tensor) or value.shape[0] != batch:
+            return value
+        return value[rows.to(value.device)]
+
+    return {name: take(value) if name in (*POSITIONAL, "attention_mask") else value for name, value in kwargs.items()}
+
+
+def select_tokens(kwargs: dict[str, Any], packing: Packing) -> dict[str, Any]:
+    """The positional keyword arguments of a module, for packed tokens; the mask is the caller's to build."""
+
+    def take(value):
+        if isinstance(value, tuple):
+            return tuple(take(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape[0] == 1:
+            return value[0][packing.index.to(value.device)]
+        return value[packing.rows.to(value.device)[:, None], packing.index.to(value.device)]
+
+    return {name: take(value) if name in POSITIONAL else value for name, value in kwargs.items()}
+
+
+def flat_positions(position_embeddings: tuple[Tensor, Tensor], flat: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    """Position embeddings ``[b or 1, t, D]`` at flat token indices ``row·t + position``, as ``[1, n, D]``."""
+    return tuple(
+        (value[0][flat % tokens] if value.shape[0] == 1 else value.flatten(0, 1)[flat])[None]
+        for value in position_embeddings
+    )
+
+
+def query_mask(mask: Tensor | None, packing: Packing, keys: int, tokens: int) -> Tensor | None:
+    """Rows of an attention mask that belong to packed queries, ``[r, 1, q, keys]``, over all keys.
+
+    Args:
+        mask: the module's mask ``[b or 1, 1, t, keys]``, bool or additive, or None for plain causal attention.
+    """
+    if mask is None:
+        if tokens == 1:
+            return None
+        return (torch.arange(keys, device=packing.index.device) <= packing.index[..., None])[:, None]
+    rows = packing.rows if mask.shape[0] > 1 else torch.zeros_like(packing.rows)
+    return mask[rows[:, None], :, packing.index].transpose(1, 2)
+
+
+def key_mask(queries: Tensor | None, key_index: Tensor, stored: Tensor, causal_from: Tensor) -> Tensor | None:
+    """Restrict query rows of a mask to the keys really there.
+
+    Args:
+        queries: ``[r, 1, q, logical keys]`` (bool or additive), or None for causal attention.
+        key_index: int64 ``[r, k]``, the mask column of each packed key; stored: bool ``[r, k]``, false for filler.
+        causal_from: int64 ``[r, q]``, the mask column of each query, used where ``queries`` is None.
+    """
+    if queries is None:
+        allowed = key_index[:, None, :] <= causal_from[..., None]
+        return (allowed & stored[:, None, :])[:, None]
+    columns = key_index.clamp(min=0)[:, None, None, :].expand(-1, queries.shape[1], queries.shape[2], -1)
+    mask = queries.gather(3, columns)
+    blocked = ~stored[:, None, None, :]
+    return mask & ~blocked if mask.dtype == torch.bool else mask.masked_fill(blocked, torch.finfo(mask.dtype).min)

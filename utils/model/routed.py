@@ -1,0 +1,93 @@
+"""What all routed modules share: a router, and the decision it takes for the rows or tokens of one pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .call import RouterKey, RoutingCall, current_call, forced_decision
+from .router import ModRouter, pooled_mean, threshold_logit
+
+
+class Decision(NamedTuple):
+    """``keep``: bool ``[b]`` (sequence) or ``[b, t]`` (token); ``logits``: float32 alike, None if held or forced."""
+
+    keep: Tensor
+    logits: Tensor | None
+
+
+class Routed:
+    """Mixin in front of a module's own class; ``super().forward`` is the module itself.
+
+    Attributes:
+        mod_router: its router. mod_layer: index of its decoder layer. mod_part: ``attn``, ``mlp``, ``block``, ``expert``.
+        mod_level: ``sequence`` or ``token``. mod_logit: logit of its threshold. mod_kv_policy: ``keep`` or ``drop``.
+        mod_key: the name of its router in a routing log.
+    """
+
+    mod_part: str
+    mod_router: ModRouter
+    mod_layer: int
+    mod_level: str
+    mod_logit: float
+    mod_kv_policy: str
+    mod_key: RouterKey
+
+    def mod_set_threshold(self, threshold: float) -> None:
+        """Set τ of this router."""
+        self.mod_threshold = threshold
+        self.mod_logit = threshold_logit(threshold)
+
+    def mod_call(self) -> RoutingCall:
+        """The pass under way; a module called on its own sees every token as real and no cache."""
+        return current_call() or RoutingCall(training=self.training and torch.is_grad_enabled())
+
+    def mod_decide(self, hidden: Tensor, call: RoutingCall) -> Decision:
+        """``m = 1[σ(W·h) ≥ τ]`` for ``hidden [b, t, d]``.
+
+        A sequence's decision is taken in the pass that fills its cache and held for the life of that cache. Padding
+        tokens are never kept at token level.
+        """
+        sequence = self.mod_level == "sequence"
+        held = self._mod_held(call) if sequence else None
+        if held is not None:
+            return Decision(held.to(hidden.device), None)
+        shape = hidden.shape[:1] if sequence else hidden.shape[:2]
+        keep = forced_decision(call.forced, self.mod_layer, self.mod_part, shape, call.past, hidden.device)
+        logits = None
+        if keep is None:
+            features = pooled_mean(hidden, call.pool) if sequence else hidden
+            logits = self.mod_router(features)[..., 0]
+            keep = logits >= self.mod_logit
+        real = None
+        if not sequence and call.real is not None:
+            real = call.real.to(keep.device)
+            keep = keep & real
+        if call.record is not None:
+            call.record(self.mod_key, keep, logits, real)
+        if sequence and call.cache is not None:
+            call.cache.layers[self.mod_layer].mod_hold(self.mod_part, keep)
+        return Decision(keep, logits)
+
+    def mod_kept_rows(self, keep: Tensor, call: RoutingCall) -> Tensor:
+        """Row indices of a sequence-level decision."""
+        if call.cache is None:
+            return keep.nonzero().flatten()
+        return call.cache.layers[self.mod_layer].mod_kept_rows(self.mod_part).to(keep.device)
+
+    def _mod_held(self, call: RoutingCall) -> Tensor | None:
+        if call.cache is None or call.past == 0:
+            return None
+        held = getattr(call.cache.layers[self.mod_layer], "mod_decisions", {}).get(self.mod_part)
+        if held is None:
+            raise ValueError(f"layer {self.mod_layer}: this cache holds no decision for {self.mod_part!r}; start anew")
+        return held
+
+
+def row_counts(keep: Tensor, real: Tensor | None) -> list[int] | None:
+    """Kept tokens per row of ``keep [b, t]``, or None when every real token is kept (one host sync)."""
+    missing = ~keep if real is None else real.to(keep.device) & ~keep
+    *counts, skipped = torch.cat([keep.sum(1), missing.sum().view(1)]).tolist()
+    return counts if skipped else None

@@ -1,0 +1,249 @@
+"""Attention and whole blocks: rows or tokens that are skipped cost no attention and, unless kept, no key and value.
+
+Both are the same mechanism (paper section 3.2): the module runs on what is kept and the rest of its output is the
+identity of the residual stream, i.e. zeros for an attention module and the input itself for a decoder layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .call import RoutingCall
+from .keys_values import project_kv
+from .packing import Packing, flat_positions, key_mask, pack, query_mask, select_rows, select_tokens
+from .router import merge
+from .routed import Routed, row_counts
+
+
+class RoutedAttending(Routed):
+    """Sequence- and token-level routing of a module that contains attention."""
+
+    def mod_run(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The module itself, ``[r, q, d] → [r, q, d]``."""
+        raise NotImplementedError
+
+    def mod_features(self, hidden_states: Tensor) -> Tensor:
+        """Input of the router, and of the attention's projections."""
+        raise NotImplementedError
+
+    def mod_residual(self, hidden_states: Tensor) -> Tensor:
+        """Output for what is skipped."""
+        raise NotImplementedError
+
+    def mod_attention(self):
+        """The attention module."""
+        raise NotImplementedError
+
+    def mod_forward(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The routed module, ``[b, t, d] → [b, t, d]``."""
+        call = self.mod_call()
+        features = self.mod_features(hidden_states)
+        keep, logits = self.mod_decide(features, call)
+        if call.training:
+            if self.mod_level == "token" and self.mod_kv_policy == "drop":
+                kwargs = {**kwargs, "attention_mask": self._mask_skipped_keys(keep, hidden_states, kwargs)}
+            output = self.mod_run(hidden_states, kwargs)
+            return merge(keep, output, self.mod_residual(hidden_states), logits)
+        if self.mod_level == "sequence":
+            return self._run_rows(hidden_states, keep, kwargs, call)
+        counts = row_counts(keep, call.real)
+        if self.mod_kv_policy == "keep":
+            if counts is None:
+                return self.mod_run(hidden_states, kwargs)
+            return self._run_tokens(hidden_states, features, keep, counts, kwargs)
+        return self._run_ragged(hidden_states, keep, counts, kwargs, call)
+
+    def _run_rows(self, hidden_states: Tensor, keep: Tensor, kwargs: dict, call: RoutingCall) -> Tensor:
+        batch, tokens = hidden_states.shape[:2]
+        layer = None if call.cache is None else call.cache.layers[self.mod_layer]
+        if layer is not None and layer.mod_rows is None:
+            layer.mod_rows = keep
+        rows = self.mod_kept_rows(keep, call)
+        if rows.shape[0] == batch:
+            return self.mod_run(hidden_states, kwargs)
+        residual = self.mod_residual(hidden_states)
+        if rows.shape[0] == 0:
+            if layer is not None:
+                layer.mod_advance(tokens)
+            return residual
+        output = self.mod_run(hidden_states[rows], select_rows(kwargs, rows, batch))
+        return residual.index_copy(0, rows, output)
+
+    def _run_tokens(
+        self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int], kwargs: dict
+    ) -> Tensor:
+        """Queries of kept tokens, keys and values of all."""
+        cache, tokens = kwargs.get("past_key_values"), keep.shape[1]
+        order = keep.flatten().to(torch.uint8).argsort(stable=True)
+        skipped = order[: keep.numel() - sum(counts)]
+        positions = flat_positions(kwargs["position_embeddings"], skipped, tokens)
+        keys, values = project_kv(self.mod_attention(), features.flatten(0, 1)[skipped][None], positions)
+        view = _AllKeys(cache, keep.shape, skipped, keys[0], values[0])
+        residual = self.mod_residual(hidden_states)
+        if not any(counts):
+            view.store(self.mod_layer)
+            return residual
+        packing = pack(keep, counts)
+        view.packing = packing
+        mask = kwargs.get("attention_mask")
+        length = tokens if mask is None else mask.shape[-1]
+        packed = select_tokens(kwargs, packing)
+        packed["attention_mask"] = self._mask_type(query_mask(mask, packing, length, tokens), hidden_states)
+        packed["past_key_values"] = view
+        return packing.put(self.mod_run(packing.take(hidden_states), packed), residual)
+
+    def _run_ragged(self, hidden_states: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, call) -> Tensor:
+        """Queries, keys and values of kept tokens only."""
+        batch, tokens = keep.shape
+        layer = None if call.cache is None else call.cache.layers[self.mod_layer]
+        if counts is None:
+            if layer is None:
+                return self.mod_run(hidden_states, kwargs)
+            counts = keep.sum(1).tolist()
+        residual = self.mod_residual(hidden_states)
+        view = _KeptKeys(layer, call.past)
+        if layer is not None:
+            layer.mod_open_rows(batch, keep.device)
+        if any(counts):
+            packing = pack(keep, counts)
+            packed = select_tokens(kwargs, packing)
+            mask = view.prepare(packing, kwargs.get("attention_mask"), layer, tokens)
+            packed["attention_mask"] = self._mask_type(mask, hidden_states)
+            packed["past_key_values"] = view
+            residual = packing.put(self.mod_run(packing.take(hidden_states), packed), residual)
+        if layer is not None:
+            layer.mod_advance(tokens)
+            layer.mod_trim()
+        return residual
+
+    def _mask_skipped_keys(self, keep: Tensor, hidden_states: Tensor, kwargs: dict) -> Tensor:
+        """The module's mask without the keys of skipped tokens; a token always sees itself."""
+        tokens = keep.shape[1]
+        own = torch.eye(tokens, dtype=torch.bool, device=keep.device)
+        offered = (keep[:, None, :] | own)[:, None]
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(tokens, tokens, dtype=torch.bool, device=keep.device).tril()[None, None]
+        if mask.dtype == torch.bool:
+            return self._mask_type(mask & offered, hidden_states)
+        return mask.masked_fill(~offered, torch.finfo(mask.dtype).min)
+
+    def _mask_type(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
+        """A bool mask as this module's attention implementation reads it."""
+        implementation = self.mod_attention().config._attn_implementation
+        if implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"layer {self.mod_layer}: token-level attention routing needs attn_implementation 'sdpa' or 'eager', "
+                f"not {implementation!r}"
+            )
+        if mask is None or mask.dtype != torch.bool or implementation == "sdpa":
+            return mask
+        return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(
+            ~mask, torch.finfo(like.dtype).min
+        )
+
+
+class RoutedAttention(RoutedAttending):
+    """An attention module that runs for kept sequences or tokens only; skipped ones get a zero update."""
+
+    mod_part = "attn"
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
+        """``m·Attn(h)`` for ``hidden_states [b, t, d]``; attention weights are not returned."""
+        return self.mod_forward(hidden_states, kwargs), None
+
+    def mod_run(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        return super(Routed, self).forward(hidden_states=hidden_states, **kwargs)[0]
+
+    def mod_features(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def mod_residual(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+    def mod_attention(self):
+        return self
+
+
+class _AllKeys:
+    """Stands in for the cache while packed queries run: merges their keys with those of the skipped tokens."""
+
+    packing: Packing | None = None
+
+    def __init__(self, cache, shape: torch.Size, skipped: Tensor, keys: Tensor, values: Tensor) -> None:
+        self.cache, self.shape, self.skipped, self.pair = cache, shape, skipped, (keys, values)
+
+    def merged(self, packed: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """Keys and values of all tokens ``[b, heads, t, head_dim]`` in their order."""
+        merged = []
+        for which, skipped in enumerate(self.pair):
+            heads, _, width = skipped.shape
+            everything = skipped.new_empty(self.shape.numel(), heads, width)
+            everything[self.skipped] = skipped.transpose(0, 1)
+            everything = everything.view(*self.shape, heads, width)
+            if packed is not None:
+                # Filler slots hold skipped tokens, whose keys come out the same: no need to leave them out.
+                everything[self.packing.rows[:, None], self.packing.index] = packed[which].transpose(1, 2)
+            merged.append(everything.transpose(1, 2))
+        return merged
+
+    def store(self, layer: int) -> None:
+        """Hand the keys and values of skipped tokens to the cache when no token runs."""
+        if self.cache is not None:
+            self.cache.update(*self.merged(None), layer)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
+        """Called by the module with the packed tokens' keys and values; returns those that the queries attend to."""
+        merged = self.merged((keys, values))
+        if self.cache is not None:
+            merged = self.cache.update(*merged, layer, *args, **kwargs)
+        rows = self.packing.row_list
+        if len(rows) == self.shape[0]:
+            return merged
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return [states[rows[0] : rows[-1] + 1] for states in merged]
+        return [states[self.packing.rows] for states in merged]
+
+
+class _KeptKeys:
+    """Stands in for the cache while packed tokens run: their own keys, after those that their rows have stored."""
+
+    def __init__(self, layer, past: int) -> None:
+        self.layer, self.past, self.packing = layer, past, None
+
+    def prepare(self, packing: Packing, mask: Tensor | None, layer, tokens: int) -> Tensor | None:
+        """Remember the packing and build the mask ``[r, 1, q, keys]`` over stored and new keys (None: causal)."""
+        self.packing = packing
+        new = [index[:count] + self.past for index, count in zip(packing.index, packing.counts, strict=True)]
+        stored = [] if layer is None or self.past == 0 else [layer.mod_index[row] for row in packing.row_list]
+        self.index = [torch.cat(pair) for pair in zip(stored, new, strict=True)] if stored else new
+        self.with_past = any(index.numel() for index in stored)
+        ragged = len({index.numel() for index in self.index}) > 1
+        if mask is None and (tokens == 1 and not ragged or tokens > 1 and not self.with_past):
+            return None
+        key_index = pad_sequence(self.index, batch_first=True, padding_value=-1)
+        offset = 0 if mask is None else self.past + tokens - mask.shape[-1]
+        columns = torch.where(key_index >= 0, key_index - offset, -1)
+        queries = None if mask is None else query_mask(mask, packing, mask.shape[-1], tokens)
+        return key_mask(queries, columns, key_index >= 0, packing.index + self.past)
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Called by the module with packed keys and values ``[r, heads, q, head_dim]``."""
+        packing, layer = self.packing, self.layer
+        if layer is None:
+            return keys, values
+        joined_keys, joined_values = [], []
+        for slot, (row, count) in enumerate(zip(packing.row_list, packing.counts, strict=True)):
+            index = packing.index[slot, :count] + self.past
+            layer.mod_append(row, keys[slot, :, :count], values[slot, :, :count], index)
+            joined_keys.append(layer.mod_keys[row].transpose(0, 1))
+            joined_values.append(layer.mod_values[row].transpose(0, 1))
+        if not self.with_past:
+            return keys, values
+        if len(joined_keys) == 1:
+            return layer.mod_keys[packing.row_list[0]][None], layer.mod_values[packing.row_list[0]][None]
+        return tuple(pad_sequence(joined, batch_first=True).transpose(1, 2) for joined in (joined_keys, joined_values))

@@ -1,0 +1,48 @@
+"""One router per expert: a token that the model assigns to an expert is executed there only if its router agrees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .call import forced_decision
+from .router import straight_through
+from .routed import Routed
+
+
+class RoutedExperts(Routed):
+    """The experts of a sparse MoE block, through the experts interface of transformers.
+
+    ``mod_router`` has one output per expert. Decisions are per assignment: bool ``[tokens, k]`` for the ``k`` experts
+    that the model's own gate chose. The gate's weights of executed experts are left as they are.
+    """
+
+    mod_part = "expert"
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``Σ_k m_k·w_k·E_k(h)`` for ``hidden_states [n, d]``, ``top_k_index`` and ``top_k_weights [n, k]``."""
+        call = self.mod_call()
+        logits = None
+        keep = forced_decision(call.forced, self.mod_layer, self.mod_part, top_k_index.shape, 0, hidden_states.device)
+        if keep is None:
+            logits = self.mod_router(hidden_states).gather(1, top_k_index)
+            keep = logits >= self.mod_logit
+        real = None
+        if call.real is not None:
+            real = call.real.to(keep.device).flatten()[:, None].expand_as(keep)
+            keep = keep & real
+        if call.record is not None:
+            call.record(self.mod_key, keep, logits, real, experts=top_k_index)
+        if call.training:
+            gate = keep.to(top_k_weights.dtype)
+            if logits is not None:
+                gate = gate + straight_through(logits).to(gate.dtype)
+            return super().forward(hidden_states, top_k_index, top_k_weights * gate)
+        token, choice = keep.nonzero(as_tuple=True)
+        if token.shape[0] == keep.numel():
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        output = torch.zeros_like(hidden_states)
+        if token.shape[0]:
+            index, weights = top_k_index[token, choice][:, None], top_k_weights[token, choice][:, None]
+            output.index_add_(0, token, super().forward(hidden_states[token], index, weights).to(output.dtype))
+        return output

@@ -1,0 +1,43 @@
+"""Position-wise modules: run the kept rows or tokens, leave zeros (no update) for the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .router import merge
+from .routed import Routed, row_counts
+
+
+class RoutedMLP(Routed):
+    """An MLP (or sparse MoE block) that runs for kept sequences or tokens only."""
+
+    mod_part = "mlp"
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        """``m·MLP(h)`` for ``hidden_states [b, t, d]``."""
+        call = self.mod_call()
+        keep, logits = self.mod_decide(hidden_states, call)
+        if call.training:
+            output = super().forward(hidden_states, *args, **kwargs)
+            return merge(keep, output, torch.zeros_like(output), logits)
+        if self.mod_level == "token":
+            counts = row_counts(keep, call.real)
+            if counts is None:
+                return super().forward(hidden_states, *args, **kwargs)
+            flat = hidden_states.flatten(0, 1)
+            index = keep.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(counts)]
+            return self._run(flat, index, *args, **kwargs).view_as(hidden_states)
+        rows = self.mod_kept_rows(keep, call)
+        if rows.shape[0] == hidden_states.shape[0]:
+            return super().forward(hidden_states, *args, **kwargs)
+        return self._run(hidden_states, rows, *args, **kwargs)
+
+    def _run(self, states: Tensor, index: Tensor, *args, **kwargs) -> Tensor:
+        """The module on ``states[index]``, zeros elsewhere; a flat list of tokens ``[n, d]`` runs as one row."""
+        output = torch.zeros_like(states)
+        if index.shape[0]:
+            taken = states[index] if states.dim() == 3 else states[index][None]
+            done = super().forward(taken, *args, **kwargs)
+            output[index] = done if states.dim() == 3 else done[0]
+        return output

@@ -1,0 +1,288 @@
+"""Routing a decoder in place, and back: the seams of transformers' decoders, found by name."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from .cache_mod import RaggedCacheLayer, RowCacheLayer, adopt_layer
+from .call import RoutingCall, routing_call
+from .configuration_mod import ModConfig, select_layers
+from .keys_values import missing_seam
+from .recording import RoutingLog
+from .routed import Routed
+from .routed_attention import RoutedAttention
+from .routed_block import RoutedBlock, RoutedLayer
+from .routed_experts import RoutedExperts
+from .routed_mlp import RoutedMLP
+from .router import ModRouter
+
+MIXINS: dict[str, type[Routed]] = {
+    "attn": RoutedAttention,
+    "mlp": RoutedMLP,
+    "block": RoutedBlock,
+    "expert": RoutedExperts,
+}
+_WHERE = {"attn": ("self_attn",), "mlp": ("mlp",), "block": (), "expert": ("mlp", "experts")}
+
+
+class RoutedDecoder:
+    """Mixin for the decoder (``LlamaModel`` …): opens one :class:`RoutingCall` per forward pass."""
+
+    is_routed_decoder = True
+    mod_config: ModConfig
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        prompt_length: Tensor | None = None,
+        **kwargs,
+    ):
+        """The decoder's forward; ``prompt_length [b]`` bounds the pooled tokens under ``router_pooling="prompt"``.
+
+        Sequence level: the decision is taken in the pass that fills a cache and holds for the life of that cache
+        (decoding, further chunks, further turns). Without a cache every pass decides on what it sees. Token level:
+        exact for any split of the work.
+
+        Raises:
+            ValueError: for inputs whose meaning routing cannot keep (a cache in training, packed sequences or custom
+                4-D masks at sequence level, requested attention weights).
+        """
+        training = self.training and torch.is_grad_enabled()
+        if kwargs.get("output_attentions"):
+            raise ValueError("a routed model does not compute all attention weights: unroute(model) to inspect them")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if training:
+            if past_key_values is not None:
+                raise ValueError("a routed model trains without past_key_values: pass whole sequences")
+            use_cache = False
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if past_key_values is not None:
+            self._adopt(past_key_values)
+        tokens = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        real, pool = self._tokens(input_ids, attention_mask, position_ids, prompt_length, past, tokens)
+        logs: list[RoutingLog] = getattr(self, "mod_logs", [])
+        call = RoutingCall(
+            real=real,
+            pool=pool,
+            cache=past_key_values,
+            past=past,
+            training=training,
+            forced=getattr(self, "mod_forced", None),
+            record=None if not logs else functools.partial(_record, logs),
+        )
+        with routing_call(call):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+    def _adopt(self, cache: Any) -> None:
+        parts = self.mod_config.parts
+        attends = parts.get("attn") or parts.get("block")
+        ragged = attends == "token" and self.mod_config.kv_policy == "drop"
+        if ragged or "sequence" in parts.values():
+            for layer in self.mod_config.mod_layers:
+                adopt_layer(cache, layer, RaggedCacheLayer if ragged else RowCacheLayer)
+
+    def _tokens(self, input_ids, attention_mask, position_ids, prompt_length, past, tokens):
+        """``real`` and ``pool`` of the pass, bool ``[b, t]`` or None (all)."""
+        sequence = "sequence" in self.mod_config.parts.values()
+        plain = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
+        if sequence and not plain:
+            raise ValueError("sequence-level routing needs a 2-D attention mask [batch, tokens] to know the padding")
+        if (
+            sequence
+            and attention_mask is None
+            and past == 0
+            and position_ids is not None
+            and position_ids.shape[-1] > 1
+        ):
+            if bool((position_ids.diff(dim=-1) < 0).any()):
+                raise ValueError("packed sequences cannot be routed per sequence: one row, one sequence")
+        real = attention_mask[:, -tokens:].bool() if plain and attention_mask is not None else None
+        if not sequence or past:
+            return real, None
+        pool = real
+        if pool is None and input_ids is not None:
+            pool = unpadded(input_ids, self._padding_ids())
+        if prompt_length is not None and self.mod_config.router_pooling == "prompt":
+            seen = (
+                torch.ones_like(input_ids if pool is None else pool, dtype=torch.long) if pool is None else pool.long()
+            )
+            pool = (seen.cumsum(1) <= prompt_length.to(seen.device).clamp(min=1)[:, None]) & seen.bool()
+        return real, pool
+
+    def _padding_ids(self) -> list[int]:
+        named = getattr(self.config, "mod_padding_ids", None)
+        if named is not None:
+            return named
+        pad = self.config.pad_token_id
+        return [0] if pad is None else sorted({0, pad})
+
+
+def unpadded(input_ids: Tensor, padding_ids: list[int]) -> Tensor:
+    """Tokens ``[b, t]`` before a trailing run of padding ids; a row's first token always counts.
+
+    Some callers, lm-eval among them, pad on the right and give no mask. Reading the run from the ids themselves makes
+    a sequence's pooled feature the same in every batch, alone included.
+    """
+    padding = torch.isin(input_ids, torch.tensor(padding_ids, device=input_ids.device))
+    trailing = padding.flip(1).long().cumprod(1).flip(1).bool()
+    trailing[:, 0] = False
+    return ~trailing
+
+
+def _record(logs: list[RoutingLog], *args, **kwargs) -> None:
+    for log in logs:
+        log.add(*args, **kwargs)
+
+
+class RoutedCausalLM:
+    """Mixin for the causal LM: under ``router_pooling="prompt"`` the labels mark where the prompt ends."""
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        plain = getattr(cls, "forward", None)
+        if plain is None:  # a mixin, not yet a model
+            return
+
+        # Wrapped per class, so that generate() and Trainer, which inspect signatures, see the family's own.
+        @functools.wraps(plain)
+        def forward(self, *args, **inputs):
+            labels = inputs.get("labels")
+            if labels is not None and "prompt_length" not in inputs and self.config.mod_router_pooling == "prompt":
+                inputs["prompt_length"] = prompt_length_from(labels, inputs.get("attention_mask"))
+            return plain(self, *args, **inputs)
+
+        cls.forward = forward
+
+
+def prompt_length_from(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Real tokens before the first label that is learnt, int64 ``[b]``; rows without labels pool everything."""
+    learnt = labels != -100
+    before = learnt.long().cumsum(1) == 0
+    if attention_mask is not None:
+        before = before & attention_mask.bool()
+    return before.sum(1)
+
+
+_CLASSES: dict[tuple[type, type], type] = {}
+
+
+def mix_in(module: nn.Module, mixin: type) -> None:
+    """Put ``mixin`` in front of the class of ``module``; names stay, so wrapping policies still find the class."""
+    plain = type(module)
+    if (mixin, plain) not in _CLASSES:
+        names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "mod_plain_class": plain}
+        _CLASSES[mixin, plain] = type(plain.__name__, (mixin, plain), names)
+    _swap_class(module, _CLASSES[mixin, plain])
+
+
+def mix_out(module: nn.Module) -> None:
+    """Undo :func:`mix_in`."""
+    _swap_class(module, module.mod_plain_class)
+
+
+def _swap_class(module: nn.Module, cls: type) -> None:
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        module.__class__ = cls
+        return
+    # accelerate's hooks bind the forward of the class they were added to (device_map): take them off and on again.
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    module.__class__ = cls
+    add_hook_to_module(module, hook)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The decoder with ``layers``; ValueError naming the missing seam for other architectures."""
+    decoder = getattr(model, model.base_model_prefix, model)
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise ValueError(f"{type(model).__name__} cannot be routed: its decoder has no 'layers'")
+    return decoder
+
+
+def find_module(model: PreTrainedModel, layer: int, part: str, kv_policy: str, level: str) -> nn.Module:
+    """The module that a part of a layer names; ValueError naming the missing seam."""
+    module = decoder_of(model).layers[layer]
+    for name in _WHERE[part]:
+        if not isinstance(getattr(module, name, None), nn.Module):
+            raise ValueError(
+                f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: it has no {name!r}"
+            )
+        module = getattr(module, name)
+    if part in ("attn", "block"):
+        attention = module if part == "attn" else getattr(module, "self_attn", None)
+        if attention is None:
+            raise ValueError(
+                f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: it has no 'self_attn'"
+            )
+        seam = missing_seam(attention) if level == "token" and kv_policy == "keep" else None
+        if seam:
+            raise ValueError(
+                f"layer {layer} of {type(model).__name__} cannot keep keys of skipped tokens: its attention has no "
+                f"{seam!r}; use kv_policy 'drop' or sequence level"
+            )
+    return module
+
+
+def install(model: PreTrainedModel, config: ModConfig) -> None:
+    """Route ``model`` in place as ``config`` says; routers start at zero (everything runs at τ ≤ 0.5)."""
+    decoder = decoder_of(model)
+    config.mod_layers = select_layers(len(decoder.layers), config.mod_n, config.mod_layers)
+    parts = config.parts
+    targets = {
+        (layer, part): find_module(model, layer, part, config.kv_policy, level)
+        for layer in config.mod_layers
+        for part, level in parts.items()
+    }
+    for (layer, part), module in targets.items():
+        mix_in(module, MIXINS[part])
+        experts = module.num_experts if part == "expert" else 1
+        weight = next(p for p in module.parameters())
+        module.mod_router = ModRouter(decoder.config.hidden_size, experts, device=weight.device)
+        module.mod_layer, module.mod_level, module.mod_kv_policy = layer, parts[part], config.kv_policy
+        module.mod_key = layer if len(parts) == 1 else (layer, part)
+        module.mod_set_threshold(config.threshold_of(layer, part))
+        module.train(module.training)
+    if "block" not in parts:
+        for layer in config.mod_layers:
+            mix_in(decoder.layers[layer], RoutedLayer)
+    mix_in(decoder, RoutedDecoder)
+    decoder.mod_config = config
+    config.write_to(model.config)
+
+
+def uninstall(model: PreTrainedModel) -> None:
+    """Give every routed module its own class back and delete its router."""
+    decoder = decoder_of(model)
+    for module in list(decoder.modules()):
+        if isinstance(getattr(module, "mod_router", None), nn.Module):
+            del module.mod_router
+            mix_out(module)
+    for layer in decoder.mod_config.mod_layers:
+        if hasattr(decoder.layers[layer], "mod_plain_class"):
+            mix_out(decoder.layers[layer])
+    mix_out(decoder)
+    for name in list(vars(model.config)):
+        if name.startswith("mod_"):
+            delattr(model.config, name)

@@ -1,0 +1,103 @@
+"""``route`` and ``unroute``: make any loaded causal LM dynamic in place, and take it back."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+
+from .configuration_mod import LlamaModConfig, MistralModConfig, ModConfig, Qwen2ModConfig
+from .modeling_mod import LlamaModForCausalLM, MistralModForCausalLM, Qwen2ModForCausalLM
+from .recording import routed_base
+from .routed import Routed
+from .routed_model import RoutedCausalLM, install, mix_in, mix_out, uninstall
+
+# Families with a named class: a routed instance becomes one, so that save_pretrained writes a loadable checkpoint.
+NAMED = {
+    LlamaForCausalLM: (LlamaModForCausalLM, LlamaModConfig),
+    MistralForCausalLM: (MistralModForCausalLM, MistralModConfig),
+    Qwen2ForCausalLM: (Qwen2ModForCausalLM, Qwen2ModConfig),
+}
+
+
+def is_routed(model: nn.Module) -> bool:
+    """Whether ``model`` (or what it wraps) has routed layers."""
+    return any(getattr(module, "is_routed_decoder", False) for module in model.modules())
+
+
+def route(
+    model: PreTrainedModel,
+    mod_n: int | None = None,
+    *,
+    mod_layers: list[int] | None = None,
+    granularity: str = "attn_sequence",
+    threshold: float | dict[str, float] = 0.5,
+    router_pooling: str = "sequence",
+    kv_policy: str = "keep",
+    target_capacity: float = 0.5,
+    gradient_scale: float = 0.0,
+) -> PreTrainedModel:
+    """Route a dense causal LM in place; see :class:`ModConfig` for the arguments.
+
+    Routers start at zero: at τ ≤ 0.5 the routed model computes exactly what the dense one does.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: if the model is routed already, an argument is out of range, or the architecture lacks a seam.
+    """
+    if is_routed(model):
+        raise ValueError("this model is routed already: unroute(model) before routing it anew")
+    config = ModConfig(
+        mod_n=mod_n,
+        mod_layers=mod_layers,
+        granularity=granularity,
+        threshold=threshold,
+        router_pooling=router_pooling,
+        kv_policy=kv_policy,
+        target_capacity=target_capacity,
+        gradient_scale=gradient_scale,
+    )
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"route() takes a transformers model, not {type(model).__name__}: route before wrapping it")
+    install(model, config)
+    if type(model) in NAMED:
+        model.config.mod_plain_model_type = model.config.model_type
+        model.__class__, model.config.__class__ = NAMED[type(model)]
+        model.config.model_type = type(model.config).model_type
+    elif not isinstance(model, RoutedCausalLM):
+        mix_in(model, RoutedCausalLM)
+    return model
+
+
+def unroute(model: PreTrainedModel) -> PreTrainedModel:
+    """The dense model again, in place; base weights are untouched. ValueError if it is not routed."""
+    routed_base(model)
+    for plain, (named, named_config) in NAMED.items():
+        if type(model) is named:
+            model.__class__ = plain
+            model.config.__class__ = plain.config_class
+            model.config.model_type = named_config.__mro__[2].model_type
+    if hasattr(model, "mod_plain_class"):
+        mix_out(model)
+    uninstall(model)
+    return model
+
+
+def routed_modules(model: nn.Module) -> dict[str, Routed]:
+    """Routed modules by router name ``"<layer>.<part>"``, in the order in which they run."""
+    found = [m for m in routed_base(model).modules() if isinstance(getattr(m, "mod_router", None), nn.Module)]
+    order = {"block": 0, "attn": 1, "mlp": 2, "expert": 3}
+    found.sort(key=lambda module: (module.mod_layer, order[module.mod_part]))
+    return {f"{module.mod_layer}.{module.mod_part}": module for module in found}
+
+
+def set_thresholds(model: nn.Module, threshold: float | dict[str, float]) -> None:
+    """Set τ of every router: one number, or one per router name ``"<layer>.<part>"``; kept in the model's config."""
+    base = routed_base(model)
+    fields = {**vars(base.mod_config), "threshold": threshold}
+    checked = ModConfig(**fields)
+    for module in routed_modules(model).values():
+        module.mod_set_threshold(checked.threshold_of(module.mod_layer, module.mod_part))
+    base.mod_config.threshold = threshold
+    base.config.mod_threshold = threshold
