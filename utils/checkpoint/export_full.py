@@ -1,0 +1,112 @@
+"""A tuned run as a checkpoint folder that stock tools load with ``trust_remote_code=True``, without copying shards."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+
+from utils.checkpoint.links import INDEX, WEIGHTS, link, new_folder, weight_map
+from utils.errors import UserError
+from utils.model import load_routers
+from utils.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config
+
+BASE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def export_full(run: Path, base: Path, output: Path, card: str, overwrite: bool = False) -> dict[str, Any]:
+    """Write ``output``: linked base shards, ``router.safetensors``, index, config, code, tokenizer and model card.
+
+    Args:
+        run: folder with ``router.safetensors`` and ``router_config.json``.
+        base: folder of the base checkpoint that the routers were trained on (safetensors).
+        card: text of ``README.md``.
+
+    Returns ``{"links": {file: "hard" | "symbolic"}, "bytes_added": int}``, the bytes that are not links.
+    Raises :class:`UserError` if a part is missing, damaged, or does not fit the base.
+    """
+    model = routed_skeleton(run, base)
+    shards = {name: file for name, file in weight_map(base).items() if "mod_router" not in name}
+    _check_probes(run, shards)
+    with new_folder(output, overwrite, CONFIG_NAME) as staged:
+        # A single weight file keeps its name nowhere: transformers would prefer it to the index and lose the routers.
+        names = {file: "base.safetensors" if file.name == WEIGHTS else file.name for file in sorted(set(shards.values()))}
+        links = {name: link(file, staged / name) for file, name in names.items()}
+        for pattern in BASE_FILES:
+            links |= {file.name: link(file, staged / file.name) for file in sorted(base.glob(pattern)) if file.is_file()}
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            (staged / name).write_bytes((run / name).read_bytes())
+        files = {**{name: names[file] for name, file in shards.items()}, **dict.fromkeys(router_keys(run), WEIGHTS_NAME)}
+        size = sum(file.stat().st_size for file in names) + (run / WEIGHTS_NAME).stat().st_size
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
+        (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        custom_object_save(model, str(staged), config=model.config)
+        model.config.save_pretrained(staged)
+        (staged / "README.md").write_text(card, encoding="utf-8")
+        added = sum(file.stat().st_size for file in staged.iterdir() if file.name not in links)
+    return {"links": links, "bytes_added": added}
+
+
+def routed_skeleton(run: Path, base: Path) -> PreTrainedModel:
+    """The routed model without memory (meta device): the run's routers checked against the base's configuration.
+
+    Raises :class:`UserError` if they do not fit, or if the family has no class of its own to ship.
+    """
+    config = dense_config(base)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        load_routers(model, run)
+    if getattr(type(model), "_auto_class", None) is None:
+        raise UserError(
+            f"{base}: {type(model).__name__} has no routed class that a checkpoint can carry (Llama, Mistral and Qwen2 "
+            "have); export it with --form adapter, which works on every architecture that route() takes"
+        )
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def dense_config(base: Path):
+    """Configuration of the base as its plain family, without routing fields."""
+    path = base / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name the folder of the base checkpoint")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind = fields.pop("model_type").removesuffix("_mod")
+        fields.pop("auto_map", None)
+        return AutoConfig.for_model(kind, **{key: value for key, value in fields.items() if not key.startswith("mod_")})
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a configuration that transformers knows ({error})") from None
+
+
+def router_keys(run: Path) -> list[str]:
+    """Tensor names in the run's ``router.safetensors``."""
+    with safe_open(run / WEIGHTS_NAME, framework="pt") as file:
+        return list(file.keys())
+
+
+def _check_probes(run: Path, shards: dict[str, Path]) -> None:
+    """Compare a few embedding values with those of the base that the routers were trained on."""
+    saved = (read_router_config(run).get("base") or {}).get("probes")
+    name = next((name for name in shards if name.endswith("embed_tokens.weight")), None)
+    if not saved or name is None:
+        return
+    with safe_open(shards[name], framework="pt") as file:
+        row = file.get_slice(name)[3:4].float().flatten().tolist()
+    pairs = zip(saved, row[: len(saved) // 2], strict=False)
+    if any(not math.isclose(a, b, rel_tol=2e-2, abs_tol=1e-4) for a, b in pairs):
+        raise UserError(f"{run / CONFIG_NAME}: the base has other weights than the one these routers were trained on")

@@ -1,0 +1,65 @@
+"""Tables of results, as terminal text, Markdown and LaTeX, from plain rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """``header`` names the columns; ``rows`` hold one cell per column; floats print with ``digits`` decimals."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    digits: int = 3
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(f"row {row!r} has {len(row)} cells, the header {len(self.header)}")
+
+    def text(self) -> str:
+        """Aligned columns for a terminal."""
+        cells = self._cells()
+        widths = [max(len(row[place]) for row in cells) for place in range(len(self.header))]
+        lines = ["  ".join(self._align(row, widths)).rstrip() for row in cells]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+    def markdown(self) -> str:
+        """A GitHub table; numbers are right-aligned."""
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in self._cells()]
+        marks = ["---", *["---:"] * (len(self.header) - 1)]
+        return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], marks, *cells[1:]])
+
+    def latex(self) -> str:
+        """A ``tabular`` with booktabs rules."""
+        lines = [" & ".join(map(_tex, row)) + r" \\" for row in self._cells()]
+        columns = "l" + "r" * (len(self.header) - 1)
+        body = "\n".join([r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"])
+        return f"\\begin{{tabular}}{{{columns}}}\n{body}\n\\end{{tabular}}"
+
+    def _cells(self) -> list[list[str]]:
+        return [list(self.header), *[[self._format(cell) for cell in row] for row in self.rows]]
+
+    def _format(self, cell: Cell) -> str:
+        if cell is None:
+            return "-"
+        return f"{cell:.{self.digits}f}" if isinstance(cell, float) else str(cell)
+
+    @staticmethod
+    def _align(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+        return [cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))]
+
+
+def with_error(value: float, error: float | None, digits: int = 3) -> str:
+    """``0.873 ± 0.012``, or the value alone where no standard error is known."""
+    return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def _tex(cell: str) -> str:
+    for plain, escaped in (("\\", r"\textbackslash{}"), ("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#")):
+        cell = cell.replace(plain, escaped)
+    return cell.replace("±", r"$\pm$").replace("×", r"$\times$")
