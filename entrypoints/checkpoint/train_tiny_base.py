@@ -2,12 +2,15 @@
 
     python entrypoints/checkpoint/train_tiny_base.py                    # train, score, write ckpt/tiny-llama-mod
     python entrypoints/checkpoint/train_tiny_base.py --eval_only        # score the checkpoint that is there
-An interrupted run continues from its last HF checkpoint in --work_dir; --fresh starts again.
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 entrypoints/checkpoint/train_tiny_base.py    # two CPU cores
+An interrupted run continues from its last HF checkpoint in --work_dir; --fresh starts again. On busy CPU cores two
+processes of one thread are much faster than one process of two: threads that spin at a barrier wait for each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=ROOT / "ckpt" / "tiny-llama-mod")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "trained_models" / "tiny-llama-base")
     parser.add_argument("--max_steps", type=int, default=12_000)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=64, help="items per step, over all processes")
     parser.add_argument("--learning_rate", type=float, default=6e-3, help="of the matrices (Muon)")
     parser.add_argument("--adamw_learning_rate", type=float, default=3e-3, help="of embeddings and norms")
     parser.add_argument("--decay_share", type=float, default=0.3, help="last share of the steps, with falling rate")
@@ -58,11 +61,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """HF arguments of the run."""
+    """HF arguments of the run; every process reads the whole stream and keeps its own part of each batch."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.batch_size % world:
+        raise UserError(f"--batch_size {args.batch_size} cannot be split over {world} processes")
     return TrainingArguments(
         output_dir=str(args.work_dir),
         max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size,
+        per_device_train_batch_size=args.batch_size // world,
         logging_steps=50,
         save_steps=args.save_steps,
         save_total_limit=2,
@@ -71,6 +77,9 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         ignore_data_skip=True,
         remove_unused_columns=False,
         report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        accelerator_config={"dispatch_batches": False},
     )
 
 
@@ -106,6 +115,8 @@ def main() -> None:
     else:
         tokenizer = build_tokenizer()
         model, log = train(args, tokenizer)
+        if int(os.environ.get("RANK", "0")):
+            return
         model = model.cpu()
         write_checkpoint(args.output_dir, model, tokenizer, log, vars(args))
     held_out = {task: held_out_items(task, args.eval_items) for task in TASKS}

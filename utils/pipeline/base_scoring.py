@@ -13,18 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from utils.data.sample_tasks import Item, final_answer, generate
 from utils.pipeline.encoding import render_prompt
 
-Row = Item | dict
-
-
-def _field(item: Row, name: str):
-    return item[name] if isinstance(item, dict) else getattr(item, name)
-
-
-def _prompt(item: Row, eos: str) -> str:
-    turns = item["prompt"] if isinstance(item, dict) else item.messages[:-1]
-    return render_prompt(turns, eos)
-
-
 def held_out_items(task: str, count: int) -> list[Item]:
     """The first ``count`` different held-out items of a task (fewer if the task has no more)."""
     items: dict[str, Item] = {}
@@ -40,12 +28,12 @@ def held_out_items(task: str, count: int) -> list[Item]:
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Row],
+    items: Sequence[Item],
     batch_size: int = 64,
     max_new_tokens: int = 48,
 ) -> list[str]:
     """Greedy answers, one per item, in order; batches are padded on the left, grouped by length."""
-    prompts = [_prompt(item, tokenizer.eos_token) for item in items]
+    prompts = [render_prompt(item.messages[:-1], tokenizer.eos_token) for item in items]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers = [""] * len(prompts)
     for first in range(0, len(order), batch_size):
@@ -62,11 +50,11 @@ def generate_answers(
 
 
 def exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Row], batch_size: int = 64
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], batch_size: int = 64
 ) -> float:
     """Share of items whose greedy answer equals ``answer`` (see :func:`~utils.data.sample_tasks.final_answer`)."""
     answers = generate_answers(model, tokenizer, items, batch_size)
-    right = [final_answer(text) == _field(item, "answer") for text, item in zip(answers, items, strict=True)]
+    right = [final_answer(text) == item.answer for text, item in zip(answers, items, strict=True)]
     return sum(right) / len(right)
 
 
@@ -85,7 +73,7 @@ def text_perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def score_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: dict[str, list[Row]],
+    held_out: dict[str, list[Item]],
     free_tasks: Sequence[str],
     batch_size: int = 64,
 ) -> dict[str, dict[str, float]]:
@@ -94,7 +82,7 @@ def score_tasks(
     matches, perplexities = {}, {}
     for task, items in tqdm(held_out.items(), desc="held-out tasks", leave=False):
         if task in free_tasks:
-            perplexities[task] = text_perplexity(model, tokenizer, [_field(item, "answer") for item in items])
+            perplexities[task] = text_perplexity(model, tokenizer, [item.answer for item in items])
         else:
             matches[task] = exact_match(model, tokenizer, items, batch_size)
     matches["average"] = sum(matches.values()) / len(matches)

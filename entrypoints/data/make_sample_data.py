@@ -1,0 +1,33 @@
+"""Write the sample data: the generator's training split in the six raw formats, and the held-out items.
+
+    python entrypoints/data/make_sample_data.py                       # data/sample/raw and data/sample/heldout
+The files are the same bytes on every machine; those in git are what this command writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from utils.data.sample_files import write_sample_data
+from utils.errors import UserError, cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    """Parse, write, report."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--save_path", type=Path, default=ROOT / "data" / "sample")
+    parser.add_argument("--heldout_items", type=int, default=128, help="held-out items per task, at most")
+    args = parser.parse_args()
+    if args.heldout_items < 1:
+        raise UserError(f"--heldout_items must be at least 1, not {args.heldout_items}")
+    sizes = write_sample_data(args.save_path, args.heldout_items)
+    for path, size in sizes.items():
+        print(f"{size:>9,} bytes  {path}")
+    print(f"{sum(sizes.values()):>9,} bytes in {len(sizes)} files")
+
+
+if __name__ == "__main__":
+    cli(main)
