@@ -1,4 +1,4 @@
-"""Named routed classes, for checkpoints that carry their routers: ``AutoModelForCausalLM`` loads them by ``auto_map``."""
+"""Named routed classes: what ``auto_map`` points to in a checkpoint that carries its routers."""
 
 from __future__ import annotations
 

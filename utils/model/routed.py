@@ -22,7 +22,7 @@ class Routed:
     """Mixin in front of a module's own class; ``super().forward`` is the module itself.
 
     Attributes:
-        mod_router: its router. mod_layer: index of its decoder layer. mod_part: ``attn``, ``mlp``, ``block``, ``expert``.
+        mod_router: its router. mod_layer: its decoder layer. mod_part: ``attn``, ``mlp``, ``block`` or ``expert``.
         mod_level: ``sequence`` or ``token``. mod_logit: logit of its threshold. mod_kv_policy: ``keep`` or ``drop``.
         mod_key: the name of its router in a routing log.
     """

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from .call import RoutingCall
 from .keys_values import project_kv
 from .packing import Packing, flat_positions, key_mask, pack, query_mask, select_rows, select_tokens
-from .router import merge
 from .routed import Routed, row_counts
+from .router import merge
 
 
 class RoutedAttending(Routed):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .call import forced_decision
-from .router import straight_through
 from .routed import Routed
+from .router import straight_through
 
 
 class RoutedExperts(Routed):

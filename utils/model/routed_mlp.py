@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .router import merge
 from .routed import Routed, row_counts
+from .router import merge
 
 
 class RoutedMLP(Routed):

@@ -62,7 +62,6 @@ def route(
         raise ValueError(f"route() takes a transformers model, not {type(model).__name__}: route before wrapping it")
     install(model, config)
     if type(model) in NAMED:
-        model.config.mod_plain_model_type = model.config.model_type
         model.__class__, model.config.__class__ = NAMED[type(model)]
         model.config.model_type = type(model.config).model_type
     elif not isinstance(model, RoutedCausalLM):
@@ -73,11 +72,10 @@ def route(
 def unroute(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model again, in place; base weights are untouched. ValueError if it is not routed."""
     routed_base(model)
-    for plain, (named, named_config) in NAMED.items():
+    for plain, (named, _) in NAMED.items():
         if type(model) is named:
-            model.__class__ = plain
-            model.config.__class__ = plain.config_class
-            model.config.model_type = named_config.__mro__[2].model_type
+            model.__class__, model.config.__class__ = plain, plain.config_class
+            model.config.model_type = plain.config_class.model_type
     if hasattr(model, "mod_plain_class"):
         mix_out(model)
     uninstall(model)

@@ -1,4 +1,4 @@
-"""Routers on disk: ``router.safetensors`` (weights alone) and ``router_config.json`` (what they route, on which base)."""
+"""Routers on disk: ``router.safetensors`` (weights) and ``router_config.json`` (what they route, and on what)."""
 
 from __future__ import annotations
 

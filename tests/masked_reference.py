@@ -1,0 +1,105 @@
+"""The slow, obvious routed model: a dense one whose outputs are masked, recomputed whole for every question.
+
+It shares no code with the engine: hooks on the plain modules compute ``m = 1[σ(W·h) ≥ τ]`` from the router weights
+and multiply. Under ``kv_policy="drop"`` the keys of skipped tokens are masked as well.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+class MaskedReference:
+    """A dense model with masks; ``weights[(layer, part)]`` are router weights ``[outputs, d]``."""
+
+    def __init__(self, model, weights, parts, kv_policy="keep", threshold=0.5):
+        self.model, self.weights, self.parts = model, weights, parts
+        self.kv_policy, self.threshold = kv_policy, threshold
+        self.held = {}
+        self.real = None
+
+    @torch.no_grad()
+    def logits(self, ids, mask=None, hold=False):
+        """Dense logits under the masks; with ``hold`` the sequence decisions of the first call are kept."""
+        self.real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        if not hold:
+            self.held = {}
+        with self._hooks():
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    def decide(self, layer, part, hidden):
+        """Bool ``[b, 1]`` or ``[b, t]``."""
+        score = torch.sigmoid(hidden.float() @ self.weights[layer, part].float().T)
+        if self.parts[part] == "token":
+            return (score[..., 0] >= self.threshold) & self.real
+        if (layer, part) not in self.held:
+            total = (hidden.float() * self.real[..., None]).sum(1) / self.real.sum(1, keepdim=True)
+            score = torch.sigmoid(total @ self.weights[layer, part].float().T)
+            self.held[layer, part] = score >= self.threshold
+        return self.held[layer, part].expand(hidden.shape[:2])
+
+    @contextmanager
+    def _hooks(self):
+        with ExitStack() as stack:
+            for layer, part in self.weights:
+                for handle in self._install(layer, part):
+                    stack.callback(handle.remove)
+            yield
+
+    def _install(self, layer, part):
+        block = self.model.model.layers[layer]
+        decision = {}
+
+        def drop_keys(keep, kwargs):
+            if self.kv_policy == "keep" or self.parts[part] == "sequence":
+                return kwargs
+            tokens = keep.shape[1]
+            seen = keep[:, None, None, :] | torch.eye(tokens, dtype=torch.bool)[None, None]
+            mask = kwargs["attention_mask"]
+            if mask is None:
+                mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+            if mask.dtype == torch.bool:
+                mask = mask & seen
+            else:
+                mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+            return {**kwargs, "attention_mask": mask}
+
+        def attn_pre(module, args, kwargs):
+            decision["m"] = self.decide(layer, part, kwargs["hidden_states"])
+            return args, drop_keys(decision["m"], kwargs)
+
+        def attn_post(module, args, kwargs, output):
+            return (torch.where(decision["m"][..., None], output[0], 0.0), *output[1:])
+
+        def mlp_post(module, args, output):
+            return torch.where(self.decide(layer, part, args[0])[..., None], output, 0.0)
+
+        def block_pre(module, args, kwargs):
+            norm = getattr(block, "input_layernorm", None)
+            decision["m"] = self.decide(layer, part, args[0] if norm is None else norm(args[0]))
+            return args, drop_keys(decision["m"], kwargs)
+
+        def block_post(module, args, kwargs, output):
+            return torch.where(decision["m"][..., None], output, args[0])
+
+        def expert_pre(module, args):
+            hidden, index, weight = args
+            score = torch.sigmoid(hidden.float() @ self.weights[layer, part].float().T)
+            keep = (score.gather(1, index) >= self.threshold) & self.real.flatten()[:, None]
+            return hidden, index, weight * keep
+
+        if part == "attn":
+            return (
+                block.self_attn.register_forward_pre_hook(attn_pre, with_kwargs=True),
+                block.self_attn.register_forward_hook(attn_post, with_kwargs=True),
+            )
+        if part == "mlp":
+            return (block.mlp.register_forward_hook(mlp_post),)
+        if part == "expert":
+            return (block.mlp.experts.register_forward_pre_hook(expert_pre),)
+        return (
+            block.register_forward_pre_hook(block_pre, with_kwargs=True),
+            block.register_forward_hook(block_post, with_kwargs=True),
+        )

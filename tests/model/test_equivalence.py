@@ -1,0 +1,138 @@
+"""The engine equals the masked dense model: every family, granularity, key policy and way of splitting the work."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+
+import pytest
+import torch
+from masked_reference import MaskedReference
+from tiny_models import FAMILIES, MOE, random_batch, tiny_model
+
+from utils.model import record_routing, route, routed_modules
+from utils.model.configuration_mod import parse_granularity
+
+TOLERANCE = 1e-4
+CASES = [
+    ("attn_sequence", "keep"),
+    ("attn_token", "keep"),
+    ("attn_token", "drop"),
+    ("mlp_sequence", "keep"),
+    ("mlp_token", "keep"),
+    ("block_sequence", "keep"),
+    ("block_token", "keep"),
+    ("block_token", "drop"),
+    ("attn_token+mlp_token", "keep"),
+    ("attn_sequence+mlp_token", "keep"),
+    ("expert_token", "keep"),
+    ("attn_token+expert_token", "drop"),
+]
+MATRIX = [
+    (family, granularity, policy)
+    for family in FAMILIES
+    for granularity, policy in CASES
+    if "expert" not in granularity or family in MOE
+]
+IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+@functools.cache
+def pair(family, granularity, policy, attn):
+    """A routed model whose routers split the test inputs, and its reference."""
+    model = tiny_model(family, attn)
+    dense = copy.deepcopy(model)
+    route(model, mod_layers=[1, 2, 3], granularity=granularity, kv_policy=policy)
+    balance(model)
+    weights = {(m.mod_layer, m.mod_part): m.mod_router.weight.detach() for m in routed_modules(model).values()}
+    return model, MaskedReference(dense, weights, parse_granularity(granularity), policy)
+
+
+@torch.no_grad()
+def balance(model):
+    """Random router directions, orthogonal to the mean feature: about half of rows and tokens on either side."""
+    ids, mask = random_batch(rows=6)
+    for module in routed_modules(model).values():
+        captured = []
+        handle = module.mod_router.register_forward_pre_hook(lambda _, args, to=captured: to.append(args[0]))
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        handle.remove()
+        features = captured[0].float().flatten(0, -2)
+        generator = torch.Generator().manual_seed(module.mod_layer)
+        weight = torch.randn(module.mod_router.weight.shape, generator=generator)
+        mean = features.mean(0)
+        module.mod_router.weight.copy_(weight - (weight @ mean)[:, None] * mean / mean.dot(mean).clamp(min=1e-6))
+
+
+def close(actual, expected, real):
+    """Largest difference over real tokens."""
+    difference = (actual - expected).abs().amax(-1)[real.bool()].max().item()
+    assert difference <= TOLERANCE, f"logits differ by {difference:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity", "policy", "attn"),
+    [(*case, attn) for case in MATRIX for attn in IMPLEMENTATIONS if (case[0], attn) != ("gemma2", "sdpa")],
+)
+def test_equals_masked_dense_model(family, granularity, policy, attn):
+    model, reference = pair(family, granularity, policy, attn)
+    mixed = 0
+    with torch.no_grad():
+        for padding in (None, "left", "right"):
+            ids, mask = random_batch(padding=padding)
+            with record_routing(model) as log:
+                whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            close(whole, reference.logits(ids, mask), mask)
+            mixed += 0 < log.capacity()["total"] < 1
+            if padding != "right":
+                check_cached(model, reference, ids, mask, sequence="sequence" in granularity)
+        ids, mask = random_batch(rows=1)
+        close(model(input_ids=ids, use_cache=False).logits, reference.logits(ids), mask)
+        check_cached(model, reference, ids, mask, sequence="sequence" in granularity)
+    assert mixed, "the routers must split these inputs, or nothing is tested"
+
+
+def check_cached(model, reference, ids, mask, sequence):
+    """Prefill, a chunk and single steps through a cache equal one recomputation (with the first pass's decisions)."""
+    cuts = [0, 6, 9, 10, 11, 12]
+    cache, reference.held = None, {}
+    for start, end in itertools.pairwise(cuts):
+        out = model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        expected = reference.logits(ids[:, :end], mask[:, :end], hold=sequence and start > 0)
+        close(out.logits, expected[:, start:], mask[:, start:end])
+    assert cache.get_seq_length() == ids.shape[1]
+
+
+@pytest.mark.parametrize(("family", "granularity", "policy"), MATRIX)
+def test_generates_the_reference_text(family, granularity, policy):
+    model, reference = pair(family, granularity, policy, "eager" if family == "gemma2" else "sdpa")
+    ids, mask = random_batch(padding="left")
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    sequence, full = "sequence" in granularity, torch.cat([mask, torch.ones(3, 6, dtype=torch.long)], 1)
+    for step in range(6):
+        end = ids.shape[1] + step
+        expected = reference.logits(out.sequences[:, :end], full[:, :end], hold=sequence and step > 0)[:, -1]
+        assert (out.logits[step] - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "granularity", "policy"), MATRIX)
+def test_beam_search_equals_recomputation(family, granularity, policy):
+    """Beams fork and die; what the cache then holds must still be each beam's own past."""
+    model, reference = pair(family, granularity, policy, "eager" if family == "gemma2" else "sdpa")
+    ids, mask = random_batch(rows=2, padding="left")
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, num_beams=3, num_return_sequences=2,
+        output_scores=True, return_dict_in_generate=True, do_sample=False, length_penalty=0.0,
+    )  # fmt: skip
+    prompt, sequence = ids.shape[1], "sequence" in granularity
+    full = torch.cat([mask.repeat_interleave(2, 0), torch.ones(4, 5, dtype=torch.long)], 1)
+    if sequence:
+        reference.logits(ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0))
+    logits = reference.logits(out.sequences, full, hold=sequence)
+    chosen = logits[:, prompt - 1 : -1].log_softmax(-1).gather(2, out.sequences[:, prompt:, None])
+    assert torch.allclose(chosen.sum((1, 2)), out.sequences_scores, atol=1e-3)
