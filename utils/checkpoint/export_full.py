@@ -43,14 +43,13 @@ def export_full(run: Path, base: Path, output: Path, card: str, overwrite: bool 
     shards = {name: file for name, file in weight_map(base).items() if "mod_router" not in name}
     _check_probes(run, shards)
     with new_folder(output, overwrite, CONFIG_NAME) as staged:
-        # A single weight file keeps its name nowhere: transformers would prefer it to the index and lose the routers.
-        names = {file: "base.safetensors" if file.name == WEIGHTS else file.name for file in sorted(set(shards.values()))}
+        names = {file: shard_name(file) for file in sorted(set(shards.values()))}
         links = {name: link(file, staged / name) for file, name in names.items()}
         for pattern in BASE_FILES:
-            links |= {file.name: link(file, staged / file.name) for file in sorted(base.glob(pattern)) if file.is_file()}
+            links |= {file.name: link(file, staged / file.name) for file in base.glob(pattern) if file.is_file()}
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             (staged / name).write_bytes((run / name).read_bytes())
-        files = {**{name: names[file] for name, file in shards.items()}, **dict.fromkeys(router_keys(run), WEIGHTS_NAME)}
+        files = {name: names[file] for name, file in shards.items()} | dict.fromkeys(router_keys(run), WEIGHTS_NAME)
         size = sum(file.stat().st_size for file in names) + (run / WEIGHTS_NAME).stat().st_size
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
         (staged / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -72,8 +71,8 @@ def routed_skeleton(run: Path, base: Path) -> PreTrainedModel:
         load_routers(model, run)
     if getattr(type(model), "_auto_class", None) is None:
         raise UserError(
-            f"{base}: {type(model).__name__} has no routed class that a checkpoint can carry (Llama, Mistral and Qwen2 "
-            "have); export it with --form adapter, which works on every architecture that route() takes"
+            f"{base}: {type(model).__name__} has no routed class that a checkpoint can carry (Llama, Mistral and "
+            "Qwen2 have); export it with --form adapter, which works on every architecture that route() takes"
         )
     model.config.architectures = [type(model).__name__]
     return model
@@ -88,9 +87,15 @@ def dense_config(base: Path):
         fields = json.loads(path.read_text(encoding="utf-8"))
         kind = fields.pop("model_type").removesuffix("_mod")
         fields.pop("auto_map", None)
-        return AutoConfig.for_model(kind, **{key: value for key, value in fields.items() if not key.startswith("mod_")})
+        plain = {key: value for key, value in fields.items() if not key.startswith("mod_")}
+        return AutoConfig.for_model(kind, **plain)
     except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a configuration that transformers knows ({error})") from None
+
+
+def shard_name(file: Path) -> str:
+    """Name of a base shard in the export: a lone ``model.safetensors`` would be preferred to the index."""
+    return "base.safetensors" if file.name == WEIGHTS else file.name
 
 
 def router_keys(run: Path) -> list[str]:

@@ -64,13 +64,13 @@ def measure_cost(
 
 
 @torch.no_grad()
-def count_flops(model: PreTrainedModel, batch: Batch) -> int:
+def count_flops(model: PreTrainedModel, batch: Batch, use_cache: bool = False) -> int:
     """Floating-point operations of one forward, by torch's counter.
 
     Attention runs as plain matrix products meanwhile, because the counter knows no fused kernel on the CPU.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**batch, use_cache=False)
+        model(**batch, use_cache=use_cache)
     return counter.get_total_flops()
 
 

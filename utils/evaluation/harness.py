@@ -40,8 +40,7 @@ def evaluate(
     evaluation, for example ``force_routing(model, mask)``. Raises :class:`UserError` for a task that does not exist.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(include_path), metadata=dict(metadata or {}))
-    _check_tasks(tasks, manager)
+    manager = task_manager(tasks, include_path, metadata)
     model.eval()
     lm = MeteredLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with under or nullcontext():
@@ -95,12 +94,31 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in scores.items() if isinstance(value, (int, float)) and "," in key}
 
 
-def _check_tasks(tasks: Sequence[str], manager: TaskManager) -> None:
-    missing = [task for task in tasks if task not in manager.task_index and not Path(task).is_file()]
+def task_manager(tasks: Sequence[str], include_path: Path, metadata: Mapping[str, Any] | None) -> TaskManager:
+    """Index of our tasks, and of lm-eval's thousands only when one of those is asked for.
+
+    Raises :class:`UserError` for a task that neither has.
+    """
+    for defaults in (False, True):
+        manager = TaskManager(include_path=str(include_path), include_defaults=defaults, metadata=dict(metadata or {}))
+        if not defaults:
+            ours = manager.all_tasks
+        missing = [task for task in tasks if task not in manager.task_index]
+        if not missing and (defaults or not _refers_to_stock(tasks, manager)):
+            return manager
     if missing:
-        known = sorted(name for name, entry in manager.task_index.items() if _is_ours(entry))
-        raise UserError(f"no lm-eval task named {', '.join(missing)}; ours are {', '.join(known)}")
+        raise UserError(f"no lm-eval task named {', '.join(missing)}; ours are {', '.join(ours)}")
+    return manager
 
 
-def _is_ours(entry: Any) -> bool:
-    return entry.yaml_path is not None and TASK_CONFIGS in Path(entry.yaml_path).parents
+def _refers_to_stock(tasks: Sequence[str], manager: TaskManager) -> bool:
+    """Whether one of the groups named holds a task that only lm-eval itself defines."""
+    for task in tasks:
+        members = (manager.task_index[task].cfg or {}).get("task")
+        if isinstance(members, list):
+            names = [
+                member if isinstance(member, str) else member.get("task", member.get("group")) for member in members
+            ]
+            if any(name not in manager.task_index for name in names) or _refers_to_stock(names, manager):
+                return True
+    return False

@@ -39,7 +39,7 @@ class StaticDrop:
 
 @torch.no_grad()
 def answer_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    """Mean cross-entropy (nats) of the labelled tokens; ``batches`` hold ``input_ids, attention_mask, labels [b, t]``."""
+    """Mean cross-entropy in nats of the labelled tokens of ``input_ids, attention_mask, labels [b, t]``."""
     total, count = 0.0, 0
     for batch in batches:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits

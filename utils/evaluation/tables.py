@@ -51,7 +51,8 @@ class Table:
 
     @staticmethod
     def _align(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-        return [cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        first, *rest = zip(row, widths, strict=True)
+        return [first[0].ljust(first[1]), *[cell.rjust(width) for cell, width in rest]]
 
 
 def with_error(value: float, error: float | None, digits: int = 3) -> str:

@@ -19,7 +19,8 @@ def load(task: str, heldout_dir: str | None = None, eos: str = "</s>", **_: obje
     """Return ``{"test": Dataset}`` with columns ``text, prompt, answer, choices, gold``.
 
     A row of the file is ``{"messages": [...], "answer": str, "choices": [str, ...], "gold": int}``. ``prompt`` is the
-    rendered conversation up to its last answer, ``text`` all of it, ``choices[gold]`` the right answer.
+    rendered conversation up to the answer, ``text`` the bare answer (running text, where the task is free),
+    ``choices[gold]`` the right answer.
     Raises FileNotFoundError, with the file, if the task has none there.
     """
     path = Path(heldout_dir or HELDOUT_DIR).expanduser() / f"{task}.jsonl"
@@ -31,7 +32,7 @@ def load(task: str, heldout_dir: str | None = None, eos: str = "</s>", **_: obje
 
 def _document(row: dict, eos: str) -> dict:
     return {
-        "text": render(row["messages"], eos),
+        "text": row["answer"],
         "prompt": render(row["messages"][:-1], eos) + "<|assistant|>\n",
         "answer": row["answer"],
         "choices": row["choices"],

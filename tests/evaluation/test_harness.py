@@ -1,0 +1,84 @@
+"""Scores in process: stock lm-eval's numbers, whatever the batch, with capacity and origin beside them."""
+
+from __future__ import annotations
+
+import pytest
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.errors import UserError
+from utils.evaluation.harness import TASK_CONFIGS, evaluate, main_score
+from utils.model import force_routing, load_routers
+
+TASKS = ["mod_copy_gen", "mod_math_mc", "mod_dialogue_mc", "mod_story_text"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return AutoTokenizer.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def routed(base, run):
+    return load_routers(AutoModelForCausalLM.from_pretrained(base), run)
+
+
+@pytest.fixture(scope="module")
+def result(routed, tokenizer):
+    return evaluate(routed, tokenizer, TASKS, batch_size=4, limit=6)
+
+
+def test_scores_equal_stock_lm_eval(routed, tokenizer, result):
+    stock = simple_evaluate(
+        model=HFLM(pretrained=routed, tokenizer=tokenizer, batch_size=3),
+        tasks=TASKS,
+        limit=6,
+        task_manager=TaskManager(include_path=str(TASK_CONFIGS), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    for task in TASKS:
+        for metric, value in result["scores"][task].items():
+            if "stderr" not in metric:
+                assert value == pytest.approx(stock["results"][task][metric], rel=1e-5)
+
+
+def test_batch_size_changes_no_score(routed, tokenizer, result):
+    for batch_size in (1, 16):
+        other = evaluate(routed, tokenizer, TASKS, batch_size=batch_size, limit=6)
+        for task in TASKS:
+            assert other["scores"][task] == pytest.approx(result["scores"][task], rel=1e-5)
+            assert other["meter"][task]["capacity"] == pytest.approx(result["meter"][task]["capacity"])
+
+
+def test_meter_sees_what_runs(routed, tokenizer, result):
+    capacity = result["meter"]["mod_math_mc"]["capacity"]
+    assert set(capacity) == {"total", "1", "2", "3"} and 0 < capacity["total"] < 1
+    assert result["meter"]["mod_math_mc"]["requests"] == 24 and result["samples"]["mod_math_mc"] == 6
+    forced = force_routing(routed, {1: True, 2: False, 3: False})
+    forced = evaluate(routed, tokenizer, ["mod_math_mc"], limit=2, under=forced)
+    assert forced["meter"]["mod_math_mc"]["capacity"] == {"total": pytest.approx(1 / 3), "1": 1.0, "2": 0.0, "3": 0.0}
+
+
+def test_origin_is_recorded(result):
+    assert result["model"]["routing"]["mod_router_pooling"] == "sequence"
+    assert result["model"]["routing"]["mod_layers"] == [1, 2, 3]
+    assert {"torch", "transformers", "lm_eval"} <= set(result["provenance"]["versions"])
+    assert result["settings"]["limit"] == 6 and result["task_versions"]["mod_copy_gen"] == 1.0
+
+
+def test_dense_model_has_no_capacity(base, tokenizer):
+    dense = evaluate(AutoModelForCausalLM.from_pretrained(base), tokenizer, ["mod_copy_mc"], limit=2)
+    assert "capacity" not in dense["meter"]["mod_copy_mc"] and dense["model"]["routing"] is None
+
+
+def test_unknown_task_is_named(routed, tokenizer):
+    with pytest.raises(UserError, match="mod_heldout_gne.*mod_heldout_gen"):
+        evaluate(routed, tokenizer, ["mod_heldout_gne"])
+
+
+def test_main_score_prefers_what_a_task_is_judged_by():
+    assert main_score({"acc,none": 0.5, "acc_norm,none": 0.6, "acc_norm_stderr,none": 0.1}) == ("acc_norm", 0.6, 0.1)
+    assert main_score({"word_perplexity,none": 3.0}) == ("word_perplexity", 3.0, None)
+    assert main_score({"alias": 1.0}) is None
