@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -206,11 +207,11 @@ def _swap_class(module: nn.Module, cls: type) -> None:
         module.__class__ = cls
         return
     # accelerate's hooks bind the forward of the class they were added to (device_map): take them off and on again.
-    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-    remove_hook_from_module(module)
+    # Whoever put a hook there has imported accelerate; this file itself must load where it is not installed.
+    hooks = sys.modules["accelerate.hooks"]
+    hooks.remove_hook_from_module(module)
     module.__class__ = cls
-    add_hook_to_module(module, hook)
+    hooks.add_hook_to_module(module, hook)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
