@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
 
 from utils.model import record_routing
 
@@ -41,21 +42,23 @@ class MeteredLM(HFLM):
         for place, request in enumerate(requests):
             places.setdefault(request.task_name or "", []).append(place)
         results: list[Any] = [None] * len(requests)
-        for task, mine in places.items():
-            answers = self._metered(task, run, [requests[place] for place in mine], disable_tqdm)
+        progress = tqdm(places.items(), unit="task", disable=disable_tqdm or self.rank != 0)
+        for task, mine in progress:
+            progress.set_description(task)
+            answers = self._metered(task, run, [requests[place] for place in mine])
             for place, answer in zip(mine, answers, strict=True):
                 results[place] = answer
         return results
 
-    def _metered(self, task: str, run: Callable[..., list], requests: list[Instance], disable_tqdm: bool) -> list:
+    def _metered(self, task: str, run: Callable[..., list], requests: list[Instance]) -> list:
         start = time.perf_counter()
         entry: dict[str, Any] = {"requests": len(requests)}
         if getattr(self.model.config, "mod_layers", None):
             with record_routing(self.model) as log:
-                answers = run(requests, disable_tqdm)
+                answers = run(requests, True)
             entry["capacity"] = {str(key): float(share) for key, share in log.capacity().items()}
         else:
-            answers = run(requests, disable_tqdm)
+            answers = run(requests, True)
         entry["seconds"] = time.perf_counter() - start
         self.meter[task] = entry
         return answers

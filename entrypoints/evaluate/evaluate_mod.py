@@ -1,0 +1,79 @@
+"""Score a dense base or a tuned run with lm-eval, and note capacity and seconds per task.
+
+    python entrypoints/evaluate/evaluate_mod.py --base ckpt/tiny-llama-mod --output dense.json
+    python entrypoints/evaluate/evaluate_mod.py --run trained_models/tiny-llama-mod/... --capacity 0.5
+    python entrypoints/evaluate/evaluate_mod.py --base ckpt/mistral-7b-mod --tasks mod_paper --batch_size 8
+Several GPUs: accelerate launch entrypoints/evaluate/evaluate_mod.py ... (each process takes a share of the documents).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from utils.checkpoint.run_folder import base_of
+from utils.errors import UserError, cli
+from utils.evaluation.harness import evaluate, main_score
+from utils.evaluation.models import load_dense, load_tokenizer, load_tuned
+from utils.evaluation.output import write_json
+from utils.evaluation.tables import Table, with_error
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, help="folder with router.safetensors; without it the base runs dense")
+    parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
+    parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+    parser.add_argument("--tasks", nargs="+", default=["mod_heldout"], help="lm-eval tasks or groups")
+    parser.add_argument("--limit", type=int, help="documents per task")
+    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (default: what the task says)")
+    parser.add_argument("--batch_size", default="16", help="a number, or auto")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--metadata", type=json.loads, default={}, help="JSON passed to the tasks")
+    parser.add_argument("--output", type=Path, help="results file (default: below the run's folder)")
+    args = parser.parse_args()
+    if args.run is None and args.base is None:
+        raise UserError("name what to score: --run (tuned) or --base (dense)")
+    if args.run is None and args.capacity is not None:
+        raise UserError("--capacity turns the dial of trained routers: name them with --run")
+    if args.batch_size != "auto" and not args.batch_size.isdigit():
+        raise UserError(f"--batch_size {args.batch_size} must be a number or auto")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    base = base_of(args.run, args.base) if args.run else args.base
+    if args.run:
+        model = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype)
+    else:
+        model = load_dense(base, args.dtype)
+    result = evaluate(
+        model,
+        load_tokenizer(base),
+        args.tasks,
+        batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
+        limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        metadata=args.metadata,
+    )
+    if result is None:
+        return
+    label = "dense" if args.run is None else f"tuned-{args.capacity}" if args.capacity is not None else "tuned"
+    output = args.output or (args.run or Path("runs") / base.name) / "evaluation" / f"{label}.json"
+    write_json(output, {"name": label, "capacity_requested": args.capacity, **result})
+    rows = []
+    for task, scores in result["scores"].items():
+        if best := main_score(scores):
+            capacity = result["meter"].get(task, {}).get("capacity", {}).get("total")
+            rows.append([task, best[0], with_error(best[1], best[2]), capacity])
+    print(Table(["task", "metric", "score", "capacity"], rows).text())
+    print(f"results: {output}")
+
+
+if __name__ == "__main__":
+    cli(main)

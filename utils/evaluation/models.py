@@ -1,0 +1,54 @@
+"""Loading what is to be measured: the dense base, and the same base with routers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.checkpoint.export_full import dense_config
+from utils.checkpoint.links import weight_map
+from utils.errors import UserError
+from utils.model import load_routers
+
+
+def load_dense(base: Path, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """The base as its plain family, in evaluation mode, whatever routing fields its configuration carries.
+
+    Raises :class:`UserError` for a folder without a configuration or safetensors weights.
+    """
+    config = dense_config(base)
+    weight_map(base)
+    model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=precision(dtype), use_safetensors=True)
+    return model.to(device or default_device()).eval()
+
+
+def load_tuned(
+    base: Path, run: Path, capacity: float | None = None, dtype: str = "auto", device: str | None = None
+) -> PreTrainedModel:
+    """The base with the routers of a run; ``capacity`` turns the dial that the run stored."""
+    return load_routers(load_dense(base, dtype, device), run, capacity=capacity).eval()
+
+
+def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; :class:`UserError` if the folder has none."""
+    try:
+        return AutoTokenizer.from_pretrained(base, config=dense_config(base))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{base}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from None
+
+
+def precision(name: str) -> torch.dtype | str:
+    """``auto`` or a torch dtype by its name."""
+    if name == "auto":
+        return name
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"--dtype {name} is none of auto, float32, bfloat16, float16")
+    return dtype
+
+
+def default_device() -> str:
+    """The first GPU, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
