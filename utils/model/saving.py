@@ -57,9 +57,10 @@ def save_routers(
 
     Args:
         state: the weights, where the caller has gathered them from shards; else they are read from the model.
-        extra: further entries of the configuration (calibration, provenance), JSON-serialisable.
+        extra: further entries of the configuration (calibration, provenance), JSON-serialisable; ``base`` is the
+            identity of the base, needed where the model's own weights lie in shards.
     """
-    folder = Path(folder)
+    folder, extra = Path(folder), dict(extra or {})
     folder.mkdir(parents=True, exist_ok=True)
     state = (
         router_state(model) if state is None else {k: v.detach().float().cpu().contiguous() for k, v in state.items()}
@@ -68,7 +69,8 @@ def save_routers(
     if set(state) != expected:
         raise UserError(f"router weights {sorted(set(state) ^ expected)} do not belong to this model")
     base = routed_base(model)
-    config = {"format": FORMAT, **base.mod_config.to_fields(), "base": base_identity(model), **(extra or {})}
+    identity = extra.pop("base", None) or base_identity(model)
+    config = {"format": FORMAT, **base.mod_config.to_fields(), "base": identity, **extra}
     _replace(folder / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
     _replace(folder / CONFIG_NAME, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
     return folder

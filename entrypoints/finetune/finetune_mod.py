@@ -1,0 +1,60 @@
+"""Tune the routers of a Mixture-of-Depths model.
+
+    python entrypoints/finetune/finetune_mod.py --folder_name tiny-llama-mod --data_type alpaca
+    python entrypoints/finetune/finetune_mod.py --folder_name mistral-7b-mod --mod_n 16 --target_capacity 0.5 --dry_run
+
+``scripts/finetune_mod.sh`` starts it on one or many devices. Routers, settings and logs appear in
+``trained_models/<base>/<data>/<knobs>``; ``--resume_from_checkpoint auto`` continues a run that was interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from utils.errors import cli
+from utils.pipeline.command_line import parse_command
+from utils.pipeline.interruption import Interruption
+from utils.pipeline.quiet import quieten
+from utils.pipeline.tuning import Preparation, run_tuning
+
+RANK = int(os.environ.get("RANK", 0))
+EXIT_CODE_FILE = "ROUTER_TUNING_EXIT_CODE_FILE"
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Check everything, then tune."""
+    interruption = Interruption().install()
+    quieten(RANK)
+    command = parse_command()
+    for note in command.notes:
+        logger.info(note)
+    preparation = Preparation(command)
+    if command.training.check_inputs:
+        return
+    tuned = run_tuning(preparation, interruption)
+    if tuned.interrupted:
+        logger.info(f"interrupted after step {tuned.trainer.state.global_step}; continue with RESUME=auto")
+        raise SystemExit(interruption.exit_code)
+    if RANK == 0:
+        print(f"output: {preparation.output}")
+
+
+def report_exit_code() -> None:
+    """Run, and leave the exit code where the script that started the launcher finds it: launchers turn all into 1."""
+    code: int | str | None = 1
+    try:
+        cli(main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+        raise
+    finally:
+        if RANK == 0 and EXIT_CODE_FILE in os.environ:
+            Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
+
+
+if __name__ == "__main__":
+    report_exit_code()
