@@ -25,10 +25,11 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from utils.data.sample_files import distinct_items
 from utils.data.sample_tasks import FREE_TASKS, TASKS
 from utils.errors import UserError, cli
 from utils.pipeline.base_checkpoint import read_checkpoint, write_card, write_checkpoint
-from utils.pipeline.base_scoring import held_out_items, score_tasks
+from utils.pipeline.base_scoring import score_tasks
 from utils.pipeline.base_training import TASK_WEIGHTS, SampleStream, build_tokenizer, collate, tiny_config
 from utils.pipeline.muon import MuonWithAdamW
 
@@ -60,15 +61,19 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def world_size() -> int:
+    """Processes of this run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     """HF arguments of the run; every process reads the whole stream and keeps its own part of each batch."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.batch_size % world:
-        raise UserError(f"--batch_size {args.batch_size} cannot be split over {world} processes")
+    if args.batch_size % world_size():
+        raise UserError(f"--batch_size {args.batch_size} cannot be split over {world_size()} processes")
     return TrainingArguments(
         output_dir=str(args.work_dir),
         max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size // world,
+        per_device_train_batch_size=args.batch_size // world_size(),
         logging_steps=50,
         save_steps=args.save_steps,
         save_total_limit=2,
@@ -118,8 +123,8 @@ def main() -> None:
         if int(os.environ.get("RANK", "0")):
             return
         model = model.cpu()
-        write_checkpoint(args.output_dir, model, tokenizer, log, vars(args))
-    held_out = {task: held_out_items(task, args.eval_items) for task in TASKS}
+        write_checkpoint(args.output_dir, model, tokenizer, log, {**vars(args), "world_size": world_size()})
+    held_out = {task: distinct_items(task, "heldout", args.eval_items) for task in TASKS}
     scores = score_tasks(model, tokenizer, held_out, FREE_TASKS)
     write_card(args.output_dir, scores, args.eval_items)
     for task, share in scores["exact_match"].items():

@@ -29,6 +29,8 @@ ROUTING_FIELDS = {
 }
 """The deepest six of twelve layers except the last."""
 
+CARD_START, CARD_END = "<!-- results: written by train_tiny_base.py -->", "<!-- end of results -->"
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all."""
@@ -80,7 +82,29 @@ def read_checkpoint(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
     return model, AutoTokenizer.from_pretrained(folder, config=model.config)
 
 
+def results_table(scores: Mapping[str, Mapping[str, float]], items: int) -> str:
+    """Markdown table of :func:`~utils.pipeline.base_scoring.score_tasks`, best task first."""
+    matches = dict(scores["exact_match"])
+    average = matches.pop("average")
+    perplexities = scores["perplexity"]
+    ranked = sorted(matches.items(), key=lambda pair: -pair[1])
+    good = sum(share >= 0.95 for share in matches.values())
+    lines = [f"Held-out items per task: at most {items}. Greedy generation, exact match of the whole answer.", ""]
+    lines += ["| task | exact match |", "|---|---|"]
+    lines += [f"| {task} | {share:.3f} |" for task, share in ranked]
+    lines += [f"| **average of {len(matches)} tasks** | **{average:.3f}** |", ""]
+    lines += [f"{good} of {len(matches)} tasks reach 0.95."]
+    lines += [f"Perplexity of bare {task} text, per token: {value:.2f}." for task, value in perplexities.items()]
+    return "\n".join(lines)
+
+
 def write_card(folder: Path, scores: Mapping[str, Mapping[str, float]], items: int) -> None:
-    """Write ``eval_results.json`` and the table between the markers of ``README.md``."""
+    """Write ``eval_results.json``, and the same into ``README.md``, between its markers or at its end."""
     results = {"items_per_task": items, **scores}
     write_text(folder / "eval_results.json", json.dumps(results, indent=2) + "\n")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {folder.name}\n"
+    before, marker, rest = text.partition(CARD_START)
+    after = rest.partition(CARD_END)[2] if marker else "\n"
+    block = f"{CARD_START}\n{results_table(scores, items)}\n{CARD_END}"
+    write_text(card, f"{before}{block}{after}" if marker else f"{before}\n{block}{after}")

@@ -10,18 +10,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.data.sample_tasks import Item, final_answer, generate
+from utils.data.sample_tasks import Item, final_answer
 from utils.pipeline.encoding import render_prompt
-
-def held_out_items(task: str, count: int) -> list[Item]:
-    """The first ``count`` different held-out items of a task (fewer if the task has no more)."""
-    items: dict[str, Item] = {}
-    for seed in range(4 * count):
-        item = generate(task, seed, "heldout")
-        items.setdefault(repr(item.messages[:-1]), item)
-        if len(items) == count:
-            break
-    return list(items.values())
 
 
 @torch.no_grad()
