@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All checks: environment if needed, lint, format, tests. Arguments go to pytest:
+#   bash scripts/test.sh
+#   bash scripts/test.sh tests/model -k padding
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ensure_environment
+cd "$ROOT"
+
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"
