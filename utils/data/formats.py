@@ -1,0 +1,144 @@
+"""The six raw data sets: what their rows look like, and how a row becomes messages.
+
+Facts (file names, senders, labels, prompt texts) are those of the published recipe, so that the rows which both
+accept are equal: same ``dataset`` label, same ``id``, same messages in the same order. What is left out and why is
+in :mod:`utils.data.policy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from utils.data.policy import Message, Reject, checked, json_type
+
+Row = Mapping[str, object]
+Converter = Callable[[Row], list[Message]]
+
+_HUMAN_AND_GPT = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A raw data set.
+
+    ``label`` is the published name that rows carry, ``raw_file`` the published file, ``columns`` the fields that are
+    read, and ``convert`` maps a row (a parsed JSON object) to checked messages or raises :class:`Reject`.
+    """
+
+    name: str
+    label: str
+    raw_file: str
+    columns: tuple[str, ...]
+    convert: Converter
+
+
+def _conversation(senders: Mapping[str, str], filtered: Mapping[str, str]) -> Converter:
+    """Rows ``{"conversations": [{"from", "value"}, …]}``; a sender in ``filtered`` leaves the row out for that reason."""
+
+    def convert(row: Row) -> list[Message]:
+        turns = row.get("conversations")
+        if turns.__class__ is not list:
+            raise _fault(row, senders, filtered)
+        try:
+            messages = [{"role": senders[turn["from"]], "content": turn["value"]} for turn in turns]
+        except (KeyError, TypeError):
+            raise _fault(row, senders, filtered) from None
+        return checked(messages)
+
+    return convert
+
+
+def _fault(row: Row, senders: Mapping[str, str], filtered: Mapping[str, str]) -> Reject:
+    """What keeps a row from being a conversation."""
+    turns = _field(row, "conversations", list)
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            return Reject("wrong_type", f"turn {number} is {json_type(turn)}, not an object")
+        sender = _field(turn, "from", str, f"turn {number}: ")
+        if sender in filtered:
+            return Reject(filtered[sender], f"turn {number} is from {sender!r}")
+        if sender not in senders:
+            return Reject("unknown_sender", f"turn {number} is from {sender!r}; known: {', '.join(senders)}")
+        _field(turn, "value", str, f"turn {number}: ")
+    return Reject("wrong_type", "conversations cannot be read")
+
+
+def _field(holder: Row, key: str, kind: type, where: str = "") -> object:
+    if key not in holder:
+        raise Reject("missing_field", f"{where}no {key!r}")
+    if not isinstance(holder[key], kind):
+        wanted = json_type(kind())
+        raise Reject("wrong_type", f"{where}{key!r} is {json_type(holder[key])}, not {wanted}")
+    return holder[key]
+
+
+def _pair(question: str, answer: str) -> Converter:
+    """Rows of a question and an answer: one exchange."""
+
+    def convert(row: Row) -> list[Message]:
+        user, assistant = _field(row, question, str), _field(row, answer, str)
+        return checked([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+
+    return convert
+
+
+def _alpaca(row: Row) -> list[Message]:
+    """Instruction and output; an input that is not the empty string follows the instruction on a line of its own."""
+    instruction, output = _field(row, "instruction", str), _field(row, "output", str)
+    given = row.get("input")
+    if given is not None and not isinstance(given, str):
+        raise Reject("wrong_type", f"'input' is {json_type(given)}, not a string")
+    user = f"{instruction}\nInput: {given}\n" if given else instruction
+    return checked([{"role": "user", "content": user}, {"role": "assistant", "content": output}])
+
+
+_ALL = (
+    Format(
+        name="vicuna_sharegpt",
+        label="ShareGPT_Vicuna_unfiltered",
+        raw_file="ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
+        columns=("conversations",),
+        convert=_conversation(
+            {**_HUMAN_AND_GPT, "bard": "assistant", "system": "system"}, filtered={"bing": "bing_sender"}
+        ),
+    ),
+    Format(
+        name="evol_instruct",
+        label="WizardLM_evol_instruct_V2_143k",
+        raw_file="WizardLM_evol_instruct_V2_143k.json",
+        columns=("conversations",),
+        convert=_conversation(_HUMAN_AND_GPT, filtered={"bing": "bing_sender", "system": "system_turn"}),
+    ),
+    Format(
+        name="slim_orca",
+        label="SlimOrca",
+        raw_file="oo-labeled_correct.gpt4.sharegpt.jsonl",
+        columns=("conversations",),
+        convert=_conversation({**_HUMAN_AND_GPT, "system": "system"}, filtered={}),
+    ),
+    Format(
+        name="meta_math_qa",
+        label="MetaMathQA",
+        raw_file="MetaMathQA-395K.json",
+        columns=("query", "response"),
+        convert=_pair("query", "response"),
+    ),
+    Format(
+        name="evol_code_alpaca",
+        label="evol_codealpaca_v1",
+        raw_file="train.jsonl",
+        columns=("instruction", "output"),
+        convert=_pair("instruction", "output"),
+    ),
+    Format(
+        name="alpaca",
+        label="alpaca",
+        raw_file="alpaca_data.json",
+        columns=("instruction", "input", "output"),
+        convert=_alpaca,
+    ),
+)
+
+FORMATS: dict[str, Format] = {known.name: known for known in _ALL}
+"""The six data sets by folder name."""

@@ -1,0 +1,77 @@
+"""One JSON value per line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import orjson
+
+from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, Block, Place, Unreadable, parse_slowly
+
+
+def line_blocks(stream: BinaryIO, start: Place) -> Iterator[Block]:
+    """Blocks of a JSONL stream that stands at ``start``; a line that is no JSON is an :class:`Unreadable` row.
+
+    Lines end with LF or CRLF, the last one with the end of the file; blank lines are no rows.
+    """
+    rest, place = b"", start
+    while True:
+        chunk = stream.read(BLOCK_BYTES)
+        if place.offset == 0 and not rest:
+            rest = b""
+            if chunk.startswith(BOM):
+                chunk, place = chunk[len(BOM) :], Place(len(BOM), 0)
+        data = rest + chunk
+        cut = data.rfind(b"\n") + 1 if chunk else len(data)
+        if cut:
+            block = _block(data[:cut], place)
+            place = block.after
+            if block.rows:
+                yield block
+        rest = data[cut:]
+        if not chunk:
+            return
+        if len(rest) > MAX_ROW_BYTES:
+            block, rest = _skip_line(stream, len(rest), place)
+            place = block.after
+            yield block
+
+
+def _block(data: bytes, start: Place) -> Block:
+    lines = data.split(b"\n")
+    if not lines[-1]:
+        lines.pop()
+    after = Place(start.offset + len(data), start.line + len(lines))
+    try:
+        return Block(list(map(orjson.loads, lines)), after, lambda row: start.line + row + 1)
+    except orjson.JSONDecodeError:
+        pass
+    rows, numbers = [], []
+    for number, line in enumerate(lines, start.line + 1):
+        if line.strip():
+            rows.append(_parse(line))
+            numbers.append(number)
+    return Block(rows, after, numbers.__getitem__)
+
+
+def _parse(line: bytes) -> object:
+    if len(line) > MAX_ROW_BYTES:
+        return Unreadable("row_too_large", f"more than {MAX_ROW_BYTES >> 20} MiB in one line")
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return parse_slowly(line)
+
+
+def _skip_line(stream: BinaryIO, read: int, start: Place) -> tuple[Block, bytes]:
+    """Pass over a line too long to keep, of which ``read`` bytes are read; the row's stand-in, and what follows it."""
+    rest, ended = b"", False
+    while not ended:
+        chunk = stream.read(BLOCK_BYTES)
+        end = chunk.find(b"\n") + 1
+        ended = bool(end) or not chunk
+        read += end or len(chunk)
+        rest = chunk[end:] if end else b""
+    row = Unreadable("row_too_large", f"{read:,} bytes in one line, more than {MAX_ROW_BYTES >> 20} MiB")
+    return Block([row], Place(start.offset + read, start.line + 1), lambda _: start.line + 1), rest
