@@ -1,6 +1,6 @@
 """Convert raw data sets to ``{"dataset", "id", "messages"}`` JSONL.
 
-    python entrypoints/data/reformat_datasets.py --raw_data_root ./data/raw --save_path ./data/reformatted
+python entrypoints/data/reformat_datasets.py --raw_data_root ./data/raw --save_path ./data/reformatted
 """
 
 from __future__ import annotations

@@ -135,9 +135,13 @@ class ArrayReader:
     def _broken(self, fault: str) -> UserError:
         line = self._place.line + 1
         if self._exhausted:
-            return UserError(f"{self._name}:{line}: the array breaks off or is broken in the row that starts here: {fault}")
+            return UserError(
+                f"{self._name}:{line}: the array breaks off or is broken in the row that starts here: {fault}"
+            )
         limit = MAX_ROW_BYTES >> 20
-        return UserError(f"{self._name}:{line}: the row that starts here is broken or larger than {limit} MiB: {fault}")
+        return UserError(
+            f"{self._name}:{line}: the row that starts here is broken or larger than {limit} MiB: {fault}"
+        )
 
     def _check_end(self) -> None:
         while True:
@@ -164,7 +168,9 @@ def _elements(text: str) -> Iterator[tuple[object, int, int]]:
         position = _GAP.match(text, end).end() + 1
         delimiter = text[position - 1 : position]
         if delimiter not in (",", "]"):
-            raise ValueError(f"{delimiter!r} where a comma or the end of the array should be" if delimiter else "no end")
+            raise ValueError(
+                f"{delimiter!r} where a comma or the end of the array should be" if delimiter else "no end"
+            )
         yield _without_bytes(text[begin:end], value), begin, position
         if delimiter == "]":
             return
@@ -174,7 +180,9 @@ def _without_bytes(raw: str, value: object) -> object:
     try:
         raw.encode("utf-8")
     except UnicodeEncodeError as error:
-        return Unreadable("invalid_utf8", f"character {error.start} of the row is byte 0x{ord(raw[error.start]) & 255:02x}")
+        return Unreadable(
+            "invalid_utf8", f"character {error.start} of the row is byte 0x{ord(raw[error.start]) & 255:02x}"
+        )
     return value
 
 

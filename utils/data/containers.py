@@ -35,7 +35,9 @@ def data_files(folder: Path, published: str) -> list[Path]:
     exact = folder / published
     if exact.is_file():
         return [exact]
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jsonl", ".gz") and path.is_file()]
+    files = [
+        path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jsonl", ".gz") and path.is_file()
+    ]
     if not files:
         raise UserError(f"{folder} holds no data file")
     return files

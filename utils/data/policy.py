@@ -75,7 +75,9 @@ def json_type(value: object) -> str:
         (int, "a number"),
         (float, "a number"),
     )
-    return next((name for kind, name in names if isinstance(value, kind)), "null" if value is None else "no JSON value")
+    return next(
+        (name for kind, name in names if isinstance(value, kind)), "null" if value is None else "no JSON value"
+    )
 
 
 def _blank(message: Message) -> bool:
