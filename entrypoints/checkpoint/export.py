@@ -1,7 +1,9 @@
-"""Export a tuned run as a checkpoint folder for stock tools (transformers, lm-eval, peft).
+"""Export a tuned run for stock tools (transformers, lm-eval, peft).
 
-python entrypoints/checkpoint/export.py --run trained_models/tiny-llama-mod/mixed/... --output exports/tiny
-lm_eval --model hf --model_args pretrained=exports/tiny,trust_remote_code=True --tasks ...
+    python entrypoints/checkpoint/export.py --run trained_models/tiny-llama-mod/alpaca/... --output exports/tiny
+    lm_eval --model hf --model_args pretrained=exports/tiny,trust_remote_code=True --tasks ...
+Forms: full (a checkpoint folder; base shards are linked, not copied), adapter (routers alone, for load_routers), peft
+(LoRA and routers beside a routed base), merged (LoRA merged into a full copy of the weights).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 from pathlib import Path
 
 from utils.checkpoint.card import model_card
+from utils.checkpoint.export_forms import export_adapter, export_merged, export_peft
 from utils.checkpoint.export_full import export_full
 from utils.checkpoint.run_folder import base_of
 from utils.errors import UserError, cli
@@ -25,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="folder of the tuning run")
     parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--form", choices=("full", "adapter", "peft", "merged"), default="full")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser.parse_args()
 
@@ -33,12 +37,19 @@ def main() -> None:
     args = parse_args()
     if not args.run.is_dir():
         raise UserError(f"--run {args.run} is no folder; name the output folder of a tuning run")
-    base = base_of(args.run, args.base)
     comparison = args.run / COMPARISON
     scores = measured(json.loads(comparison.read_text(encoding="utf-8"))) if comparison.is_file() else None
-    report = export_full(args.run, base, args.output, model_card(args.run, base, scores), args.overwrite)
-    print(f"{args.output}: {len(report['links'])} files linked to {base}, {report['bytes_added']:,} bytes added")
-    print(f"lm_eval --model hf --model_args pretrained={args.output},trust_remote_code=True --tasks ...")
+    card = model_card(args.run, args.form, scores)
+    if args.form == "adapter":
+        report = export_adapter(args.run, args.output, card, args.overwrite)
+    else:
+        write = {"full": export_full, "peft": export_peft, "merged": export_merged}[args.form]
+        report = write(args.run, base_of(args.run, args.base), args.output, card, args.overwrite)
+    print(f"{args.output}: {len(report['links'])} files linked, {report['bytes_added']:,} bytes written")
+    if args.form != "adapter":
+        peft = f",peft={args.output}" if args.form == "peft" else ""
+        folder = args.output / "base" if args.form == "peft" else args.output
+        print(f"lm_eval --model hf --model_args pretrained={folder}{peft},trust_remote_code=True --tasks ...")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.checkpoint.run_folder import base_of, read_run, training_log
+from utils.checkpoint.run_folder import base_of, data_of, read_run, training_log
 from utils.errors import UserError, cli
 from utils.evaluation.comparison import Plan, compare
 from utils.evaluation.figures import capacity_figure, quality_figure
@@ -46,13 +46,10 @@ def parse_args() -> argparse.Namespace:
 
 def search_file(args: argparse.Namespace) -> Path:
     """Rows for the static search: given, or those that the run was tuned on."""
-    if args.search_rows:
-        return args.search_rows
-    arguments = read_run(args.run).get("arguments", {})
-    if arguments.get("train_file"):
-        return Path(arguments["train_file"])
-    kind = arguments.get("data_type", "mixed")
-    return ROOT / "data" / ("mixed" if kind == "mixed" else f"reformatted/{kind}") / "data.jsonl"
+    path = args.search_rows or data_of(args.run)
+    if path is None:
+        raise UserError(f"{args.run}/run.json names no data; give rows for the static search with --search_rows")
+    return path
 
 
 def main() -> None:

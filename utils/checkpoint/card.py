@@ -21,23 +21,58 @@ KNOBS = (
     "router_only",
     "seed",
 )
+VARIABLES = {
+    "FOLDER_NAME": "folder_name",
+    "DATA_TYPE": "data_type",
+    "MAX_TRAIN_SAMPLES": "max_train_samples",
+    "MOD_N": "mod_n",
+    "GRANULARITY": "granularity",
+    "ROUTER_ONLY": "router_only",
+    "LEARNING_RATE": "learning_rate",
+    "WEIGHT_DECAY": "weight_decay",
+    "NUM_EPOCHS": "num_train_epochs",
+    "MAX_SEQ_LENGTH": "max_seq_length",
+    "GRADIENT_SCALE": "gradient_scale",
+    "TARGET_CAPACITY": "target_capacity",
+}
+"""Environment variables of the published script, and the arguments that they set."""
+USAGE = {
+    "adapter": (
+        "```python\nfrom utils.model import load_routers  # the Router-Tuning repository\n\n"
+        'model = load_routers(AutoModelForCausalLM.from_pretrained("BASE"), "PATH")\n```'
+    ),
+    "peft": (
+        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        'base = AutoModelForCausalLM.from_pretrained("PATH/base", trust_remote_code=True)\n'
+        'model = PeftModel.from_pretrained(base, "PATH")\n```\n\n'
+        "```bash\nlm_eval --model hf --tasks ... "
+        "--model_args pretrained=PATH/base,peft=PATH,trust_remote_code=True\n```"
+    ),
+    "full": (
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n```\n\n'
+        "```bash\nlm_eval --model hf --model_args pretrained=PATH,trust_remote_code=True --tasks ...\n```"
+    ),
+}
+USAGE["merged"] = USAGE["full"]
 
 
-def model_card(run: Path, base: Path, scores: str | None = None) -> str:
+def model_card(run: Path, form: str = "full", scores: str | None = None) -> str:
     """Markdown with YAML front matter: base, data, recipe, capacity, scores and the command that rebuilds them.
 
     ``scores`` is Markdown of a measured comparison. Facts that the run did not record are left out, never guessed.
     """
     record, routing = read_run(run), read_router_config(run)
     arguments = record.get("arguments", {})
-    name = (routing.get("base") or {}).get("name_or_path") or base.name
+    name = arguments.get("model_name_or_path") or (routing.get("base") or {}).get("name_or_path") or "its base"
+    name = Path(name).name if name.startswith(("/", ".")) else name
     parts = [_front_matter(name), f"# {name} with Router-Tuning", _method(name, routing)]
     facts = _facts(record, arguments)
     if facts:
         parts += ["## Training", facts]
     if scores:
         parts += ["## Scores", scores]
-    parts += ["## Use", _usage()]
+    parts += ["## Use", USAGE[form]]
     return "\n\n".join(parts) + "\n"
 
 
@@ -57,20 +92,20 @@ def _method(name: str, routing: dict[str, Any]) -> str:
 
 def _facts(record: dict[str, Any], arguments: dict[str, Any]) -> str:
     rows = [f"| {key} | {arguments[key]} |" for key in KNOBS if arguments.get(key) is not None]
-    data = record.get("data")
-    if isinstance(data, dict):
-        rows += [f"| data {key} | {value} |" for key, value in data.items() if isinstance(value, (str, int, float))]
-    if isinstance(record.get("git_commit"), str):
-        rows.append(f"| commit | {record['git_commit']} |")
-    table = "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
-    command = record.get("command")
-    text = " ".join(command) if isinstance(command, list) else command
-    return "\n\n".join(part for part in (table, f"```bash\n{text}\n```" if text else "") if part)
+    data = record.get("data") or {}
+    if data:
+        rows.append(
+            f"| data | {Path(data['path']).parent.name}, {data['rows']} rows, sha256 `{data['sha256'][:16]}` |"
+        )
+    rows += [f"| {key} | {record[key]} |" for key in ("steps", "reached_capacity", "git_commit") if record.get(key)]
+    if not rows:
+        return ""
+    command = f"```bash\n{tuning_command(arguments)}\n```" if arguments.get("folder_name") else ""
+    return "\n\n".join(part for part in ("\n".join(["| | |", "|---|---|", *rows]), command) if part)
 
 
-def _usage() -> str:
-    return (
-        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)\n```\n\n'
-        "```bash\nlm_eval --model hf --model_args pretrained=PATH,trust_remote_code=True --tasks ...\n```"
-    )
+def tuning_command(arguments: dict[str, Any]) -> str:
+    """The published command line of a run, its knobs as environment variables."""
+    values = {variable: arguments.get(name) for variable, name in VARIABLES.items()}
+    assigned = [f"{variable}={value}" for variable, value in values.items() if value is not None]
+    return " ".join([*assigned, "bash scripts/finetune_mod.sh"])

@@ -39,9 +39,18 @@ def export_full(run: Path, base: Path, output: Path, card: str, overwrite: bool 
     Returns ``{"links": {file: "hard" | "symbolic"}, "bytes_added": int}``, the bytes that are not links.
     Raises :class:`UserError` if a part is missing, damaged, or does not fit the base.
     """
+    if (run / "adapter").is_dir():
+        raise UserError(f"{run} tuned LoRA as well: use --form peft, or --form merged for a full copy of the weights")
+    if (run / "model").is_dir():  # all weights were tuned: they are the base of this export
+        return link_routed(run, run / "model", output, card, overwrite)
+    _check_probes(run, base)
+    return link_routed(run, base, output, card, overwrite)
+
+
+def link_routed(run: Path, base: Path, output: Path, card: str, overwrite: bool = False) -> dict[str, Any]:
+    """The folder of :func:`export_full` for routers and weights that are known to belong together."""
     model = routed_skeleton(run, base)
     shards = {name: file for name, file in weight_map(base).items() if "mod_router" not in name}
-    _check_probes(run, shards)
     with new_folder(output, overwrite, CONFIG_NAME) as staged:
         names = {file: shard_name(file) for file in sorted(set(shards.values()))}
         links = {name: link(file, staged / name) for file, name in names.items()}
@@ -104,9 +113,9 @@ def router_keys(run: Path) -> list[str]:
         return list(file.keys())
 
 
-def _check_probes(run: Path, shards: dict[str, Path]) -> None:
+def _check_probes(run: Path, base: Path) -> None:
     """Compare a few embedding values with those of the base that the routers were trained on."""
-    saved = (read_router_config(run).get("base") or {}).get("probes")
+    saved, shards = (read_router_config(run).get("base") or {}).get("probes"), weight_map(base)
     name = next((name for name in shards if name.endswith("embed_tokens.weight")), None)
     if not saved or name is None:
         return

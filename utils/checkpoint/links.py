@@ -38,15 +38,25 @@ def new_folder(target: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     old = staged.with_name(staged.name + ".old")
     try:
         yield staged
-        umask = os.umask(0)
-        os.umask(umask)
-        staged.chmod(0o777 & ~umask)
+        _ordinary_permissions(staged)
         if target.exists():
             target.rename(old)
         staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _ordinary_permissions(folder: Path) -> None:
+    """Temporary folders and safetensors files are made for their owner alone; linked files are not ours to change."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for path in folder.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o777 & ~umask)
+        elif not path.is_symlink() and path.stat().st_nlink == 1:
+            path.chmod(0o666 & ~umask)
 
 
 def link(source: Path, target: Path) -> str:

@@ -30,27 +30,27 @@ def base_of(run: Path, given: Path | None = None) -> Path:
 
     Raises :class:`UserError` if neither is a folder with a ``config.json``.
     """
-    arguments = read_run(run).get("arguments", {})
-    candidates = [given] if given else []
-    if not given and arguments.get("model_name_or_path"):
-        candidates.append(Path(arguments["model_name_or_path"]))
-    if not given and arguments.get("folder_name"):
-        candidates.append(ROOT / "ckpt" / arguments["folder_name"])
+    record = read_run(run)
+    named, folder_name = record.get("base", {}).get("path"), record.get("arguments", {}).get("folder_name")
+    candidates = [given] if given else [Path(named)] if named else []
+    if not given and folder_name:  # the repository may have moved since
+        candidates.append(ROOT / "ckpt" / folder_name)
     for folder in candidates:
         if (folder / "config.json").is_file():
             return folder
-    named = ", ".join(map(str, candidates)) or "nothing"
-    raise UserError(f"{run}: the base is named as {named}, which is no checkpoint folder here; name it with --base")
+    where = ", ".join(map(str, candidates)) or "run.json names none"
+    raise UserError(f"{run}: no checkpoint folder of its base ({where}); name it with --base")
+
+
+def data_of(run: Path) -> Path | None:
+    """JSONL file that a run was tuned on, if ``run.json`` names one."""
+    path = read_run(run).get("data", {}).get("path")
+    return Path(path) if path else None
 
 
 def training_log(run: Path) -> list[dict[str, Any]]:
-    """Log lines of the run: of ``metrics.jsonl``, else of ``trainer_state.json``; empty if it has neither."""
-    lines = run / "metrics.jsonl"
-    if lines.is_file():
-        return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
-    states = sorted([*run.glob("trainer_state.json"), *run.glob("checkpoint-*/trainer_state.json")], key=_newest)
-    return json.loads(states[-1].read_text(encoding="utf-8"))["log_history"] if states else []
-
-
-def _newest(path: Path) -> tuple[int, float]:
-    return int(path.parent == path.parents[1]), path.stat().st_mtime
+    """Log lines of the run, from ``metrics.jsonl``; empty where it wrote none."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.checkpoint.export_forms import ADAPTER
 from utils.checkpoint.export_full import dense_config
 from utils.checkpoint.links import weight_map
 from utils.errors import UserError
-from utils.model import load_routers
+from utils.model import is_routed, load_routers, set_thresholds
+from utils.model.saving import read_router_config, thresholds_for
 
 
 def load_dense(base: Path, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
@@ -27,8 +30,26 @@ def load_dense(base: Path, dtype: str = "auto", device: str | None = None) -> Pr
 def load_tuned(
     base: Path, run: Path, capacity: float | None = None, dtype: str = "auto", device: str | None = None
 ) -> PreTrainedModel:
-    """The base with the routers of a run; ``capacity`` turns the dial that the run stored."""
-    return load_routers(load_dense(base, dtype, device), run, capacity=capacity).eval()
+    """What a run trained, in evaluation mode: routers on the base, with LoRA where the run has an ``adapter``, or the
+    run's own weights where it trained all of them. ``capacity`` turns the dial that the run stored.
+    """
+    if (run / "model").is_dir():
+        return _load_fully_tuned(run, capacity, dtype, device)
+    model = load_routers(load_dense(base, dtype, device), run, capacity=capacity)
+    if (run / ADAPTER).is_dir():
+        model = PeftModel.from_pretrained(model, run / ADAPTER).get_base_model()
+    return model.eval()
+
+
+def _load_fully_tuned(run: Path, capacity: float | None, dtype: str, device: str | None) -> PreTrainedModel:
+    """All weights were tuned: ``model/`` holds them with their routers."""
+    weight_map(run / "model")
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=precision(dtype), use_safetensors=True)
+    if not is_routed(model):
+        raise UserError(f"{run / 'model'}: its class cannot carry routers (Llama, Mistral and Qwen2 can)")
+    if capacity is not None:
+        set_thresholds(model, thresholds_for(read_router_config(run), capacity, run))
+    return model.to(device or default_device()).eval()
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
