@@ -41,11 +41,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "ckpt" / "tiny-llama-mod")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "trained_models" / "tiny-llama-base")
-    parser.add_argument("--max_steps", type=int, default=12_000)
-    parser.add_argument("--batch_size", type=int, default=64, help="items per step, over all processes")
-    parser.add_argument("--learning_rate", type=float, default=6e-3, help="of the matrices (Muon)")
-    parser.add_argument("--adamw_learning_rate", type=float, default=3e-3, help="of embeddings and norms")
-    parser.add_argument("--decay_share", type=float, default=0.3, help="last share of the steps, with falling rate")
+    parser.add_argument("--max_steps", type=int, default=9000)
+    parser.add_argument("--batch_size", type=int, default=32, help="items per step, over all processes")
+    parser.add_argument("--learning_rate", type=float, default=4e-3, help="of the matrices (Muon)")
+    parser.add_argument("--adamw_learning_rate", type=float, default=2e-3, help="of embeddings and norms")
+    parser.add_argument("--decay_share", type=float, default=0.8, help="last share of the steps, with falling rate")
     parser.add_argument("--save_steps", type=int, default=500)
     parser.add_argument("--eval_items", type=int, default=256, help="held-out items per task")
     parser.add_argument("--seed", type=int, default=0)
@@ -97,7 +97,12 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple
     optimizer = MuonWithAdamW(model.named_parameters(), args.learning_rate, args.adamw_learning_rate)
     decay = int(args.max_steps * args.decay_share)
     schedule = get_wsd_schedule(
-        optimizer, num_warmup_steps=100, num_decay_steps=decay, num_training_steps=args.max_steps, min_lr_ratio=0.02
+        optimizer,
+        num_warmup_steps=min(100, args.max_steps - decay),
+        num_decay_steps=decay,
+        num_training_steps=args.max_steps,
+        decay_type="1-sqrt",
+        min_lr_ratio=0.02,
     )
     trainer = Trainer(
         model=model,

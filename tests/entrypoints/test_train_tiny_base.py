@@ -248,3 +248,5 @@ def test_tokenizer_files_load_as_the_tokenizer(base):
     loaded = AutoTokenizer.from_pretrained(BASE)
     assert (loaded.pad_token_id, loaded.bos_token, loaded.eos_token) == (0, "<s>", "</s>")
     assert loaded.chat_template == base[1].chat_template
+    saved = json.loads((BASE / "tokenizer.json").read_text())
+    assert saved["truncation"] is saved["padding"] is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = "ABCDEFGHIJKL"
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ def single(key: str, prompt: str, answer: str, wrong: list[str]) -> Draft:
     return Draft(key, [turn("user", prompt), turn("assistant", answer)], wrong)
 
 
-def letters(rng: random.Random, low: int, high: int, alphabet: str = LETTERS) -> str:
-    """``low`` to ``high`` random letters, with repetition."""
-    return "".join(rng.choice(alphabet) for _ in range(rng.randint(low, high)))
+def letters(rng: random.Random, low: int, high: int) -> str:
+    """``low`` to ``high`` different letters in random order."""
+    return "".join(rng.sample(LETTERS, rng.randint(low, high)))
 
 
 def misspelt(rng: random.Random, word: str) -> list[str]:

@@ -37,7 +37,7 @@ def _recall(rng: random.Random) -> Draft:
 
 def _code_word(rng: random.Random) -> Draft:
     """A word to remember, to repeat and to say backwards."""
-    word = letters(rng, 3, 5)
+    word = letters(rng, 3, 4)
     repeat, back = ("Say the word.", word), ("Say it backwards.", word[::-1])
     first, last = rng.sample((repeat, back), 2)
     messages = _talk(f"Remember the word {word}.", "Yes.", *first, *last)
@@ -46,7 +46,7 @@ def _code_word(rng: random.Random) -> Draft:
 
 def _ledger(rng: random.Random) -> Draft:
     """A number that changes twice."""
-    has, more, less = rng.randint(10, 60), rng.randint(2, 30), rng.randint(2, 9)
+    has, more, less = rng.randint(10, 60), rng.randint(2, 9), rng.randint(2, 9)
     counts = (has, has + more, has + more - less)
     say = "You have {}.".format
     messages = _talk(

@@ -83,7 +83,7 @@ def make_math(rng: random.Random) -> Draft:
     """Solve a word problem in two steps, the chain written out; ends in ``The answer is: N``."""
     name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
     if rng.random() < 0.6:
-        has, more, less = rng.randint(10, 60), rng.randint(2, 30), rng.randint(2, 9)
+        has, more, less = rng.randint(10, 60), rng.randint(2, 9), rng.randint(2, 9)
         middle = has + more
         result = middle - less
         story = f"{name} has {has} {thing}, buys {more} and loses {less}."
@@ -103,21 +103,21 @@ def make_math(rng: random.Random) -> Draft:
 def _code_to_run(rng: random.Random) -> tuple[str, str, list[str]]:
     kind = rng.choice(("index", "add", "function", "reverse", "length"))
     if kind == "index":
-        values = rng.sample(range(10, 100), 4)
-        place = rng.randrange(4)
-        wrong = [str(value) for value in values if value != values[place]]
+        values = rng.sample(range(10, 100), 3)
+        place = rng.randrange(3)
+        wrong = [*map(str, values), *near_numbers(rng, values[place])]
         return f"x = {values}\nprint(x[{place}])", str(values[place]), wrong
     if kind == "add":
-        first, second = rng.randint(10, 60), rng.randint(2, 30)
+        first, second = rng.randint(10, 90), rng.randint(2, 9)
         return f"x = {first}\nprint(x+{second})", str(first + second), near_numbers(rng, first + second)
     if kind == "function":
         factor, more, x = rng.randint(2, 5), rng.randint(1, 9), rng.randint(2, 9)
         result = factor * x + more
         return f"def f(x):\n    return x*{factor}+{more}\nprint(f({x}))", str(result), near_numbers(rng, result)
-    word = letters(rng, 3, 5)
+    word = letters(rng, 3, 4)
     if kind == "reverse":
         return f'print("{word}"[::-1])', word[::-1], [word, *misspelt(rng, word[::-1])]
-    word = letters(rng, 2, 8)
+    word = letters(rng, 2, 6)
     return f'print(len("{word}"))', str(len(word)), near_numbers(rng, len(word))
 
 

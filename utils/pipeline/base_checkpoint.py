@@ -55,7 +55,10 @@ def write_checkpoint(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         staged = Path(name)
         model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=64, pad_token_id=0, eos_token_id=2)
+        model.config.use_cache = True
         model.save_pretrained(staged)
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         tokenizer.save_pretrained(staged)
         config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
         config |= {"model_type": "llama_mod", "architectures": ["LlamaModForCausalLM"], **ROUTING_FIELDS}

@@ -25,19 +25,19 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 TASK_WEIGHTS = {
-    "copy": 0.5,
+    "copy": 1.0,
     "reverse": 1.0,
     "sort": 1.0,
     "lookup": 1.0,
     "count": 1.0,
     "max": 1.0,
-    "add": 1.5,
+    "add": 1.0,
     "fact": 1.0,
     "compare": 0.7,
-    "math": 1.0,
+    "math": 0.7,
     "code": 1.0,
-    "dialogue": 0.8,
-    "story": 0.3,
+    "dialogue": 0.7,
+    "story": 0.2,
 }
 """Share of each task in training, larger where a task is slow to learn."""
 PLAIN_SHARE = 0.5
