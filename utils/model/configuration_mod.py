@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -43,9 +44,10 @@ def parse_granularity(granularity: str) -> dict[str, str]:
 def select_layers(num_layers: int, mod_n: int | None, mod_layers: list[int] | None) -> list[int]:
     """The routed layers: an explicit list, or the deepest ``mod_n`` layers except the last, ``L-1-n … L-2``."""
     if mod_layers is not None:
-        layers = sorted(mod_layers)
+        whole = isinstance(mod_layers, Iterable) and all(type(layer) is int for layer in mod_layers)
+        layers = sorted(mod_layers) if whole else []
         if len(set(layers)) != len(layers) or not layers or layers[0] < 0 or layers[-1] >= num_layers:
-            raise ValueError(f"mod_layers {mod_layers} must be distinct indices in 0…{num_layers - 1}")
+            raise ValueError(f"mod_layers {mod_layers!r} must be distinct indices in 0…{num_layers - 1}")
         return layers
     if mod_n is None:
         raise ValueError("name the routed layers: mod_n (how many) or mod_layers (which)")
@@ -83,28 +85,31 @@ class ModConfig:
     def __post_init__(self) -> None:
         parse_granularity(self.granularity)
         thresholds = self.threshold.values() if isinstance(self.threshold, Mapping) else [self.threshold]
-        if not all(isinstance(t, (int, float)) and 0 <= t <= 1 for t in thresholds):
-            raise ValueError(f"threshold {self.threshold} must lie in [0, 1]")
+        if not all(_is_number(t) and 0 <= t <= 1 for t in thresholds):
+            raise ValueError(f"threshold {self.threshold!r} must lie in [0, 1]")
         if self.router_pooling not in POOLINGS:
             raise ValueError(f"router_pooling {self.router_pooling!r} is not one of {', '.join(POOLINGS)}")
         if self.kv_policy not in KV_POLICIES:
             raise ValueError(f"kv_policy {self.kv_policy!r} is not one of {', '.join(KV_POLICIES)}")
-        if not 0 <= self.target_capacity <= 1:
-            raise ValueError(f"target_capacity {self.target_capacity} must lie in [0, 1]")
+        if not (_is_number(self.target_capacity) and 0 <= self.target_capacity <= 1):
+            raise ValueError(f"target_capacity {self.target_capacity!r} must lie in [0, 1]")
+        if not (_is_number(self.gradient_scale) and math.isfinite(self.gradient_scale)):
+            raise ValueError(f"gradient_scale {self.gradient_scale!r} must be a finite number")
 
     @property
     def parts(self) -> dict[str, str]:
         """``{part: level}`` of the granularity."""
         return parse_granularity(self.granularity)
 
-    def threshold_of(self, layer: int, part: str) -> float:
-        """τ of one router."""
+    def thresholds(self, routers: list[tuple[int, str]]) -> dict[tuple[int, str], float]:
+        """τ of each router ``(layer, part)``; ValueError unless a mapping names exactly these routers."""
         if not isinstance(self.threshold, Mapping):
-            return float(self.threshold)
-        key = f"{layer}.{part}"
-        if key not in self.threshold:
-            raise ValueError(f"threshold has no entry {key!r}; it names {sorted(self.threshold)}")
-        return float(self.threshold[key])
+            return dict.fromkeys(routers, float(self.threshold))
+        names = {f"{layer}.{part}": (layer, part) for layer, part in routers}
+        if set(self.threshold) != set(names):
+            odd = sorted(map(str, set(self.threshold) ^ set(names)))
+            raise ValueError(f"threshold must name every router and no other: {', '.join(odd[:4])}")
+        return {router: float(self.threshold[name]) for name, router in names.items()}
 
     def write_to(self, config: PretrainedConfig) -> None:
         """Store the routing fields on a model's config as ``mod_*``."""
@@ -124,6 +129,10 @@ class ModConfig:
         return cls(
             **{name: getattr(config, key) for name, key in names.items() if getattr(config, key, None) is not None}
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _field_name(name: str) -> str:

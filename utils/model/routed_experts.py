@@ -38,11 +38,14 @@ class RoutedExperts(Routed):
             if logits is not None:
                 gate = gate + straight_through(logits).to(gate.dtype)
             return super().forward(hidden_states, top_k_index, top_k_weights * gate)
-        token, choice = keep.nonzero(as_tuple=True)
-        if token.shape[0] == keep.numel():
+        missing = ~keep if real is None else real & ~keep
+        kept, skipped = torch.stack([keep.sum(), missing.sum()]).tolist()
+        if not skipped:
             return super().forward(hidden_states, top_k_index, top_k_weights)
         output = torch.zeros_like(hidden_states)
-        if token.shape[0]:
-            index, weights = top_k_index[token, choice][:, None], top_k_weights[token, choice][:, None]
+        if kept:
+            chosen = keep.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:kept]
+            token = chosen // keep.shape[1]
+            index, weights = top_k_index.flatten()[chosen, None], top_k_weights.flatten()[chosen, None]
             output.index_add_(0, token, super().forward(hidden_states[token], index, weights).to(output.dtype))
         return output

@@ -193,15 +193,16 @@ def mix_in(module: nn.Module, mixin: type) -> None:
     if (mixin, plain) not in _CLASSES:
         names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "mod_plain_class": plain}
         _CLASSES[mixin, plain] = type(plain.__name__, (mixin, plain), names)
-    _swap_class(module, _CLASSES[mixin, plain])
+    swap_class(module, _CLASSES[mixin, plain])
 
 
 def mix_out(module: nn.Module) -> None:
     """Undo :func:`mix_in`."""
-    _swap_class(module, module.mod_plain_class)
+    swap_class(module, module.mod_plain_class)
 
 
-def _swap_class(module: nn.Module, cls: type) -> None:
+def swap_class(module: nn.Module, cls: type) -> None:
+    """Make ``module`` an instance of ``cls``."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         module.__class__ = cls
@@ -210,8 +211,18 @@ def _swap_class(module: nn.Module, cls: type) -> None:
     # Whoever put a hook there has imported accelerate; this file itself must load where it is not installed.
     hooks = sys.modules["accelerate.hooks"]
     hooks.remove_hook_from_module(module)
+    vars(module).pop("forward", None)  # what it put back is the forward of the class that the module leaves
     module.__class__ = cls
     hooks.add_hook_to_module(module, hook)
+
+
+def check_forward(module: nn.Module) -> None:
+    """ValueError if a forward of the instance's own would hide that of its class."""
+    if "forward" in vars(module) and getattr(module, "_hf_hook", None) is None:
+        raise ValueError(
+            f"the forward of this {type(module).__name__} was replaced (by a patch, or by mixed precision): "
+            "route before that, or unwrap the model first"
+        )
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -256,14 +267,16 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
         for layer in config.mod_layers
         for part, level in parts.items()
     }
+    thresholds = config.thresholds(list(targets))
+    for module in (model, decoder, *(decoder.layers[layer] for layer in config.mod_layers), *targets.values()):
+        check_forward(module)
     for (layer, part), module in targets.items():
         mix_in(module, MIXINS[part])
         experts = module.num_experts if part == "expert" else 1
-        weight = next(p for p in module.parameters())
-        module.mod_router = ModRouter(decoder.config.hidden_size, experts, device=weight.device)
+        module.mod_router = ModRouter(decoder.config.hidden_size, experts, device=_device_of(module))
         module.mod_layer, module.mod_level, module.mod_kv_policy = layer, parts[part], config.kv_policy
         module.mod_key = layer if len(parts) == 1 else (layer, part)
-        module.mod_set_threshold(config.threshold_of(layer, part))
+        module.mod_set_threshold(thresholds[layer, part])
         module.train(module.training)
     if "block" not in parts:
         for layer in config.mod_layers:
@@ -271,6 +284,18 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
     mix_in(decoder, RoutedDecoder)
     decoder.mod_config = config
     config.write_to(model.config)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Where a module runs: with accelerate's offloading its weights lie on the meta device between passes."""
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        for child in module.modules():
+            hook = getattr(child, "_hf_hook", None)
+            for single in getattr(hook, "hooks", [hook]):
+                if getattr(single, "execution_device", None) is not None:
+                    return torch.device(single.execution_device)
+    return device
 
 
 def uninstall(model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from .configuration_mod import LlamaModConfig, MistralModConfig, ModConfig, Qwen
 from .modeling_mod import LlamaModForCausalLM, MistralModForCausalLM, Qwen2ModForCausalLM
 from .recording import routed_base
 from .routed import Routed
-from .routed_model import RoutedCausalLM, install, mix_in, mix_out, uninstall
+from .routed_model import RoutedCausalLM, check_forward, install, mix_in, mix_out, swap_class, uninstall
 
 # Families with a named class: a routed instance becomes one, so that save_pretrained writes a loadable checkpoint.
 NAMED = {
@@ -62,7 +62,8 @@ def route(
         raise ValueError(f"route() takes a transformers model, not {type(model).__name__}: route before wrapping it")
     install(model, config)
     if type(model) in NAMED:
-        model.__class__, model.config.__class__ = NAMED[type(model)]
+        named, model.config.__class__ = NAMED[type(model)]
+        swap_class(model, named)
         model.config.model_type = type(model.config).model_type
     elif not isinstance(model, RoutedCausalLM):
         mix_in(model, RoutedCausalLM)
@@ -70,11 +71,15 @@ def route(
 
 
 def unroute(model: PreTrainedModel) -> PreTrainedModel:
-    """The dense model again, in place; base weights are untouched. ValueError if it is not routed."""
+    """The dense model again, in place; base weights are untouched. ValueError if it is not routed, or wrapped."""
     routed_base(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"unroute() takes the transformers model inside this {type(model).__name__}: unwrap it first")
+    check_forward(model)
     for plain, (named, _) in NAMED.items():
         if type(model) is named:
-            model.__class__, model.config.__class__ = plain, plain.config_class
+            swap_class(model, plain)
+            model.config.__class__ = plain.config_class
             model.config.model_type = plain.config_class.model_type
     if hasattr(model, "mod_plain_class"):
         mix_out(model)
@@ -93,9 +98,10 @@ def routed_modules(model: nn.Module) -> dict[str, Routed]:
 def set_thresholds(model: nn.Module, threshold: float | dict[str, float]) -> None:
     """Set τ of every router: one number, or one per router name ``"<layer>.<part>"``; kept in the model's config."""
     base = routed_base(model)
-    fields = {**vars(base.mod_config), "threshold": threshold}
-    checked = ModConfig(**fields)
-    for module in routed_modules(model).values():
-        module.mod_set_threshold(checked.threshold_of(module.mod_layer, module.mod_part))
+    checked = ModConfig(**{**vars(base.mod_config), "threshold": threshold})
+    modules = routed_modules(model)
+    thresholds = checked.thresholds([(module.mod_layer, module.mod_part) for module in modules.values()])
+    for module in modules.values():
+        module.mod_set_threshold(thresholds[module.mod_layer, module.mod_part])
     base.mod_config.threshold = threshold
     base.config.mod_threshold = threshold

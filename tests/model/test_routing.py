@@ -1,0 +1,393 @@
+"""route and unroute: which layers, which granularities, what is refused, what stays exactly as it was."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import FAMILIES, MOE, random_batch, tiny_model
+from tiny_routed import CASES, LAYERS, routed_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from utils.model import GRANULARITIES, ModConfig, force_routing, is_routed, route, routed_modules, unroute
+from utils.model.configuration_mod import parse_granularity, select_layers
+
+WHERE = {"attn": "self_attn.", "mlp": "mlp.", "block": "", "expert": "mlp.experts."}
+
+
+def granularities(family: str) -> list[str]:
+    """All that a family has, and two combinations."""
+    experts = ["attn_token+expert_token"] if family in MOE else ["attn_sequence+mlp_token"]
+    return [g for g in GRANULARITIES if "expert" not in g or family in MOE] + experts
+
+
+# ---------------------------------------------------------------- which layers, which granularity
+
+
+@pytest.mark.parametrize(
+    ("layers", "n", "expected"), [(32, 16, range(15, 31)), (5, 4, [0, 1, 2, 3]), (5, 1, [3]), (12, 6, range(5, 11))]
+)
+def test_the_deepest_n_layers_except_the_last_are_routed(layers, n, expected):
+    assert select_layers(layers, n, None) == list(expected)
+
+
+def test_mod_layers_override_mod_n():
+    model = route(tiny_model(), mod_n=1, mod_layers=[4, 0])
+    assert [key.split(".")[0] for key in routed_modules(model)] == ["0", "4"]
+    assert model.config.mod_layers == [0, 4]
+
+
+@pytest.mark.parametrize("n", [5, 6, 0, -1])
+def test_mod_n_outside_the_model_names_both_numbers(n):
+    with pytest.raises(ValueError, match=rf"mod_n {n} .*5 layers"):
+        route(tiny_model(), mod_n=n)
+
+
+@pytest.mark.parametrize("layers", [[], [0, 0], [-1], [5], ["1"], "12", [1.0], [True, 2], 3])
+def test_impossible_mod_layers_are_refused(layers):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="mod_layers"):
+        route(model, mod_layers=layers)
+    assert not is_routed(model)
+
+
+def test_the_number_of_layers_must_be_named():
+    with pytest.raises(ValueError, match="mod_n.*mod_layers"):
+        route(tiny_model())
+
+
+def test_granularities_parse():
+    assert parse_granularity("attn_sequence") == {"attn": "sequence"}
+    assert parse_granularity("attn_token+mlp_sequence") == {"attn": "token", "mlp": "sequence"}
+
+
+@pytest.mark.parametrize(
+    ("granularity", "word"),
+    [
+        ("atn_sequence", "atn_sequence"),
+        ("attn-sequence", "attn-sequence"),
+        ("attn", "attn"),
+        ("", "''"),
+        ("attn_token+", "''"),
+        ("ATTN_TOKEN", "ATTN_TOKEN"),
+        ("attn_token+attn_sequence", "twice"),
+        ("block_token+mlp_token", "route it alone"),
+        ("mlp_token+expert_token", "route one of the two"),
+        (None, "None"),
+    ],
+)
+def test_typos_and_impossible_combinations_are_refused(granularity, word):
+    model = tiny_model()
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=word) as error:
+        route(model, mod_n=2, granularity=granularity)
+    assert "\n" not in str(error.value)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("threshold", 1.5),
+        ("threshold", float("nan")),
+        ("threshold", "high"),
+        ("threshold", {}),
+        ("threshold", {"1.attn": 0.5}),
+        ("threshold", {"1.attn": 0.5, "2.attn": 0.5, "3.attn": 0.5, "9.attn": 0.5}),
+        ("router_pooling", "promt"),
+        ("kv_policy", "dropp"),
+        ("target_capacity", 1.1),
+        ("target_capacity", "half"),
+        ("gradient_scale", "much"),
+    ],
+)
+def test_a_bad_argument_is_refused_and_leaves_the_model_dense(field, value):
+    model = tiny_model()
+    keys, classes = set(model.state_dict()), {type(module) for module in model.modules()}
+    with pytest.raises(ValueError, match=field) as error:
+        route(model, mod_layers=LAYERS, **{field: value})
+    assert "\n" not in str(error.value)
+    assert not is_routed(model) and set(model.state_dict()) == keys
+    assert {type(module) for module in model.modules()} == classes
+    assert not any(name.startswith("mod_") for name in vars(model.config))
+
+
+def test_thresholds_per_router():
+    model = route(tiny_model(), mod_layers=LAYERS, threshold={"1.attn": 0.1, "2.attn": 0.5, "3.attn": 0.9})
+    from utils.model import record_routing
+
+    with torch.no_grad(), record_routing(model) as log:
+        model(random_batch()[0])
+    assert log.capacity() == {"total": pytest.approx(2 / 3), 1: 1.0, 2: 1.0, 3: 0.0}
+
+
+# ---------------------------------------------------------------- in and out again
+
+
+def test_a_routed_model_is_not_routed_twice():
+    model = route(tiny_model(), mod_n=2)
+    with pytest.raises(ValueError, match="unroute"):
+        route(model, mod_n=2)
+
+
+@pytest.mark.parametrize("where", ["", "model", "model.layers.2", "model.layers.2.self_attn"])
+def test_a_replaced_forward_is_refused_since_it_would_hide_the_routing(where):
+    model = tiny_model()
+    module = model.get_submodule(where)
+    module.forward = type(module).forward.__get__(module)
+    with pytest.raises(ValueError, match="forward of this Llama.* was replaced"):
+        route(model, mod_layers=LAYERS)
+    assert not is_routed(model) and not any("mod_router" in name for name in model.state_dict())
+    del module.forward
+    assert is_routed(route(model, mod_layers=LAYERS))
+
+
+def test_unroute_takes_the_model_itself_not_its_wrapper():
+    wrapper = torch.nn.Sequential(route(tiny_model(), mod_n=2))
+    with pytest.raises(ValueError, match="Sequential: unwrap"):
+        unroute(wrapper)
+    assert is_routed(wrapper)
+
+
+def test_unroute_refuses_a_dense_model():
+    with pytest.raises(ValueError, match="not routed"):
+        unroute(tiny_model())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unroute_restores_outputs_classes_and_config(family):
+    model = tiny_model(family, "eager")
+    ids, mask = random_batch(padding="left")
+    classes = {name: type(module) for name, module in model.named_modules()}
+    config, config_class = copy.deepcopy(model.config.to_dict()), type(model.config)
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask).logits
+    for granularity in granularities(family):
+        routed_model(granularity=granularity, model=model)
+        assert is_routed(model)
+        with torch.no_grad():
+            assert not torch.equal(model(ids, attention_mask=mask).logits, before)
+        assert unroute(model) is model and not is_routed(model)
+        assert {name: type(module) for name, module in model.named_modules()} == classes
+        assert model.config.to_dict() == config and type(model.config) is config_class
+        with torch.no_grad():
+            assert torch.equal(model(ids, attention_mask=mask).logits, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_the_router_weights_are_new(family):
+    dense = tiny_model(family, "eager")
+    keys, count = set(dense.state_dict()), sum(p.numel() for p in dense.parameters())
+    for granularity in granularities(family):
+        model = route(copy.deepcopy(dense), mod_layers=LAYERS, granularity=granularity)
+        parts = parse_granularity(granularity)
+        expected = {f"model.layers.{n}.{WHERE[part]}mod_router.weight" for n in LAYERS for part in parts}
+        assert set(model.state_dict()) - keys == expected
+        assert keys < set(model.state_dict())
+        assert {name for name, _ in model.named_parameters() if "mod_router" in name} == expected
+        routers = sum(4 if part == "expert" else 1 for part in parts) * len(LAYERS)
+        assert sum(p.numel() for p in model.parameters()) == count + routers * 32
+
+
+# ---------------------------------------------------------------- keep all, skip all
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_all_is_the_dense_model_exactly(family):
+    dense = tiny_model(family, "eager")
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        whole, padded = dense(ids).logits, dense(ids, attention_mask=mask).logits
+        for granularity in granularities(family):
+            for policy in ("keep", "drop"):
+                model = route(copy.deepcopy(dense), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+                assert torch.equal(model(ids).logits, whole), (granularity, policy)
+                assert torch.equal(model(ids, use_cache=False).logits, whole)
+                exact = model(ids, attention_mask=mask, use_cache=False).logits
+                real = mask.bool()
+                if policy == "keep" or "token" not in granularity:
+                    assert torch.equal(exact[real], padded[real]), (granularity, policy)
+                else:  # padding is never kept, so its rows are packed: the same sums in another shape
+                    assert (exact - padded)[real].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "cohere", "mixtral"])
+def test_skipping_all_is_a_model_whose_modules_return_zero(family):
+    ids, _ = random_batch()
+    for granularity in granularities(family):
+        model, dense = tiny_model(family, "eager"), tiny_model(family, "eager")
+        for layer in LAYERS:
+            for part in parse_granularity(granularity):
+                silence(dense.model.layers[layer], part)
+        for policy in ("keep", "drop"):
+            route(model, mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+            with torch.no_grad(), force_routing(model, False):
+                assert torch.equal(model(ids).logits, dense(ids).logits), (granularity, policy)
+            unroute(model)
+
+
+def silence(layer, part):
+    """Hooks that make a module of a dense layer return zero (a layer: its input)."""
+    if part == "attn":
+        layer.self_attn.register_forward_hook(lambda m, args, out: (torch.zeros_like(out[0]), *out[1:]))
+    elif part == "block":
+        layer.register_forward_hook(lambda m, args, out: args[0])
+    else:
+        module = layer.mlp if part == "mlp" else layer.mlp.experts
+        module.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
+
+
+# ---------------------------------------------------------------- architectures without the seams
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity", "seam"),
+    [
+        ("gpt2", "attn_sequence", "layers"),
+        ("mamba", "attn_sequence", "self_attn"),
+        ("mamba", "mlp_token", "mlp"),
+        ("gpt_neox", "block_token", "self_attn"),
+        ("llama", "expert_token", "experts"),
+    ],
+)
+def test_a_missing_seam_is_named_in_one_line(family, granularity, seam):
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=61, intermediate_size=48)
+    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **ids))
+    classes = {type(module) for module in model.modules()}
+    with pytest.raises(ValueError, match=f"'{seam}'") as error:
+        route(model, mod_n=2, granularity=granularity)
+    assert "\n" not in str(error.value) and type(model).__name__ in str(error.value)
+    assert {type(module) for module in model.modules()} == classes
+
+
+def test_what_is_not_a_transformers_model_is_refused():
+    with pytest.raises(ValueError, match="transformers model"):
+        route(torch.nn.Linear(2, 2), mod_n=1)
+
+
+# ---------------------------------------------------------------- on disk
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_config_and_weights_round_trip(family, tmp_path):
+    model = routed_model(family, "attn_token+mlp_sequence", kv_policy="drop", threshold=0.4, router_pooling="prompt")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model) and is_routed(again)
+    assert ModConfig.read_from(again.config) == ModConfig.read_from(model.config)
+    assert again.config.model_type == f"{family}_mod"
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        assert torch.equal(again(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+
+
+def test_a_saved_unrouted_model_is_a_plain_one(tmp_path):
+    routed_model("llama").save_pretrained(tmp_path / "routed")
+    unroute(AutoModelForCausalLM.from_pretrained(tmp_path / "routed")).save_pretrained(tmp_path / "plain")
+    assert sorted(p.name for p in (tmp_path / "plain").glob("*.py")) == []
+    assert "mod_" not in (tmp_path / "plain" / "config.json").read_text()
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert type(again) is LlamaForCausalLM
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+
+
+STRANGER = """
+import sys, torch
+sys.modules["accelerate"] = sys.modules["utils"] = None  # neither this package nor what it does not ask for
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids, mask, expected = torch.load(sys.argv[2])
+with torch.no_grad():
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected), "other logits"
+out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+assert out.shape[1] == ids.shape[1] + 3
+assert {p.dtype for n, p in model.named_parameters() if "mod_router" in n} == {torch.float32}
+print(type(model).__module__)
+"""
+
+
+def test_stock_transformers_loads_a_checkpoint_where_this_package_is_absent(tmp_path):
+    model = routed_model("llama", "attn_sequence+mlp_token")
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    model.save_pretrained(tmp_path / "checkpoint")
+    torch.save((ids, mask, expected), tmp_path / "batch.pt")
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-P", tmp_path / "stranger.py", tmp_path / "checkpoint", tmp_path / "batch.pt"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip().startswith("transformers_modules.")
+
+
+# ---------------------------------------------------------------- dtype and devices
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
+def test_routers_stay_float32_when_the_model_is_cast(cast):
+    model = cast(routed_model("llama", "attn_token+mlp_token"))
+    dtypes = {("mod_router" in name): parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes[True] == torch.float32 and dtypes[False] != torch.float32
+
+
+def test_routers_stay_float32_when_loaded_in_half_precision(tmp_path):
+    model = routed_model("llama")
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16, "auto"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        for name, parameter in again.named_parameters():
+            if "mod_router" in name:
+                assert torch.equal(parameter, model.get_parameter(name)), "bits must survive loading"
+            elif dtype != "auto":
+                assert parameter.dtype == dtype
+    plain = tmp_path / "plain"
+    unroute(model).to(torch.bfloat16).save_pretrained(plain)
+    late = route(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), mod_n=2)
+    assert {p.dtype for n, p in late.named_parameters() if "mod_router" in n} == {torch.float32}
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token", "block_sequence"])
+def test_device_map_and_accelerate_hooks_before_and_after_routing(granularity, tmp_path):
+    from accelerate import cpu_offload, dispatch_model
+
+    model = routed_model("llama", granularity)
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    weights = [m.mod_router.weight.detach().clone() for m in routed_modules(model).values()]
+    model.save_pretrained(tmp_path)
+
+    def check(other):
+        assert is_routed(other)
+        with torch.no_grad():
+            assert torch.equal(other(ids, attention_mask=mask).logits, expected)
+
+    def set_weights(other):
+        with torch.no_grad():
+            for module, weight in zip(routed_modules(other).values(), weights, strict=True):
+                module.mod_router.weight.copy_(weight)
+
+    check(AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}))
+    check(dispatch_model(copy.deepcopy(model), {"": "cpu"}, force_hooks=True))
+    check(cpu_offload(copy.deepcopy(model), "cpu"))
+    for hook in (lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True), lambda m: cpu_offload(m, "cpu")):
+        dense = tiny_model("llama")
+        with torch.no_grad():
+            plain = dense(ids).logits
+        hook(dense)
+        route(dense, mod_layers=LAYERS, granularity=granularity)
+        set_weights(dense)
+        check(dense)
+        with torch.no_grad():
+            assert torch.equal(unroute(dense)(ids).logits, plain)
+
+
+def test_cases_cover_every_granularity():
+    assert {part for _, granularity, _ in CASES for part in granularity.split("+")} == set(GRANULARITIES)
