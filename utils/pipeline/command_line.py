@@ -16,7 +16,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_availa
 
 from utils.errors import UserError
 from utils.pipeline.arguments import DataArguments, ModelArguments, RoutingArguments, TuningArguments
-from utils.pipeline.recipes import RECIPES
+from utils.pipeline.recipes import DEFAULTS, RECIPES
 
 RENAMED = {
     "mindskip_n": "mod_n",
@@ -95,6 +95,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     argv, notes = modernise(sys.argv[1:] if argv is None else list(argv))
     parts = (ModelArguments, RoutingArguments, DataArguments, TuningArguments)
     parser = _Parser(parts, allow_abbrev=False, description="Tune the routers of a Mixture-of-Depths model.")
+    parser.set_defaults(**DEFAULTS.get(_recipe_in(argv), {}))
     namespace, unknown = parser.parse_known_args(argv)
     values = vars(namespace)
     problems = [*parser.found, *_unknown(unknown, values)]
@@ -114,6 +115,12 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     if problems:
         raise UserError("; ".join(problems))
     return Command(model, routing, data, training, notes)
+
+
+def _recipe_in(argv: list[str]) -> str | None:
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--recipe")
+    return peek.parse_known_args(argv)[0].recipe
 
 
 def modernise(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
-RECIPES = {"paper": "utils.pipeline.recipes.paper"}
+RECIPES = {"paper": "utils.pipeline.recipes.paper", "budget": "utils.pipeline.recipes.budget"}
 """Name on the command line → module."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "budget": {"router_pooling": "prompt", "learning_rate": 1e-3, "gradient_scale": 0.1},
+}
+"""Where a recipe's defaults differ from the published ones; a flag that is given counts for every recipe."""
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -31,6 +31,4 @@ def tune(job: TuningJob) -> TunedRun:
         return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=True)
     rows = min(_MEASURED_ROWS, len(trainer.order))
     per_process = max(1, rows // (training.per_device_train_batch_size * training.world_size))
-    return TunedRun(
-        trainer=trainer, history=trainer.state.log_history, measured=trainer.measure_capacity(per_process)
-    )
+    return TunedRun(trainer=trainer, history=trainer.state.log_history, measured=trainer.measure_capacity(per_process))
