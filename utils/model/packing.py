@@ -16,30 +16,31 @@ POSITIONAL = ("position_embeddings", "position_ids")
 class Packing:
     """Kept tokens of a batch, packed to the left: ``x[rows[:, None], index]`` is ``[r, q, …]``.
 
+    Moves go through the flattened batch: index_select and index_copy on whole token vectors are plain copies.
+
     Attributes:
         rows: int64 ``[r]``, batch rows with at least one kept token (None: every row, in order).
         index: int64 ``[r, q]``, positions of the kept tokens in their order, then of skipped ones as filler.
         slots: bool ``[r, q]``, true for kept tokens; None when there is no filler.
-        counts: kept tokens per packed row.
+        flat: int64 ``[r·q]``, ``index`` in the flattened batch. counts: kept tokens per packed row.
     """
 
     row_list: list[int]
     rows: Tensor
     index: Tensor
+    flat: Tensor
     slots: Tensor | None
     counts: list[int]
 
     def take(self, values: Tensor) -> Tensor:
-        """``[b, t, …]`` → ``[r, q, …]``."""
-        return values[self.rows[:, None], self.index]
+        """``[b, t, d]`` → ``[r, q, d]``."""
+        return values.flatten(0, 1).index_select(0, self.flat).view(*self.index.shape, -1)
 
-    def put(self, packed: Tensor, base: Tensor) -> Tensor:
-        """A copy of ``base [b, t, …]`` in which kept tokens hold ``packed [r, q, …]``."""
-        where = (self.rows[:, None], self.index)
+    def put_(self, packed: Tensor, base: Tensor) -> None:
+        """Write ``packed [r, q, d]`` to the places of the kept tokens in ``base [b, t, d]``."""
         if self.slots is not None:
-            slots = self.slots.view(*self.slots.shape, *[1] * (packed.dim() - 2))
-            packed = torch.where(slots, packed, base[where].to(packed.dtype))
-        return base.index_put(where, packed.to(base.dtype))
+            packed = torch.where(self.slots[..., None], packed, self.take(base).to(packed.dtype))
+        base.flatten(0, 1).index_copy_(0, self.flat, packed.flatten(0, 1).to(base.dtype))
 
 
 def pack(keep: Tensor, counts: list[int]) -> Packing:
@@ -50,7 +51,8 @@ def pack(keep: Tensor, counts: list[int]) -> Packing:
     order = keep.to(torch.uint8)[rows].argsort(dim=1, descending=True, stable=True)
     index = order[:, : max(kept)]
     slots = None if min(kept) == max(kept) else keep[rows[:, None], index]
-    return Packing(row_list, rows, index, slots, kept)
+    flat = (rows[:, None] * keep.shape[1] + index).flatten()
+    return Packing(row_list, rows, index, flat, slots, kept)
 
 
 def select_rows(kwargs: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from .call import RoutingCall
+from .key_views import AllKeys, KeptKeys
 from .keys_values import project_kv
-from .packing import Packing, flat_positions, key_mask, pack, query_mask, select_rows, select_tokens
+from .packing import flat_positions, pack, query_mask, select_rows, select_tokens
 from .routed import Routed, row_counts
 from .router import merge
 
@@ -31,7 +31,7 @@ class RoutedAttending(Routed):
         raise NotImplementedError
 
     def mod_residual(self, hidden_states: Tensor) -> Tensor:
-        """Output for what is skipped."""
+        """Output for what is skipped, in a tensor of its own."""
         raise NotImplementedError
 
     def mod_attention(self):
@@ -71,7 +71,7 @@ class RoutedAttending(Routed):
                 layer.mod_advance(tokens)
             return residual
         output = self.mod_run(hidden_states[rows], select_rows(kwargs, rows, batch))
-        return residual.index_copy(0, rows, output)
+        return residual.index_copy_(0, rows, output)
 
     def _run_tokens(
         self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int], kwargs: dict
@@ -81,20 +81,20 @@ class RoutedAttending(Routed):
         order = keep.flatten().to(torch.uint8).argsort(stable=True)
         skipped = order[: keep.numel() - sum(counts)]
         positions = flat_positions(kwargs["position_embeddings"], skipped, tokens)
-        keys, values = project_kv(self.mod_attention(), features.flatten(0, 1)[skipped][None], positions)
-        view = _AllKeys(cache, keep.shape, skipped, keys[0], values[0])
-        residual = self.mod_residual(hidden_states)
-        if not any(counts):
+        keys, values = project_kv(self.mod_attention(), features.flatten(0, 1).index_select(0, skipped)[None], positions)
+        view = AllKeys(cache, keep.shape, skipped, keys[0], values[0])
+        output = self.mod_residual(hidden_states)
+        if any(counts):
+            packing, mask = pack(keep, counts), kwargs.get("attention_mask")
+            view.packing = packing
+            packed = select_tokens(kwargs, packing)
+            length = tokens if mask is None else mask.shape[-1]
+            packed["attention_mask"] = self._mask_type(query_mask(mask, packing, length, tokens), hidden_states)
+            packed["past_key_values"] = view
+            packing.put_(self.mod_run(packing.take(hidden_states), packed), output)
+        else:
             view.store(self.mod_layer)
-            return residual
-        packing = pack(keep, counts)
-        view.packing = packing
-        mask = kwargs.get("attention_mask")
-        length = tokens if mask is None else mask.shape[-1]
-        packed = select_tokens(kwargs, packing)
-        packed["attention_mask"] = self._mask_type(query_mask(mask, packing, length, tokens), hidden_states)
-        packed["past_key_values"] = view
-        return packing.put(self.mod_run(packing.take(hidden_states), packed), residual)
+        return output
 
     def _run_ragged(self, hidden_states: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, call) -> Tensor:
         """Queries, keys and values of kept tokens only."""
@@ -105,16 +105,16 @@ class RoutedAttending(Routed):
                 return self.mod_run(hidden_states, kwargs)
             counts = keep.sum(1).tolist()
         residual = self.mod_residual(hidden_states)
-        view = _KeptKeys(layer, call.past)
+        view = KeptKeys(layer, call.past)
         if layer is not None:
             layer.mod_open_rows(batch, keep.device)
         if any(counts):
             packing = pack(keep, counts)
             packed = select_tokens(kwargs, packing)
-            mask = view.prepare(packing, kwargs.get("attention_mask"), layer, tokens)
+            mask = view.open(packing, kwargs.get("attention_mask"), tokens)
             packed["attention_mask"] = self._mask_type(mask, hidden_states)
             packed["past_key_values"] = view
-            residual = packing.put(self.mod_run(packing.take(hidden_states), packed), residual)
+            packing.put_(self.mod_run(packing.take(hidden_states), packed), residual)
         if layer is not None:
             layer.mod_advance(tokens)
             layer.mod_trim()
@@ -167,83 +167,3 @@ class RoutedAttention(RoutedAttending):
 
     def mod_attention(self):
         return self
-
-
-class _AllKeys:
-    """Stands in for the cache while packed queries run: merges their keys with those of the skipped tokens."""
-
-    packing: Packing | None = None
-
-    def __init__(self, cache, shape: torch.Size, skipped: Tensor, keys: Tensor, values: Tensor) -> None:
-        self.cache, self.shape, self.skipped, self.pair = cache, shape, skipped, (keys, values)
-
-    def merged(self, packed: tuple[Tensor, Tensor] | None) -> list[Tensor]:
-        """Keys and values of all tokens ``[b, heads, t, head_dim]`` in their order."""
-        merged = []
-        for which, skipped in enumerate(self.pair):
-            heads, _, width = skipped.shape
-            everything = skipped.new_empty(self.shape.numel(), heads, width)
-            everything[self.skipped] = skipped.transpose(0, 1)
-            everything = everything.view(*self.shape, heads, width)
-            if packed is not None:
-                # Filler slots hold skipped tokens, whose keys come out the same: no need to leave them out.
-                everything[self.packing.rows[:, None], self.packing.index] = packed[which].transpose(1, 2)
-            merged.append(everything.transpose(1, 2))
-        return merged
-
-    def store(self, layer: int) -> None:
-        """Hand the keys and values of skipped tokens to the cache when no token runs."""
-        if self.cache is not None:
-            self.cache.update(*self.merged(None), layer)
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
-        """Called by the module with the packed tokens' keys and values; returns those that the queries attend to."""
-        merged = self.merged((keys, values))
-        if self.cache is not None:
-            merged = self.cache.update(*merged, layer, *args, **kwargs)
-        rows = self.packing.row_list
-        if len(rows) == self.shape[0]:
-            return merged
-        if rows[-1] - rows[0] + 1 == len(rows):
-            return [states[rows[0] : rows[-1] + 1] for states in merged]
-        return [states[self.packing.rows] for states in merged]
-
-
-class _KeptKeys:
-    """Stands in for the cache while packed tokens run: their own keys, after those that their rows have stored."""
-
-    def __init__(self, layer, past: int) -> None:
-        self.layer, self.past, self.packing = layer, past, None
-
-    def prepare(self, packing: Packing, mask: Tensor | None, layer, tokens: int) -> Tensor | None:
-        """Remember the packing and build the mask ``[r, 1, q, keys]`` over stored and new keys (None: causal)."""
-        self.packing = packing
-        new = [index[:count] + self.past for index, count in zip(packing.index, packing.counts, strict=True)]
-        stored = [] if layer is None or self.past == 0 else [layer.mod_index[row] for row in packing.row_list]
-        self.index = [torch.cat(pair) for pair in zip(stored, new, strict=True)] if stored else new
-        self.with_past = any(index.numel() for index in stored)
-        ragged = len({index.numel() for index in self.index}) > 1
-        if mask is None and (tokens == 1 and not ragged or tokens > 1 and not self.with_past):
-            return None
-        key_index = pad_sequence(self.index, batch_first=True, padding_value=-1)
-        offset = 0 if mask is None else self.past + tokens - mask.shape[-1]
-        columns = torch.where(key_index >= 0, key_index - offset, -1)
-        queries = None if mask is None else query_mask(mask, packing, mask.shape[-1], tokens)
-        return key_mask(queries, columns, key_index >= 0, packing.index + self.past)
-
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Called by the module with packed keys and values ``[r, heads, q, head_dim]``."""
-        packing, layer = self.packing, self.layer
-        if layer is None:
-            return keys, values
-        joined_keys, joined_values = [], []
-        for slot, (row, count) in enumerate(zip(packing.row_list, packing.counts, strict=True)):
-            index = packing.index[slot, :count] + self.past
-            layer.mod_append(row, keys[slot, :, :count], values[slot, :, :count], index)
-            joined_keys.append(layer.mod_keys[row].transpose(0, 1))
-            joined_values.append(layer.mod_values[row].transpose(0, 1))
-        if not self.with_past:
-            return keys, values
-        if len(joined_keys) == 1:
-            return layer.mod_keys[packing.row_list[0]][None], layer.mod_values[packing.row_list[0]][None]
-        return tuple(pad_sequence(joined, batch_first=True).transpose(1, 2) for joined in (joined_keys, joined_values))

@@ -50,7 +50,7 @@ class RoutedBlock(RoutedAttending):
         return hidden_states if norm is None else norm(hidden_states)
 
     def mod_residual(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
+        return hidden_states.clone()
 
     def mod_attention(self):
         return self.self_attn
