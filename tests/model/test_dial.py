@@ -1,0 +1,71 @@
+"""Calibrated thresholds reach the budgets asked for, in real forward passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import random_batch
+from tiny_routed import routed_model
+
+from utils.model import load_routers, record_routing, routed_modules, save_routers, set_thresholds
+from utils.model.dial import calibrate
+from utils.model.saving import thresholds_for
+
+
+def batches(count=3, rows=40, seed=5):
+    made = [random_batch(rows, 12, seed=seed + i) for i in range(count)]
+    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in made]
+
+
+def reached(model, data):
+    total = []
+    with torch.no_grad():
+        for batch in data:
+            with record_routing(model) as log:
+                model(**batch, use_cache=False)
+            total.append(log.capacity()["total"])
+    return sum(total) / len(total)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence", "attn_token", "attn_token+mlp_token"])
+def test_every_budget_is_reached_on_the_calibration_data(granularity, tmp_path):
+    model, data = routed_model("llama", granularity), batches()
+    dial = calibrate(model, data)
+    save_routers(model, tmp_path, extra={"dial": dial})
+    for budget in (0.0, 0.13, 0.25, 0.5, 0.75, 0.9, 1.0):
+        fresh = routed_model("llama", granularity)
+        load_routers(fresh, tmp_path, capacity=budget)
+        assert abs(reached(fresh, data) - budget) <= 0.02, budget
+
+
+def test_budgets_hold_on_other_data():
+    model = routed_model("llama", "attn_token")
+    dial = calibrate(model, batches())
+    for budget in (0.25, 0.5, 0.75):
+        set_thresholds(model, thresholds_for({"dial": dial}, budget, "here"))
+        assert abs(reached(model, batches(seed=50)) - budget) <= 0.04
+
+
+def test_a_start_sets_the_differences_between_routers():
+    model, data = routed_model("llama", "attn_token"), batches()
+    names = list(routed_modules(model))
+    start = {"capacity": [0.0, 1.0], "logit": {name: [float(i), float(i)] for i, name in enumerate(names)}}
+    dial = calibrate(model, data, start=start, capacity=(0.0, 0.5, 1.0))
+    first, last = dial["logit"][names[0]][1], dial["logit"][names[-1]][1]
+    assert last - first == pytest.approx(len(names) - 1)
+    assert abs(dial["reached"][1] - 0.5) <= 0.02
+
+
+def test_thresholds_are_left_as_they_were():
+    model = routed_model("llama", "attn_token")
+    before = {name: module.mod_logit for name, module in routed_modules(model).items()}
+    calibrate(model, batches(1), capacity=(0.0, 0.5, 1.0))
+    assert {name: module.mod_logit for name, module in routed_modules(model).items()} == before
+
+
+def test_routers_that_tell_nothing_apart_are_named():
+    model = routed_model("llama", "attn_token")
+    for module in routed_modules(model).values():
+        torch.nn.init.zeros_(module.mod_router.weight)
+    with pytest.raises(ValueError, match="same score"):
+        calibrate(model, batches(1))
