@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.evaluation.harness import main_score
@@ -52,6 +52,23 @@ def cost_table(comparison: Mapping[str, Any]) -> Table:
         ],
     ]
     return Table(["cost", "dense", "tuned", "tuned / dense"], rows)
+
+
+def files_table(files: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per task or group that any of the results files has, one column of scores and of capacity per file."""
+    names = list(dict.fromkeys(name for file in files for name in file["scores"]))
+    rows: list[list[Cell]] = []
+    for name in names:
+        found = [main_score(file["scores"].get(name, {})) for file in files]
+        metrics = [best[0] for best in found if best]
+        if not metrics:
+            continue
+        capacities = [file["meter"].get(name, {}).get("capacity", {}).get("total") for file in files]
+        rows.append([name, metrics[0], *[best and with_error(best[1], best[2]) for best in found], *capacities])
+    seconds = [sum(entry["seconds"] for entry in file["meter"].values()) for file in files]
+    rows.append(["all tasks", "seconds", *(f"{value:.1f}" for value in seconds), *[None] * len(files)])
+    titles = [file["name"] for file in files]
+    return Table(["task", "metric", *titles, *(f"capacity, {title}" for title in titles)], rows)
 
 
 def headline(comparison: Mapping[str, Any]) -> list[dict[str, float | str]]:
