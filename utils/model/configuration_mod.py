@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -24,8 +25,13 @@ KV_POLICIES = ("keep", "drop")
 
 def parse_granularity(granularity: str) -> dict[str, str]:
     """Split ``"attn_token+mlp_token"`` into ``{"attn": "token", "mlp": "token"}``; refuse what cannot combine."""
+    return dict(_parts_of(str(granularity)))
+
+
+@functools.cache
+def _parts_of(granularity: str) -> dict[str, str]:
     parts: dict[str, str] = {}
-    for name in str(granularity).split("+"):
+    for name in granularity.split("+"):
         if name not in GRANULARITIES:
             raise ValueError(
                 f"granularity {granularity!r}: {name!r} is not one of {', '.join(GRANULARITIES)} (combine with '+')"

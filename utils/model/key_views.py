@@ -13,13 +13,14 @@ class AllKeys:
     """Keys and values of all tokens: those that packed queries bring, merged with those of the skipped tokens.
 
     Args:
-        cache: the real cache or None. shape: ``(b, t)``. skipped: int64 ``[n]``, flat indices ``row·t + position``.
-        keys, values: of the skipped tokens, ``[heads, n, head_dim]``.
+        cache: the real cache or None. shape: ``(b, t)``. packing: of the tokens that run.
+        skipped: int64 ``[n]``, flat indices ``row·t + position``. keys, values: theirs, ``[heads, n, head_dim]``.
     """
 
-    def __init__(self, cache, shape: torch.Size, skipped: Tensor, keys: Tensor, values: Tensor) -> None:
-        self.cache, self.shape = cache, shape
-        self.packing: Packing | None = None
+    def __init__(
+        self, cache, shape: torch.Size, packing: Packing, skipped: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        self.cache, self.shape, self.packing = cache, shape, packing
         self.states = []
         for states in (keys, values):
             heads, _, width = states.shape
@@ -27,19 +28,16 @@ class AllKeys:
             everything.index_copy_(0, skipped, states.transpose(0, 1).flatten(1))
             self.states.append(everything.view(*shape, heads, width))
 
-    def store(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Everything in order, ``[b, heads, keys, head_dim]``, after it has gone through the cache."""
-        states = [everything.transpose(1, 2) for everything in self.states]
-        return states if self.cache is None else self.cache.update(*states, layer)
-
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
         """Called by the module with ``[r, heads, q, head_dim]`` of the packed tokens; returns what they attend to."""
-        packing = self.packing
+        packing, rows = self.packing, self.packing.row_list
         for everything, packed in zip(self.states, (keys, values), strict=True):
             # Filler slots hold skipped tokens, whose keys come out the same: no need to leave them out.
             packed = packed.transpose(1, 2).flatten(0, 1).flatten(1)
             everything.view(self.shape.numel(), -1).index_copy_(0, packing.flat, packed)
-        states, rows = self.store(layer), packing.row_list
+        states = [everything.transpose(1, 2) for everything in self.states]
+        if self.cache is not None:
+            states = self.cache.update(*states, layer, *args, **kwargs)
         if len(rows) == self.shape[0]:
             return states
         adjacent = rows[-1] - rows[0] + 1 == len(rows)

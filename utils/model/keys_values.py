@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import torch
@@ -72,8 +73,13 @@ def _project(attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rotary(attention: nn.Module):
+    return _rotary_of(type(attention))
+
+
+@functools.cache
+def _rotary_of(attention: type):
     """The rotary function that the family's own modeling file uses."""
-    for cls in type(attention).__mro__:
+    for cls in attention.__mro__:
         found = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
         if found is not None:
             return found

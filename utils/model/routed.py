@@ -88,6 +88,8 @@ class Routed:
 
 def row_counts(keep: Tensor, real: Tensor | None) -> list[int] | None:
     """Kept tokens per row of ``keep [b, t]``, or None when every real token is kept (one host sync)."""
-    missing = ~keep if real is None else real.to(keep.device) & ~keep
-    *counts, skipped = torch.cat([keep.sum(1), missing.sum().view(1)]).tolist()
+    if real is None:
+        counts = keep.sum(1).tolist()
+        return None if sum(counts) == keep.numel() else counts
+    *counts, skipped = torch.cat([keep.sum(1), (real.to(keep.device) & ~keep).sum().view(1)]).tolist()
     return counts if skipped else None

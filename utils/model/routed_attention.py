@@ -78,22 +78,23 @@ class RoutedAttending(Routed):
     ) -> Tensor:
         """Queries of kept tokens, keys and values of all."""
         cache, tokens = kwargs.get("past_key_values"), keep.shape[1]
+        output = self.mod_residual(hidden_states)
+        if not any(counts):
+            if cache is not None:
+                states = project_kv(self.mod_attention(), features, kwargs["position_embeddings"])
+                cache.update(*states, self.mod_layer)
+            return output
         order = keep.flatten().to(torch.uint8).argsort(stable=True)
         skipped = order[: keep.numel() - sum(counts)]
         positions = flat_positions(kwargs["position_embeddings"], skipped, tokens)
-        keys, values = project_kv(self.mod_attention(), features.flatten(0, 1).index_select(0, skipped)[None], positions)
-        view = AllKeys(cache, keep.shape, skipped, keys[0], values[0])
-        output = self.mod_residual(hidden_states)
-        if any(counts):
-            packing, mask = pack(keep, counts), kwargs.get("attention_mask")
-            view.packing = packing
-            packed = select_tokens(kwargs, packing)
-            length = tokens if mask is None else mask.shape[-1]
-            packed["attention_mask"] = self._mask_type(query_mask(mask, packing, length, tokens), hidden_states)
-            packed["past_key_values"] = view
-            packing.put_(self.mod_run(packing.take(hidden_states), packed), output)
-        else:
-            view.store(self.mod_layer)
+        chosen = features.flatten(0, 1).index_select(0, skipped)[None]
+        keys, values = project_kv(self.mod_attention(), chosen, positions)
+        packing, mask = pack(keep, counts), kwargs.get("attention_mask")
+        packed = select_tokens(kwargs, packing)
+        length = tokens if mask is None else mask.shape[-1]
+        packed["attention_mask"] = self._mask_type(query_mask(mask, packing, length, tokens), hidden_states)
+        packed["past_key_values"] = AllKeys(cache, keep.shape, packing, skipped, keys[0], values[0])
+        packing.put_(self.mod_run(packing.take(hidden_states), packed), output)
         return output
 
     def _run_ragged(self, hidden_states: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, call) -> Tensor:

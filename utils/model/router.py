@@ -24,6 +24,8 @@ class ModRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., outputs]`` of ``hidden [..., hidden]``."""
+        if not torch.is_autocast_enabled(hidden.device.type):
+            return functional.linear(hidden.float(), self.weight.float())
         with torch.autocast(hidden.device.type, enabled=False):
             return functional.linear(hidden.float(), self.weight.float())
 
