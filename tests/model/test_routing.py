@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 from tiny_routed import CASES, LAYERS, routed_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from utils.model import GRANULARITIES, ModConfig, force_routing, is_routed, route, routed_modules, unroute
+from utils.model import GRANULARITIES, force_routing, is_routed, route, routed_modules, unroute
 from utils.model.configuration_mod import parse_granularity, select_layers
 
 WHERE = {"attn": "self_attn.", "mlp": "mlp.", "block": "", "expert": "mlp.experts."}
@@ -238,155 +235,6 @@ def silence(layer, part):
     else:
         module = layer.mlp if part == "mlp" else layer.mlp.experts
         module.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
-
-
-# ---------------------------------------------------------------- architectures without the seams
-
-
-@pytest.mark.parametrize(
-    ("family", "granularity", "seam"),
-    [
-        ("gpt2", "attn_sequence", "layers"),
-        ("mamba", "attn_sequence", "self_attn"),
-        ("mamba", "mlp_token", "mlp"),
-        ("gpt_neox", "block_token", "self_attn"),
-        ("llama", "expert_token", "experts"),
-    ],
-)
-def test_a_missing_seam_is_named_in_one_line(family, granularity, seam):
-    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=61, intermediate_size=48)
-    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **ids))
-    classes = {type(module) for module in model.modules()}
-    with pytest.raises(ValueError, match=f"'{seam}'") as error:
-        route(model, mod_n=2, granularity=granularity)
-    assert "\n" not in str(error.value) and type(model).__name__ in str(error.value)
-    assert {type(module) for module in model.modules()} == classes
-
-
-def test_what_is_not_a_transformers_model_is_refused():
-    with pytest.raises(ValueError, match="transformers model"):
-        route(torch.nn.Linear(2, 2), mod_n=1)
-
-
-# ---------------------------------------------------------------- on disk
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_config_and_weights_round_trip(family, tmp_path):
-    model = routed_model(family, "attn_token+mlp_sequence", kv_policy="drop", threshold=0.4, router_pooling="prompt")
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is type(model) and is_routed(again)
-    assert ModConfig.read_from(again.config) == ModConfig.read_from(model.config)
-    assert again.config.model_type == f"{family}_mod"
-    ids, mask = random_batch(padding="left")
-    with torch.no_grad():
-        assert torch.equal(again(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
-
-
-def test_a_saved_unrouted_model_is_a_plain_one(tmp_path):
-    routed_model("llama").save_pretrained(tmp_path / "routed")
-    unroute(AutoModelForCausalLM.from_pretrained(tmp_path / "routed")).save_pretrained(tmp_path / "plain")
-    assert sorted(p.name for p in (tmp_path / "plain").glob("*.py")) == []
-    assert "mod_" not in (tmp_path / "plain" / "config.json").read_text()
-    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
-    assert type(again) is LlamaForCausalLM
-    assert not loading["missing_keys"] and not loading["unexpected_keys"]
-
-
-STRANGER = """
-import sys, torch
-sys.modules["accelerate"] = sys.modules["utils"] = None  # neither this package nor what it does not ask for
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids, mask, expected = torch.load(sys.argv[2])
-with torch.no_grad():
-    assert torch.equal(model(ids, attention_mask=mask).logits, expected), "other logits"
-out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
-assert out.shape[1] == ids.shape[1] + 3
-assert {p.dtype for n, p in model.named_parameters() if "mod_router" in n} == {torch.float32}
-print(type(model).__module__)
-"""
-
-
-def test_stock_transformers_loads_a_checkpoint_where_this_package_is_absent(tmp_path):
-    model = routed_model("llama", "attn_sequence+mlp_token")
-    ids, mask = random_batch(padding="left")
-    with torch.no_grad():
-        expected = model(ids, attention_mask=mask).logits
-    model.save_pretrained(tmp_path / "checkpoint")
-    torch.save((ids, mask, expected), tmp_path / "batch.pt")
-    (tmp_path / "stranger.py").write_text(STRANGER)
-    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-P", tmp_path / "stranger.py", tmp_path / "checkpoint", tmp_path / "batch.pt"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.strip().startswith("transformers_modules.")
-
-
-# ---------------------------------------------------------------- dtype and devices
-
-
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
-def test_routers_stay_float32_when_the_model_is_cast(cast):
-    model = cast(routed_model("llama", "attn_token+mlp_token"))
-    dtypes = {("mod_router" in name): parameter.dtype for name, parameter in model.named_parameters()}
-    assert dtypes[True] == torch.float32 and dtypes[False] != torch.float32
-
-
-def test_routers_stay_float32_when_loaded_in_half_precision(tmp_path):
-    model = routed_model("llama")
-    model.save_pretrained(tmp_path)
-    for dtype in (torch.bfloat16, torch.float16, "auto"):
-        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-        for name, parameter in again.named_parameters():
-            if "mod_router" in name:
-                assert torch.equal(parameter, model.get_parameter(name)), "bits must survive loading"
-            elif dtype != "auto":
-                assert parameter.dtype == dtype
-    plain = tmp_path / "plain"
-    unroute(model).to(torch.bfloat16).save_pretrained(plain)
-    late = route(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), mod_n=2)
-    assert {p.dtype for n, p in late.named_parameters() if "mod_router" in n} == {torch.float32}
-
-
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token", "block_sequence"])
-def test_device_map_and_accelerate_hooks_before_and_after_routing(granularity, tmp_path):
-    from accelerate import cpu_offload, dispatch_model
-
-    model = routed_model("llama", granularity)
-    ids, mask = random_batch(padding="left")
-    with torch.no_grad():
-        expected = model(ids, attention_mask=mask).logits
-    weights = [m.mod_router.weight.detach().clone() for m in routed_modules(model).values()]
-    model.save_pretrained(tmp_path)
-
-    def check(other):
-        assert is_routed(other)
-        with torch.no_grad():
-            assert torch.equal(other(ids, attention_mask=mask).logits, expected)
-
-    def set_weights(other):
-        with torch.no_grad():
-            for module, weight in zip(routed_modules(other).values(), weights, strict=True):
-                module.mod_router.weight.copy_(weight)
-
-    check(AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}))
-    check(dispatch_model(copy.deepcopy(model), {"": "cpu"}, force_hooks=True))
-    check(cpu_offload(copy.deepcopy(model), "cpu"))
-    for hook in (lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True), lambda m: cpu_offload(m, "cpu")):
-        dense = tiny_model("llama")
-        with torch.no_grad():
-            plain = dense(ids).logits
-        hook(dense)
-        route(dense, mod_layers=LAYERS, granularity=granularity)
-        set_weights(dense)
-        check(dense)
-        with torch.no_grad():
-            assert torch.equal(unroute(dense)(ids).logits, plain)
 
 
 def test_cases_cover_every_granularity():

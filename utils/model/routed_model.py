@@ -1,9 +1,8 @@
-"""Routing a decoder in place, and back: the seams of transformers' decoders, found by name."""
+"""Routing a decoder in place, and back: what one forward pass of it knows, and which modules it routes."""
 
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .cache_mod import RaggedCacheLayer, RowCacheLayer, adopt_layer
 from .call import RoutingCall, routing_call
 from .configuration_mod import ModConfig, select_layers
-from .keys_values import missing_seam
+from .mixing import check_forward, mix_in, mix_out
 from .recording import RoutingLog
 from .routed import Routed
 from .routed_attention import RoutedAttention
@@ -21,6 +20,7 @@ from .routed_block import RoutedBlock, RoutedLayer
 from .routed_experts import RoutedExperts
 from .routed_mlp import RoutedMLP
 from .router import ModRouter
+from .seams import decoder_of, find_module, try_seams
 
 MIXINS: dict[str, type[Routed]] = {
     "attn": RoutedAttention,
@@ -28,7 +28,6 @@ MIXINS: dict[str, type[Routed]] = {
     "block": RoutedBlock,
     "expert": RoutedExperts,
 }
-_WHERE = {"attn": ("self_attn",), "mlp": ("mlp",), "block": (), "expert": ("mlp", "experts")}
 
 
 class RoutedDecoder:
@@ -36,6 +35,8 @@ class RoutedDecoder:
 
     is_routed_decoder = True
     mod_config: ModConfig
+    mod_logs: list[RoutingLog] | tuple = ()
+    mod_forced = None
 
     def forward(
         self,
@@ -73,15 +74,14 @@ class RoutedDecoder:
             self._adopt(past_key_values)
         tokens = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         real, pool = self._tokens(input_ids, attention_mask, position_ids, prompt_length, past, tokens)
-        logs: list[RoutingLog] = getattr(self, "mod_logs", [])
         call = RoutingCall(
             real=real,
             pool=pool,
             cache=past_key_values,
             past=past,
             training=training,
-            forced=getattr(self, "mod_forced", None),
-            record=None if not logs else functools.partial(_record, logs),
+            forced=self.mod_forced,
+            record=functools.partial(_record, self.mod_logs) if self.mod_logs else None,
         )
         with routing_call(call):
             return super().forward(
@@ -117,7 +117,9 @@ class RoutedDecoder:
         ):
             if bool((position_ids.diff(dim=-1) < 0).any()):
                 raise ValueError("packed sequences cannot be routed per sequence: one row, one sequence")
-        real = attention_mask[:, -tokens:].bool() if plain and attention_mask is not None else None
+        # What is decoded behind a past is no padding, and need not be asked for at every step.
+        masked = plain and attention_mask is not None and not (past and tokens == 1)
+        real = attention_mask[:, -tokens:].bool() if masked else None
         if not sequence or past:
             return real, None
         pool = real
@@ -184,79 +186,6 @@ def prompt_length_from(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     return before.sum(1)
 
 
-_CLASSES: dict[tuple[type, type], type] = {}
-
-
-def mix_in(module: nn.Module, mixin: type) -> None:
-    """Put ``mixin`` in front of the class of ``module``; names stay, so wrapping policies still find the class."""
-    plain = type(module)
-    if (mixin, plain) not in _CLASSES:
-        names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "mod_plain_class": plain}
-        _CLASSES[mixin, plain] = type(plain.__name__, (mixin, plain), names)
-    swap_class(module, _CLASSES[mixin, plain])
-
-
-def mix_out(module: nn.Module) -> None:
-    """Undo :func:`mix_in`."""
-    swap_class(module, module.mod_plain_class)
-
-
-def swap_class(module: nn.Module, cls: type) -> None:
-    """Make ``module`` an instance of ``cls``."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        module.__class__ = cls
-        return
-    # accelerate's hooks bind the forward of the class they were added to (device_map): take them off and on again.
-    # Whoever put a hook there has imported accelerate; this file itself must load where it is not installed.
-    hooks = sys.modules["accelerate.hooks"]
-    hooks.remove_hook_from_module(module)
-    vars(module).pop("forward", None)  # what it put back is the forward of the class that the module leaves
-    module.__class__ = cls
-    hooks.add_hook_to_module(module, hook)
-
-
-def check_forward(module: nn.Module) -> None:
-    """ValueError if a forward of the instance's own would hide that of its class."""
-    if "forward" in vars(module) and getattr(module, "_hf_hook", None) is None:
-        raise ValueError(
-            f"the forward of this {type(module).__name__} was replaced (by a patch, or by mixed precision): "
-            "route before that, or unwrap the model first"
-        )
-
-
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The decoder with ``layers``; ValueError naming the missing seam for other architectures."""
-    decoder = getattr(model, model.base_model_prefix, model)
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise ValueError(f"{type(model).__name__} cannot be routed: its decoder has no 'layers'")
-    return decoder
-
-
-def find_module(model: PreTrainedModel, layer: int, part: str, kv_policy: str, level: str) -> nn.Module:
-    """The module that a part of a layer names; ValueError naming the missing seam."""
-    module = decoder_of(model).layers[layer]
-    for name in _WHERE[part]:
-        if not isinstance(getattr(module, name, None), nn.Module):
-            raise ValueError(
-                f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: it has no {name!r}"
-            )
-        module = getattr(module, name)
-    if part in ("attn", "block"):
-        attention = module if part == "attn" else getattr(module, "self_attn", None)
-        if attention is None:
-            raise ValueError(
-                f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: it has no 'self_attn'"
-            )
-        seam = missing_seam(attention) if level == "token" and kv_policy == "keep" else None
-        if seam:
-            raise ValueError(
-                f"layer {layer} of {type(model).__name__} cannot keep keys of skipped tokens: its attention has no "
-                f"{seam!r}; use kv_policy 'drop' or sequence level"
-            )
-    return module
-
-
 def install(model: PreTrainedModel, config: ModConfig) -> None:
     """Route ``model`` in place as ``config`` says; routers start at zero (everything runs at τ ≤ 0.5)."""
     decoder = decoder_of(model)
@@ -267,6 +196,7 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
         for layer in config.mod_layers
         for part, level in parts.items()
     }
+    try_seams(model, targets, config)
     thresholds = config.thresholds(list(targets))
     for module in (model, decoder, *(decoder.layers[layer] for layer in config.mod_layers), *targets.values()):
         check_forward(module)

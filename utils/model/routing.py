@@ -6,10 +6,11 @@ from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from .configuration_mod import LlamaModConfig, MistralModConfig, ModConfig, Qwen2ModConfig
+from .mixing import check_forward, mix_in, mix_out, swap_class
 from .modeling_mod import LlamaModForCausalLM, MistralModForCausalLM, Qwen2ModForCausalLM
 from .recording import routed_base
 from .routed import Routed
-from .routed_model import RoutedCausalLM, check_forward, install, mix_in, mix_out, swap_class, uninstall
+from .routed_model import RoutedCausalLM, install, uninstall
 
 # Families with a named class: a routed instance becomes one, so that save_pretrained writes a loadable checkpoint.
 NAMED = {

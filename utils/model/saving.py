@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from ..errors import UserError
 from .configuration_mod import ModConfig
 from .recording import routed_base
-from .routed_model import _WHERE, decoder_of
 from .routing import is_routed, route, routed_modules, set_thresholds
+from .seams import WHERE, decoder_of
 
 WEIGHTS_NAME = "router.safetensors"
 CONFIG_NAME = "router_config.json"
@@ -34,7 +34,7 @@ def router_names(model: nn.Module) -> dict[str, str]:
     names = {}
     for key in routed_modules(causal):
         layer, part = key.split(".")
-        names[key] = ".".join([f"{prefix}layers.{layer}", *_WHERE[part], "mod_router", "weight"])
+        names[key] = ".".join([f"{prefix}layers.{layer}", *WHERE[part], "mod_router", "weight"])
     return names
 
 

@@ -1,0 +1,132 @@
+"""Routed checkpoints: config and weights round trip, stock loading, router dtype, device maps and hooks."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import LAYERS, routed_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from utils.model import ModConfig, is_routed, route, routed_modules, unroute
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_config_and_weights_round_trip(family, tmp_path):
+    model = routed_model(family, "attn_token+mlp_sequence", kv_policy="drop", threshold=0.4, router_pooling="prompt")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model) and is_routed(again)
+    assert ModConfig.read_from(again.config) == ModConfig.read_from(model.config)
+    assert again.config.model_type == f"{family}_mod"
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        assert torch.equal(again(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits)
+
+
+def test_a_saved_unrouted_model_is_a_plain_one(tmp_path):
+    routed_model("llama").save_pretrained(tmp_path / "routed")
+    unroute(AutoModelForCausalLM.from_pretrained(tmp_path / "routed")).save_pretrained(tmp_path / "plain")
+    assert sorted(p.name for p in (tmp_path / "plain").glob("*.py")) == []
+    assert "mod_" not in (tmp_path / "plain" / "config.json").read_text()
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert type(again) is LlamaForCausalLM
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+
+
+STRANGER = """
+import sys, torch
+sys.modules["accelerate"] = sys.modules["utils"] = None  # neither this package nor what it does not ask for
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids, mask, expected = torch.load(sys.argv[2])
+with torch.no_grad():
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected), "other logits"
+out = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+assert out.shape[1] == ids.shape[1] + 3
+assert {p.dtype for n, p in model.named_parameters() if "mod_router" in n} == {torch.float32}
+print(type(model).__module__)
+"""
+
+
+def test_stock_transformers_loads_a_checkpoint_where_this_package_is_absent(tmp_path):
+    model = routed_model("llama", "attn_sequence+mlp_token")
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    model.save_pretrained(tmp_path / "checkpoint")
+    torch.save((ids, mask, expected), tmp_path / "batch.pt")
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-P", tmp_path / "stranger.py", tmp_path / "checkpoint", tmp_path / "batch.pt"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip().startswith("transformers_modules.")
+
+
+# ---------------------------------------------------------------- dtype and devices
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
+def test_routers_stay_float32_when_the_model_is_cast(cast):
+    model = cast(routed_model("llama", "attn_token+mlp_token"))
+    dtypes = {("mod_router" in name): parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes[True] == torch.float32 and dtypes[False] != torch.float32
+
+
+def test_routers_stay_float32_when_loaded_in_half_precision(tmp_path):
+    model = routed_model("llama")
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16, "auto"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        for name, parameter in again.named_parameters():
+            if "mod_router" in name:
+                assert torch.equal(parameter, model.get_parameter(name)), "bits must survive loading"
+            elif dtype != "auto":
+                assert parameter.dtype == dtype
+    plain = tmp_path / "plain"
+    unroute(model).to(torch.bfloat16).save_pretrained(plain)
+    late = route(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), mod_n=2)
+    assert {p.dtype for n, p in late.named_parameters() if "mod_router" in n} == {torch.float32}
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token", "block_sequence"])
+def test_device_map_and_accelerate_hooks_before_and_after_routing(granularity, tmp_path):
+    from accelerate import cpu_offload, dispatch_model
+
+    model = routed_model("llama", granularity)
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    weights = [m.mod_router.weight.detach().clone() for m in routed_modules(model).values()]
+    model.save_pretrained(tmp_path)
+
+    def check(other):
+        assert is_routed(other)
+        with torch.no_grad():
+            assert torch.equal(other(ids, attention_mask=mask).logits, expected)
+
+    def set_weights(other):
+        with torch.no_grad():
+            for module, weight in zip(routed_modules(other).values(), weights, strict=True):
+                module.mod_router.weight.copy_(weight)
+
+    check(AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"}))
+    check(dispatch_model(copy.deepcopy(model), {"": "cpu"}, force_hooks=True))
+    check(cpu_offload(copy.deepcopy(model), "cpu"))
+    for hook in (lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True), lambda m: cpu_offload(m, "cpu")):
+        dense = tiny_model("llama")
+        with torch.no_grad():
+            plain = dense(ids).logits
+        hook(dense)
+        route(dense, mod_layers=LAYERS, granularity=granularity)
+        set_weights(dense)
+        check(dense)
+        with torch.no_grad():
+            assert torch.equal(unroute(dense)(ids).logits, plain)
