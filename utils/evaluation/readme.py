@@ -1,0 +1,93 @@
+"""Tables of the README: each block between its markers is rendered from committed JSON and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from utils.evaluation.report import summary_table
+from utils.evaluation.results import cost_table
+from utils.evaluation.tables import Table
+from utils.pipeline.base_checkpoint import results_table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _json(path: str) -> Any:
+    return json.loads((ROOT / path).read_text())
+
+
+def base_block() -> str:
+    """Held-out scores of the embedded base."""
+    scores = _json("ckpt/tiny-llama-mod/eval_results.json")
+    table = results_table(scores, scores["items_per_task"])
+    command = "`python entrypoints/checkpoint/train_tiny_base.py --eval_only`"
+    return f"{table}\n\nFrom `ckpt/tiny-llama-mod/eval_results.json`, by\n{command}."
+
+
+def quickstart_block() -> str:
+    """What the quickstart prints, from the comparison that it saved."""
+    comparison = _json("figures/quickstart.json")
+    return (
+        "What it measured on two CPU cores (`figures/quickstart.json`; the run writes its own as\n"
+        "`trained_models/tiny-llama-mod/quickstart/evaluation/comparison.json`):\n\n"
+        f"{summary_table(comparison).markdown()}\n\n{cost_table(comparison).markdown()}"
+    )
+
+
+def speed_block() -> str:
+    """The speed benchmark on two CPU cores."""
+    result = _json("figures/benchmark_speed_cpu.json")
+    header = ["phase", "granularity", "kv", "capacity", "speed-up", "ideal", "skip efficiency", "KV bytes"]
+    rows = [
+        [
+            f"{row['phase']} {row['batch']}×{row['length']}",
+            row["granularity"],
+            row["kv_policy"],
+            f"{row['capacity']:.2f}",
+            f"{row['speed_up']:.2f}×" + (" (slower)" if row["slower_than_dense"] else ""),
+            f"{1 / row['ideal_ratio']:.2f}×",
+            "–" if row["skip_efficiency"] is None else f"{row['skip_efficiency']:.2f}",
+            f"{row['kv_bytes_routed'] / row['kv_bytes_dense']:.2f}",
+        ]
+        for row in result["rows"]
+        if row["decisions"] in ("0.0", "0.5", "1.0")
+    ]
+    return (
+        f"Random weights, forced masks, {result['device']} ({result['date'][:10]}); dense and routed take turns in\n"
+        "one process. *Ideal* is the dense model without the skipped work, *skip efficiency* the share of that\n"
+        f"saving which is realised.\n\n{Table(header, rows).markdown()}\n\n`{result['command']}`\n\n"
+        "![Time against capacity](figures/benchmark_speed_cpu.svg)"
+    )
+
+
+def science_block() -> str:
+    """The experiment's own summary."""
+    return (ROOT / "figures/main_results.md").read_text().strip()
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart_block,
+    "base": base_block,
+    "speed": speed_block,
+    "science": science_block,
+}
+
+
+def render(text: str) -> str:
+    """``text`` with every block between ``<!-- begin:NAME -->`` and ``<!-- end:NAME -->`` rendered anew.
+
+    Raises:
+        ValueError: for a block that nothing renders, or a missing end marker.
+    """
+    for name in re.findall(r"<!-- begin:(\w+) -->", text):
+        if name not in BLOCKS:
+            raise ValueError(f"nothing renders the block {name!r}; known: {', '.join(BLOCKS)}")
+        pattern = rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)"
+        text, count = re.subn(pattern, lambda m, n=name: f"{m[1]}{BLOCKS[n]()}\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"block {name!r} must stand once, with an end marker")
+    return text
