@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import BinaryIO
 
 import orjson
 
-from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, Block, Place, Unreadable
+from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, SPACE, Block, Place, Unreadable
 from utils.errors import UserError
 
-SPACE = b" \t\r\n"
 CUTS = 4
 """Cuts tried from the end of a block before its elements are taken one by one."""
 
@@ -28,16 +27,33 @@ _SEPARATOR = re.compile(r'\}[ \t\r\n]*,[ \t\r\n]*\{[ \t\r\n]*"[^"\\]*"[ \t\r\n]*
 _DECODER = json.JSONDecoder()
 
 
+def separator_of(head: bytes) -> bytes:
+    """The bytes between the first two rows of an array that starts with ``head``, from ``}`` to the first key's colon.
+
+    They cannot occur inside a string, which would have to escape the quotes. Empty where there is no second row of
+    that shape in ``head``.
+    """
+    text = head.removeprefix(BOM).decode("utf-8", "surrogateescape").lstrip(" \t\r\n")[1:]
+    try:
+        _, _, end = next(_elements(text))
+    except ValueError:
+        return b""
+    found = _SEPARATOR.match(text, text.rfind("}", 0, end))
+    return found.group().encode("utf-8", "surrogateescape") if found else b""
+
+
 class ArrayReader:
     """Blocks of a stream that holds one array and stands at ``start``: at its beginning, or behind a comma.
 
-    :meth:`blocks` raises :class:`UserError` with ``name`` and line where the array is broken, truncated or followed
-    by something else.
+    ``separator`` is that of :func:`separator_of`. A stream that is not the ``last`` part of the array ends behind a
+    comma. :meth:`blocks` raises :class:`UserError` with ``name`` and line where the array is broken, truncated or
+    followed by something else.
     """
 
-    def __init__(self, stream: BinaryIO, start: Place, name: str) -> None:
+    def __init__(self, stream: BinaryIO, start: Place, name: str, separator: bytes = b"", last: bool = True) -> None:
         self._stream, self._name, self._place = stream, name, start
-        self._data, self._separator = b"", b""
+        self._separator, self._last = separator, last
+        self._data = b""
         self._exhausted = self._closed = False
 
     def blocks(self) -> Iterator[Block]:
@@ -46,9 +62,10 @@ class ArrayReader:
             self._open()
         while not self._closed:
             self._fill(BLOCK_BYTES)
+            if self._exhausted and not self._last and not self._data.strip(SPACE):
+                return
             block = self._bulk() or self._singly()
-            if block.rows:
-                yield block
+            yield block
         self._check_end()
 
     def _open(self) -> None:
@@ -57,6 +74,7 @@ class ArrayReader:
         if not body.startswith(b"["):
             raise UserError(f"{self._name} is no JSON array")
         self._advance(len(self._data) - len(body) + 1)
+        self._fill(BLOCK_BYTES)
         if self._data.lstrip(SPACE).startswith(b"]"):
             self._close(self._data.index(b"]"))
 
@@ -78,14 +96,15 @@ class ArrayReader:
         """Where the data may be cut: behind the last rows of it, the latest cut first."""
         if self._exhausted:
             body = self._data.rstrip(SPACE)
-            if body.endswith(b"]"):
+            if body.endswith(b"]" if self._last else b","):
                 yield len(body) - 1
         end = len(self._data)
         for _ in range(CUTS if self._separator else 0):
             end = self._data.rfind(self._separator, 0, end)
             if end < 0:
                 return
-            yield end + 1
+            end += 1
+            yield end
 
     def _bulk(self) -> Block | None:
         for cut in self._cuts():
@@ -94,11 +113,14 @@ class ArrayReader:
                 rows = orjson.loads(b"[" + body + b"]")
             except orjson.JSONDecodeError:
                 continue
+            if not rows:
+                return None
             line_of = _lines(body, self._place.line)
-            if self._data[cut:].lstrip(SPACE).startswith(b"]"):
-                self._close(self._data.index(b"]", cut))
+            delimiter = self._data[cut:].lstrip(SPACE)[:1]
+            if delimiter == b"]":
+                self._close(self._data.index(delimiter, cut))
             else:
-                self._advance(self._data.index(b",", cut) + 1)
+                self._advance(self._data.index(delimiter, cut) + 1)
             return Block(rows, self._place, line_of)
         return None
 
@@ -121,26 +143,16 @@ class ArrayReader:
             self._fill(2 * len(self._data))
         line = self._place.line + 1
         numbers = [line + text.count("\n", 0, begin) for begin in begins]
-        self._learn_separator(text, begins)
         self._advance(len(text[:used].encode("utf-8", "surrogateescape")))
         self._closed = text[used - 1] == "]"
         return Block(rows, self._place, numbers.__getitem__)
 
-    def _learn_separator(self, text: str, begins: list[int]) -> None:
-        if len(begins) > 1:
-            found = _SEPARATOR.search(text, text.rindex("}", 0, begins[1]) if "}" in text[: begins[1]] else 0)
-            if found and found.end() > begins[1]:
-                self._separator = found.group().encode("utf-8", "surrogateescape")
-
     def _broken(self, fault: str) -> UserError:
-        line = self._place.line + 1
+        where = f"{self._name}:{self._place.line + 1}"
         if self._exhausted:
-            return UserError(
-                f"{self._name}:{line}: the array breaks off or is broken in the row that starts here: {fault}"
-            )
-        limit = MAX_ROW_BYTES >> 20
+            return UserError(f"{where}: the array is broken, or breaks off, in the row that starts here: {fault}")
         return UserError(
-            f"{self._name}:{line}: the row that starts here is broken or larger than {limit} MiB: {fault}"
+            f"{where}: the row that starts here is broken, or larger than {MAX_ROW_BYTES >> 20} MiB: {fault}"
         )
 
     def _check_end(self) -> None:
@@ -154,44 +166,40 @@ class ArrayReader:
 
 
 def _elements(text: str) -> Iterator[tuple[object, int, int]]:
-    """Value, begin and end (behind its comma or bracket) of the elements that text starts with.
+    """Value, begin and end (behind its comma or bracket) of the elements that ``text`` starts with.
 
     Raises ValueError at an element that is broken or not all there.
     """
-    position = 0
-    while True:
-        begin = _GAP.match(text, position).end()
+    end = 0
+    while not end or text[end - 1] != "]":
+        begin = _GAP.match(text, end).end()
         try:
             value, end = _DECODER.raw_decode(text, begin)
         except RecursionError:
             raise ValueError("nested too deeply") from None
-        position = _GAP.match(text, end).end() + 1
-        delimiter = text[position - 1 : position]
+        raw, end = text[begin:end], _GAP.match(text, end).end() + 1
+        delimiter = text[end - 1 : end]
         if delimiter not in (",", "]"):
-            raise ValueError(
-                f"{delimiter!r} where a comma or the end of the array should be" if delimiter else "no end"
-            )
-        yield _without_bytes(text[begin:end], value), begin, position
-        if delimiter == "]":
-            return
+            raise ValueError(f"{delimiter!r} where a comma or the array's end should be" if delimiter else "no end")
+        yield _checked_bytes(raw, value), begin, end
 
 
-def _without_bytes(raw: str, value: object) -> object:
+def _checked_bytes(raw: str, value: object) -> object:
+    """The value, unless bytes that are no UTF-8 are in its text, where decoding left them as lone surrogates."""
     try:
         raw.encode("utf-8")
     except UnicodeEncodeError as error:
-        return Unreadable(
-            "invalid_utf8", f"character {error.start} of the row is byte 0x{ord(raw[error.start]) & 255:02x}"
-        )
+        byte = ord(raw[error.start]) & 0xFF
+        return Unreadable.of("invalid_utf8", f"character {error.start} of the row is the byte 0x{byte:02x}", raw)
     return value
 
 
-def _lines(body: bytes, before: int):
-    """Line of a row of a parsed block, looked for only when somebody asks."""
+def _lines(body: bytes, before: int) -> Callable[[int], int]:
+    """The line of each row of a parsed block, looked for only when somebody asks."""
 
     @cache
-    def begins() -> list[int]:
-        text = body.decode("utf-8")
-        return [before + 1 + text.count("\n", 0, begin) for _, begin, _ in _elements(f"{text}]")]
+    def numbers() -> list[int]:
+        text = body.decode("utf-8") + "]"
+        return [before + 1 + text.count("\n", 0, begin) for _, begin, _ in _elements(text)]
 
-    return lambda row: begins()[row]
+    return lambda row: numbers()[row]

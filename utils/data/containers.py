@@ -1,43 +1,75 @@
-"""Files of raw rows: what they are by content, and their rows as blocks."""
+"""Files of raw rows: what they are, by content, and their rows as blocks."""
 
 from __future__ import annotations
 
-import gzip
-import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-from utils.data.array import ArrayReader
-from utils.data.blocks import BOM, Block, Place
+from utils.data.array import ArrayReader, separator_of
+from utils.data.blocks import BOM, SPACE, Block, Place
 from utils.data.lines import line_blocks
+from utils.data.streams import compression_of, open_bytes, reading
 from utils.errors import UserError
 
-
-def open_bytes(path: Path) -> BinaryIO:
-    raw = path.open("rb")
-    magic = raw.read(4)
-    raw.seek(0)
-    return io.BufferedReader(gzip.GzipFile(fileobj=raw)) if magic[:2] == b"\x1f\x8b" else raw
+HEAD_BYTES = 1 << 20
+BEGINNING = Place()
+LINES, ARRAY, PARQUET, ARROW = "lines", "array", "parquet", "arrow"
+TABLES = {b"PAR1": PARQUET, b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW}
 
 
-def blocks(path: Path, start: Place) -> Iterator[Block]:
-    with open_bytes(path) as stream:
-        head = stream.read(4096).removeprefix(BOM).lstrip()
-        stream.seek(start.offset)
-        if head.startswith(b"["):
-            yield from ArrayReader(stream, start, str(path)).blocks()
-        else:
-            yield from line_blocks(stream, start)
+@dataclass(frozen=True)
+class Container:
+    """A file and what it is. ``separator``: the bytes between two rows, of a file that may be cut there."""
+
+    path: Path
+    kind: str
+    compressed: bool
+    separator: bytes = b""
+
+    @property
+    def is_table(self) -> bool:
+        """Whether places in it are rows rather than bytes."""
+        return self.kind in (PARQUET, ARROW)
 
 
-def data_files(folder: Path, published: str) -> list[Path]:
-    exact = folder / published
-    if exact.is_file():
-        return [exact]
-    files = [
-        path for path in sorted(folder.rglob("*")) if path.suffix in (".json", ".jsonl", ".gz") and path.is_file()
-    ]
-    if not files:
-        raise UserError(f"{folder} holds no data file")
-    return files
+def recognise(path: Path) -> Container:
+    """Find out by content what a file is; raises :class:`UserError` for what holds no rows."""
+    with reading(path):
+        compressed = compression_of(path) is not None
+        with open_bytes(path) as stream:
+            head = stream.read(HEAD_BYTES)
+    table = next((kind for magic, kind in TABLES.items() if head.startswith(magic)), None)
+    if table:
+        if compressed:
+            raise UserError(f"{path} is a compressed {table} file; decompress it first")
+        return Container(path, table, False)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path} is UTF-16; convert it to UTF-8 first")
+    text = head.removeprefix(BOM).lstrip(SPACE)
+    if not text:
+        raise UserError(f"{path} is empty" if len(head) < HEAD_BYTES else f"{path} starts with 1 MiB of white space")
+    if text.startswith(b"["):
+        return Container(path, ARRAY, compressed, separator_of(head))
+    return Container(path, LINES, compressed, b"\n")
+
+
+def read_blocks(
+    container: Container, columns: Sequence[str], start: Place = BEGINNING, stop: int | None = None
+) -> Iterator[Block]:
+    """Blocks of the rows from ``start`` to the place ``stop`` (None: to the end), which must be the end of a row.
+
+    Of a table only ``columns`` are read. Raises :class:`UserError` for a file that cannot be read to its end.
+    """
+    path = container.path
+    with reading(path):
+        if container.is_table:
+            from utils.data.tables import table_blocks  # pyarrow takes 60 MB, which only tables need
+
+            yield from table_blocks(path, container.kind == PARQUET, columns, start, stop)
+            return
+        with open_bytes(path, start.offset, stop) as stream:
+            if container.kind == LINES:
+                yield from line_blocks(stream, start)
+            else:
+                yield from ArrayReader(stream, start, str(path), container.separator, stop is None).blocks()

@@ -34,7 +34,7 @@ class Format:
 
 
 def _conversation(senders: Mapping[str, str], filtered: Mapping[str, str]) -> Converter:
-    """Rows ``{"conversations": [{"from", "value"}, …]}``; a sender in ``filtered`` leaves the row out for that reason."""
+    """Rows ``{"conversations": [{"from", "value"}, …]}``; ``filtered``: senders whose rows are left out, and why."""
 
     def convert(row: Row) -> list[Message]:
         turns = row.get("conversations")

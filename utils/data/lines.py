@@ -7,35 +7,35 @@ from typing import BinaryIO
 
 import orjson
 
-from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, Block, Place, Unreadable, parse_slowly
+from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, SPACE, Block, Place, Unreadable, parse_slowly
 
 
 def line_blocks(stream: BinaryIO, start: Place) -> Iterator[Block]:
     """Blocks of a JSONL stream that stands at ``start``; a line that is no JSON is an :class:`Unreadable` row.
 
-    Lines end with LF or CRLF, the last one with the end of the file; blank lines are no rows.
+    Lines end with LF or CRLF, the last one with the end of the stream; blank lines are no rows.
     """
-    rest, place = b"", start
+    place, rest = start, b""
     while True:
         chunk = stream.read(BLOCK_BYTES)
-        if place.offset == 0 and not rest:
-            rest = b""
-            if chunk.startswith(BOM):
-                chunk, place = chunk[len(BOM) :], Place(len(BOM), 0)
-        data = rest + chunk
-        cut = data.rfind(b"\n") + 1 if chunk else len(data)
-        if cut:
-            block = _block(data[:cut], place)
-            place = block.after
-            if block.rows:
-                yield block
-        rest = data[cut:]
+        if place.offset == 0 and not rest and chunk.startswith(BOM):
+            chunk, place = chunk[len(BOM) :], Place(len(BOM), 0)
         if not chunk:
-            return
-        if len(rest) > MAX_ROW_BYTES:
-            block, rest = _skip_line(stream, len(rest), place)
-            place = block.after
+            break
+        cut = chunk.rfind(b"\n") + 1
+        if not cut:
+            rest += chunk
+            if len(rest) > MAX_ROW_BYTES:
+                block, rest = _skip_line(stream, len(rest), place)
+                place = block.after
+                yield block
+            continue
+        block = _block(rest + chunk[:cut], place)
+        place, rest = block.after, chunk[cut:]
+        if block.rows:
             yield block
+    if rest.strip(SPACE):
+        yield _block(rest, place)
 
 
 def _block(data: bytes, start: Place) -> Block:
@@ -49,7 +49,7 @@ def _block(data: bytes, start: Place) -> Block:
         pass
     rows, numbers = [], []
     for number, line in enumerate(lines, start.line + 1):
-        if line.strip():
+        if line.strip(SPACE):
             rows.append(_parse(line))
             numbers.append(number)
     return Block(rows, after, numbers.__getitem__)
@@ -57,11 +57,15 @@ def _block(data: bytes, start: Place) -> Block:
 
 def _parse(line: bytes) -> object:
     if len(line) > MAX_ROW_BYTES:
-        return Unreadable("row_too_large", f"more than {MAX_ROW_BYTES >> 20} MiB in one line")
+        return _too_large(len(line))
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
         return parse_slowly(line)
+
+
+def _too_large(size: int) -> Unreadable:
+    return Unreadable("row_too_large", f"{size:,} bytes in one line, more than {MAX_ROW_BYTES >> 20} MiB")
 
 
 def _skip_line(stream: BinaryIO, read: int, start: Place) -> tuple[Block, bytes]:
@@ -73,5 +77,4 @@ def _skip_line(stream: BinaryIO, read: int, start: Place) -> tuple[Block, bytes]
         ended = bool(end) or not chunk
         read += end or len(chunk)
         rest = chunk[end:] if end else b""
-    row = Unreadable("row_too_large", f"{read:,} bytes in one line, more than {MAX_ROW_BYTES >> 20} MiB")
-    return Block([row], Place(start.offset + read, start.line + 1), lambda _: start.line + 1), rest
+    return Block([_too_large(read)], Place(start.offset + read, start.line + 1), lambda _: start.line + 1), rest

@@ -15,8 +15,9 @@ What is done with the irregular ones:
 | has a turn of Bing (vicuna_sharegpt, evol_instruct) | filtered, ``bing_sender`` | dropped, counted |
 | has a system turn (evol_instruct only) | filtered, ``system_turn`` | dropped, counted |
 | has an unknown sender | refused, ``unknown_sender`` | the whole data set ends there |
-| lacks a field, or a field is not text | refused, ``missing_field``, ``wrong_type`` | ends there, or passes a number on |
-| cannot be read | refused, ``not_json``, ``not_an_object``, ``invalid_utf8``, ``lone_surrogate``, ``row_too_large`` | ends there |
+| lacks a field, or a field is not text | refused, ``missing_field``, ``wrong_type`` | ends there, or keeps a number |
+| is no JSON object, or larger than 16 MiB | refused, ``not_json``, ``not_an_object``, ``row_too_large`` | ends there |
+| has text that is not Unicode | refused, ``invalid_utf8``, ``lone_surrogate`` | ends there, or kept |
 
 *Filtered* rows are sound but of no use for training; *refused* rows are faults of the file and count for
 ``--max_reject_rate``. Both are listed in ``rejects.jsonl`` with reason, file and line; ``--strict`` allows neither.

@@ -1,53 +1,157 @@
-"""Raw data sets to ``{"dataset", "id", "messages"}`` rows."""
+"""Raw data sets to ``{"dataset", "id", "messages"}`` rows, data sets and stretches of files side by side.
+
+Everything is made in ``<save_path>/<name>/.partial`` and moved to its final name when the data set is complete.
+"""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
 from tqdm import tqdm
 
-from utils.data.blocks import Place, Unreadable
-from utils.data.containers import blocks, data_files
-from utils.data.formats import Format
-from utils.data.policy import Reject
+from utils.data.containers import Container, recognise
+from utils.data.conversion import Stopped
+from utils.data.dataset_run import DatasetRun, Outcome
+from utils.data.planning import cut_file, whole_files
+from utils.data.sources import Source
+from utils.data.streams import reading
+from utils.data.workers import STOP, Workers, run_task
+from utils.errors import UserError
+
+POLL_SECONDS = 0.2
+HASHED_BYTES = 1 << 20
 
 
-def reformat(known: Format, source: Path, folder: Path) -> Counter:
-    """Convert one data set into ``folder``; counts of accepted rows and of rows left out by reason."""
-    folder.mkdir(parents=True, exist_ok=True)
-    counts: Counter = Counter()
-    number = 0
-    with (
-        open(folder / ".data.jsonl.tmp", "wb") as data,
-        open(folder / ".rejects.jsonl.tmp", "wb") as rejects,
-        tqdm(desc=known.name, unit=" rows") as bar,
-    ):
-        for path in data_files(source, known.raw_file):
-            for block in blocks(path, Place()):
-                for index, row in enumerate(block.rows):
-                    try:
-                        if isinstance(row, Unreadable):
-                            raise Reject(row.reason, row.detail)
-                        if not isinstance(row, dict):
-                            raise Reject("not_an_object", "the row is not a JSON object")
-                        messages = known.convert(row)
-                        line = orjson.dumps(
-                            {"dataset": known.label, "id": f"{known.label}_{number}", "messages": messages},
-                            option=orjson.OPT_APPEND_NEWLINE,
-                        )
-                        data.write(line)
-                        counts["accepted"] += 1
-                    except Reject as reject:
-                        place = {"file": str(path), "line": block.line_of(index)}
-                        entry = {"dataset": known.label, "id": f"{known.label}_{number}", **place}
-                        entry |= {"reason": reject.reason, "detail": reject.detail}
-                        rejects.write(orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE))
-                        counts[reject.reason] += 1
-                    number += 1
-                bar.update(len(block.rows))
-    os.replace(folder / ".rejects.jsonl.tmp", folder / "rejects.jsonl")
-    os.replace(folder / ".data.jsonl.tmp", folder / "data.jsonl")
-    return counts
+@dataclass(frozen=True)
+class Settings:
+    """How to run: worker processes, whether to go on with a killed run, and how many faulty rows (a share) to bear."""
+
+    workers: int = 1
+    resume: bool = False
+    max_reject_rate: float = 0.01
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UserError(f"--workers must be at least 1, not {self.workers}")
+        if not 0 <= self.max_reject_rate <= 1:
+            raise UserError(f"--max_reject_rate must be a share between 0 and 1, not {self.max_reject_rate}")
+
+
+def reformat(sources: Sequence[Source], save_path: Path, settings: Settings) -> list[Outcome]:
+    """Convert data sets into folders of ``save_path``; what hinders one of them is in its outcome, the others go on.
+
+    Each folder gets ``data.jsonl``, ``rejects.jsonl`` and ``reformat.json``. The files are the same bytes for any
+    number of workers, and after any number of kills and resumptions.
+    """
+    runs = [DatasetRun(source, save_path / source.name) for source in sources]
+    with ExitStack() as stack:
+        workers = stack.enter_context(Workers(settings.workers, len(runs)))
+        hashing = stack.enter_context(ThreadPoolExecutor(1))
+        stack.callback(hashing.shutdown, wait=False, cancel_futures=True)
+        stack.callback(workers.board.__setitem__, STOP, 1)
+        _Schedule(runs, workers, hashing, settings).run()
+    return [run.outcome for run in runs]
+
+
+class _Schedule:
+    def __init__(
+        self, runs: list[DatasetRun], workers: Workers, hashing: ThreadPoolExecutor, settings: Settings
+    ) -> None:
+        self._runs, self._workers, self._settings = runs, workers, settings
+        self._hashing = hashing
+        self._hashes: dict[int, list[Future]] = {}
+        self._waiting: dict[Future, tuple[int, int]] = {}
+
+    def run(self) -> None:
+        """Until every data set is published or has failed."""
+        for number in range(len(self._runs)):
+            self._try(number, lambda number=number: self._prepare(number))
+        total = [run.total for run in self._runs if not run.over]
+        with tqdm(desc="reformat", unit=" rows", total=None if None in total else sum(total)) as bar:
+            while self._waiting:
+                done, _ = wait(self._waiting, POLL_SECONDS, FIRST_COMPLETED)
+                for future in done:
+                    if future in self._waiting:
+                        number, unit = self._waiting.pop(future)
+                        self._try(number, lambda f=future, n=number, u=unit: self._take(n, u, f))
+                bar.update(sum(self._workers.board[1:]) - bar.n)
+
+    def _try(self, number: int, step) -> None:
+        """A step of one data set; if it fails, that is the data set's outcome."""
+        run = self._runs[number]
+        try:
+            step()
+        except UserError as error:
+            run.outcome.error = str(error)
+        except BrokenProcessPool:
+            run.outcome.error = (
+                f"{run.source.name}: a worker died (killed, or out of memory?); run again with --resume"
+            )
+        if run.outcome.error:
+            self._withdraw(number)
+
+    def _withdraw(self, number: int) -> None:
+        for future in [future for future, (run, _) in self._waiting.items() if run == number]:
+            future.cancel()
+            del self._waiting[future]
+
+    def _prepare(self, number: int) -> None:
+        run = self._runs[number]
+        if self._settings.resume and run.published_before():
+            return
+        containers = [recognise(path) for path in run.source.files]
+        if not (self._settings.resume and run.resume(containers)):
+            run.start(self._units(containers))
+        board = self._workers.board
+        self._hashes[number] = [
+            self._hashing.submit(sha256_of, path, lambda: board[STOP]) for path in run.source.files
+        ]
+        self._submit(number)
+
+    def _units(self, containers: list[Container]) -> list:
+        if self._settings.workers == 1:
+            return whole_files(containers)
+        counted = [self._workers.executor.submit(cut_file, container) for container in containers]
+        return [unit for future in counted for unit in future.result()]
+
+    def _submit(self, number: int) -> None:
+        for task in self._runs[number].ready():
+            self._waiting[self._workers.executor.submit(run_task, task, number + 1)] = (number, task.number)
+
+    def _take(self, number: int, unit: int, future: Future) -> None:
+        run = self._runs[number]
+        if run.finish(unit, future.result()):
+            self._submit(number)
+        else:
+            self._begin_uncounted(number)
+        if run.over:
+            hashes = [future.result() for future in self._hashes[number]]
+            run.publish(hashes, self._settings.max_reject_rate, self._settings.strict)
+
+    def _begin_uncounted(self, number: int) -> None:
+        """The files have other rows than separators; what still runs would write into the folder of the new start."""
+        running = [future for future, (run, _) in self._waiting.items() if run == number and not future.cancel()]
+        wait(running)
+        self._withdraw(number)
+        with self._workers.board.get_lock():
+            self._workers.board[number + 1] = 0
+        self._runs[number].start_uncounted()
+        self._submit(number)
+
+
+def sha256_of(path: Path, stopped) -> str:
+    """Of a file's bytes as they are on disk; raises Stopped when told to stop."""
+    digest = hashlib.sha256()
+    with reading(path), path.open("rb") as file:
+        while chunk := file.read(HASHED_BYTES):
+            digest.update(chunk)
+            if stopped():
+                raise Stopped
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""Where the rows of a data set are: a file, a folder as people and the hub lay them out, or an id on the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.data.formats import FORMATS
+from utils.data.streams import reading
+from utils.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst")
+METADATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
+"""What the hub and ``datasets`` put beside the data."""
+
+_SPLIT = re.compile(r"(?:^|[^a-z])(train|test|validation|valid|val|dev|eval)(?:[^a-z]|$)")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a data set in the order of their rows; ``root`` is what rejects name them relative to."""
+
+    name: str
+    files: tuple[Path, ...]
+    root: Path
+
+    def shown(self, path: Path) -> str:
+        """A file's name as it is reported."""
+        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+
+
+def locate(name: str, raw_data_root: Path) -> Path | None:
+    """The folder or file of a data set under the root: ``<name>/`` or ``<name>.<suffix>``."""
+    endings = ("", *(suffix + packed for suffix in SUFFIXES for packed in ("", *COMPRESSIONS)))
+    return next((path for end in endings if (path := raw_data_root / f"{name}{end}").exists()), None)
+
+
+def source_of(name: str, given: str | Path) -> Source:
+    """The files of a data set at a path, or on the hub; raises :class:`UserError` where there are none."""
+    path = Path(given)
+    if path.is_file():
+        return Source(name, (path,), path.parent)
+    if path.is_dir():
+        with reading(path):
+            return Source(name, tuple(_files_of(name, path)), path)
+    if isinstance(given, str) and _HUB_ID.fullmatch(given):
+        return Source(name, tuple(_hub_files(given)), path)
+    raise UserError(f"{name}: {given} is no file, no folder and no hub id (owner/name)")
+
+
+def _files_of(name: str, folder: Path) -> list[Path]:
+    folder = _snapshot(folder)
+    published = FORMATS[name].raw_file.split(".json")[0]
+    exact = [path for path in sorted(folder.iterdir()) if _stem(path) == published and _kind(path)]
+    if exact:
+        return [_only(name, exact)]
+    seen = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
+    files = [path for path in seen if _kind(path) and path.name not in METADATA]
+    if not files:
+        wanted = ", ".join(SUFFIXES)
+        raise UserError(f"{name}: {folder} holds no data file ({wanted}, alone or with {' or '.join(COMPRESSIONS)})")
+    kinds = sorted({_kind(path) for path in files})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{name}: {folder} holds {' and '.join(kinds)} files, perhaps the same rows twice; "
+            f"say which to read: --source {name}=FILE_OR_FOLDER"
+        )
+    return _training_files(name, folder, files)
+
+
+def _snapshot(folder: Path) -> Path:
+    """The current snapshot of a hub cache folder (``refs/main``, ``snapshots/<commit>/``); else the folder itself."""
+    head = folder / "refs" / "main"
+    if not head.is_file():
+        return folder
+    snapshot = folder / "snapshots" / head.read_text(encoding="utf-8").strip()
+    return snapshot if snapshot.is_dir() else folder
+
+
+def _training_files(name: str, folder: Path, files: Iterable[Path]) -> list[Path]:
+    """Without the files of other splits, as their names tell them."""
+    found = [(path, _SPLIT.search(str(path.relative_to(folder)).lower())) for path in files]
+    training = [path for path, split in found if split and split[1] == "train"]
+    chosen = training or [path for path, split in found if not split]
+    if not chosen:
+        raise UserError(f"{name}: {folder} holds only test or validation files; the training split is needed")
+    return chosen
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for ending in (*COMPRESSIONS, *SUFFIXES):
+        name = name.removesuffix(ending)
+    return name
+
+
+def _kind(path: Path) -> str:
+    """What kind of data file the name says it is; empty for none."""
+    name = path.name
+    for ending in COMPRESSIONS:
+        name = name.removesuffix(ending)
+    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    return "json" if suffix in (".json", ".jsonl", ".ndjson") else suffix[1:]
+
+
+def _only(name: str, files: list[Path]) -> Path:
+    if len(files) > 1:
+        names = " and ".join(path.name for path in files)
+        raise UserError(f"{name}: {names} look like the same data twice; say which: --source {name}=FILE")
+    return files[0]
+
+
+def _hub_files(hub_id: str) -> list[Path]:
+    """The training split of a data set on the hub, as the Arrow files that ``datasets`` keeps of it."""
+    from datasets import load_dataset  # takes seconds to import, and only hub ids need it
+
+    try:
+        split = load_dataset(hub_id, split="train")
+    # The library raises errors of its own, of the hub client, of the builder and of fsspec; all mean the same here.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{hub_id} cannot be loaded from the hub: {type(error).__name__}: {reason}") from None
+    return [Path(file["filename"]) for file in split.cache_files]
