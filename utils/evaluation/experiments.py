@@ -1,0 +1,320 @@
+"""Runs the cells of an experiment: trains what is missing, scores it, one JSON each, any number of workers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from utils.data.sample_files import read_heldout
+from utils.data.sample_tasks import generate
+from utils.evaluation import controls
+from utils.evaluation.cost import measure_cost
+from utils.evaluation.experiments_plan import MATCH, OWN, Cell, Plan
+from utils.evaluation.experiments_score import score_choices, score_generation, score_text
+from utils.evaluation.models import load_dense, load_tokenizer, load_tuned
+from utils.evaluation.oracle import allocation_oracle, static_curve
+from utils.evaluation.output import write_json
+from utils.evaluation.provenance import provenance
+from utils.evaluation.rows import labelled_batches, prompt_batches
+from utils.model import record_routing, route, routed_modules
+from utils.pipeline.arguments import ROOT
+from utils.pipeline.batching import Collator
+from utils.pipeline.encoding import encode_conversation, render_prompt
+from utils.pipeline.recipes.budget import in_batches
+from utils.pipeline.recipes.budget_search import explore
+
+_LENGTH = 512
+_TIMED_PER_TASK = 16
+
+
+class Laboratory:
+    """The base, the data and the folders of a plan; :meth:`run` does one cell.
+
+    Args:
+        results: folder of the JSON files. work: folder of training data and trained routers.
+    """
+
+    def __init__(self, plan: Plan, results: Path, work: Path) -> None:
+        self.plan, self.results, self.work = plan, results, work
+        self.base = Path(plan.base) if Path(plan.base).is_absolute() else ROOT / plan.base
+
+    # ---- bookkeeping
+
+    def path(self, cell: Cell) -> Path:
+        """Where the result of a cell lies."""
+        return self.results / f"{cell.name}.json"
+
+    def read(self, cell: Cell) -> dict[str, Any]:
+        """The result of a cell that has run."""
+        return json.loads(self.path(cell).read_text())
+
+    def run(self, cell: Cell) -> bool:
+        """Run a cell unless its result is there, another worker has it, or it needs one that is not there yet."""
+        if self.path(cell).exists() or not self._ready(cell) or not self._claim(cell):
+            return False
+        try:
+            started = time.perf_counter()
+            kinds: dict[str, Callable[[Cell], dict[str, Any]]] = {
+                "dense": self._dense,
+                "masks": self._masks,
+                "tune": self._tune,
+                "score": self._score,
+                "random": self._random,
+                "static": self._static,
+                "cost": self._cost,
+            }
+            found = kinds[cell.kind](cell)
+            description = {"cell": vars(cell), **found, "seconds": round(time.perf_counter() - started, 1)}
+            write_json(self.path(cell), {**description, "provenance": provenance()})
+        finally:
+            self._lock(cell).unlink(missing_ok=True)
+        return True
+
+    def _ready(self, cell: Cell) -> bool:
+        if cell.kind == "cost" and cell.seed is None:
+            return self.path(Cell("static", cell.recipe, cell.granularity)).exists()
+        if cell.kind not in ("score", "cost"):
+            return True
+        needed = [Cell("tune", cell.recipe, cell.granularity, cell.seed)]
+        if cell.capacity == MATCH:
+            needed.append(self.published(cell))
+        return all(self.path(other).exists() for other in needed)
+
+    def published(self, cell: Cell) -> Cell:
+        """The cell that scores the published recipe on the same granularity and seed."""
+        other = next(name for name in self.plan.grid_recipes if not self.plan.has_dial(name))
+        return Cell("score", other, cell.granularity, cell.seed, OWN)
+
+    def _lock(self, cell: Cell) -> Path:
+        return self.work / f"{cell.name}.lock"
+
+    def _claim(self, cell: Cell) -> bool:
+        lock = self._lock(cell)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            try:
+                os.kill(int(lock.read_text() or 0), 0)
+                return False
+            except (ProcessLookupError, ValueError, FileNotFoundError):
+                lock.unlink(missing_ok=True)  # its worker was killed
+                return self._claim(cell)
+        os.write(handle, str(os.getpid()).encode())
+        os.close(handle)
+        return True
+
+    # ---- data
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's."""
+        return load_tokenizer(self.base)
+
+    def held_out(self, count: int) -> dict[str, list[Any]]:
+        """The first ``count`` committed held-out items of every task."""
+        folder = ROOT / "data" / "sample" / "heldout"
+        return {task: read_heldout(folder / f"{task}.jsonl")[:count] for task in self.plan.tasks}
+
+    def train_file(self, seed: int) -> Path:
+        """Training rows of a seed: ``train_per_task`` of every task, other ones for every seed."""
+        path = self.work / f"train_{self.plan.train_per_task}_seed{seed}.jsonl"
+        if not path.exists():
+            first = 1_000_000 * (seed + 1)
+            lines = []
+            for number in range(self.plan.train_per_task):
+                for task in self.plan.tasks:
+                    item = generate(task, first + number, "train")
+                    lines.append(json.dumps({"dataset": task, "id": f"{task}_{number}", "messages": item.messages}))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.write_text("\n".join(lines) + "\n")
+            os.replace(temporary, path)
+        return path
+
+    def search_rows(self) -> list[dict[str, Any]]:
+        """Rows on which fixed masks are chosen: training split, never trained on."""
+        tasks, count = self.plan.tasks, self.plan.search_per_task
+        return [{"messages": generate(t, 500_000 + n, "train").messages} for n in range(count) for t in tasks]
+
+    def routed(self, granularity: str) -> PreTrainedModel:
+        """The base, routed as the plan's runs are."""
+        dense = load_dense(self.base, "float32")
+        layers = len(dense.model.layers) // 2
+        return route(dense, mod_n=layers, granularity=granularity, router_pooling="prompt").eval()
+
+    # ---- cells
+
+    def _scores(self, model: PreTrainedModel, under: Callable = nullcontext, full: bool = True) -> dict[str, Any]:
+        with under():
+            found = {"generation": score_generation(model, self.tokenizer, self.held_out(self.plan.items))}
+        if full:
+            with under():
+                found["choices"] = score_choices(model, self.tokenizer, self.held_out(self.plan.choices))
+            with under():
+                found["text"] = score_text(model, self.tokenizer, self._texts())
+        return found
+
+    def _texts(self) -> list[str]:
+        path = ROOT / "data" / "sample" / "heldout" / f"{self.plan.text_task}.jsonl"
+        return [item.answer for item in read_heldout(path)[: self.plan.texts]]
+
+    def _dense(self, _: Cell) -> dict[str, Any]:
+        return self._scores(load_dense(self.base, "float32"))
+
+    def _tune(self, cell: Cell) -> dict[str, Any]:
+        from utils.pipeline.command_line import parse_command
+        from utils.pipeline.interruption import Interruption
+        from utils.pipeline.tuning import Preparation, run_tuning
+
+        folder = self.run_folder(cell)
+        flags = {
+            "model_name_or_path": self.base,
+            "train_file": self.train_file(cell.seed),
+            "max_train_samples": 0,
+            "granularity": cell.granularity,
+            "max_seq_length": _LENGTH,
+            "seed": cell.seed,
+            "output_dir": folder,
+            "report_to": "none",
+            "save_strategy": "no",
+            **self.plan.recipes[cell.recipe],
+        }
+        argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        started = time.perf_counter()
+        tuned = run_tuning(Preparation(parse_command([*argv, "--overwrite_output_dir"])), Interruption())
+        if tuned.interrupted:
+            raise KeyboardInterrupt
+        record = json.loads((folder / "run.json").read_text())
+        keys = ("target_capacity", "reached_capacity", "capacity_by_router", "steps", "seed")
+        dial = json.loads((folder / "router_config.json").read_text()).get("dial")
+        return {
+            "run": {key: record[key] for key in keys},
+            "flags": {name: str(value) for name, value in self.plan.recipes[cell.recipe].items()},
+            "train_seconds": round(time.perf_counter() - started, 1),
+            "dial": dial,
+        }
+
+    def run_folder(self, cell: Cell) -> Path:
+        """Where a tuning run writes."""
+        return self.work / Cell("tune", cell.recipe, cell.granularity, cell.seed).name
+
+    def _score(self, cell: Cell) -> dict[str, Any]:
+        capacity = cell.capacity
+        if capacity == OWN:
+            capacity = None
+        elif capacity == MATCH:
+            capacity = self.read(self.published(cell))["generation"]["capacity"]["total"]
+        model = load_tuned(self.base, self.run_folder(cell), capacity, "float32")
+        full = cell.capacity not in self.plan.dial or cell.capacity in self.plan.budgets
+        return {"requested": capacity, "conversations": self._reached(model), **self._scores(model, full=full)}
+
+    @torch.no_grad()
+    def _reached(self, model: PreTrainedModel) -> dict[str, float]:
+        """Capacity on whole held-out conversations with their right answers, decisions taken on the prompt."""
+        rows = [
+            encode_conversation(item.messages, self.tokenizer, _LENGTH)
+            for items in self.held_out(self.plan.items).values()
+            for item in items
+        ]
+        with record_routing(model) as log:
+            for batch in in_batches(rows, Collator(self.tokenizer), 64):
+                model(**batch, use_cache=False)
+        return {str(key): value for key, value in log.capacity().items()}
+
+    def _random(self, cell: Cell) -> dict[str, Any]:
+        model = self.routed(cell.granularity)
+        seed = 1000 * cell.seed + round(100 * cell.capacity)
+        return self._scores(model, lambda: controls.random_masks(model, cell.capacity, seed), full=False)
+
+    def _static(self, cell: Cell) -> dict[str, Any]:
+        """Fixed masks of a part by one method: scores at every size that a budget of the plan lies between."""
+        parts = cell.granularity.split("+")
+        model = self.routed("+".join(f"{part}_sequence" for part in parts))
+        keys = controls.routers_of(model)
+        sizes = sorted(
+            {size for b in self.plan.budgets for size in (int(b * len(keys)), -int(-b * len(keys) // 1))} - {0}
+        )
+        kept = self._static_masks(model, cell.recipe, keys)
+        found = {}
+        for size in sizes:
+            scores = score_generation_under(model, self, kept[size])
+            found[str(size)] = {"kept": [f"{layer}.{part}" for layer, part in kept[size]], **scores}
+        return {"routers": len(keys), "sizes": found, "method": cell.recipe}
+
+    def _cost(self, cell: Cell) -> dict[str, Any]:
+        """FLOPs, time and cache of prompts beside the dense base, both in turns in this process."""
+        texts = [
+            render_prompt(item.messages[:-1], self.tokenizer.eos_token)
+            for items in self.held_out(_TIMED_PER_TASK).values()
+            for item in items
+        ]
+        batches = prompt_batches(texts, self.tokenizer, 48)
+        dense, under = load_dense(self.base, "float32"), nullcontext()
+        if cell.seed is not None:
+            model = load_tuned(self.base, self.run_folder(cell), cell.capacity, "float32")
+        else:
+            model = self.routed("+".join(f"{part}_sequence" for part in cell.granularity.split("+")))
+            sizes = self.read(Cell("static", cell.recipe, cell.granularity))["sizes"]
+            # The whole number of modules next above the budget: a mixture of two masks has no single time.
+            size = str(-int(-cell.capacity * len(routed_modules(model)) // 1))
+            kept = [(int(layer), part) for layer, part in (name.split(".") for name in sizes[size]["kept"])]
+            under = controls.fixed(model, kept)
+        with under:
+            return {"cost": measure_cost(dense, model, batches, new_tokens=16, repeats=5)}
+
+    def _static_masks(self, model: PreTrainedModel, method: str, keys: list) -> dict[int, list]:
+        rows = self.search_rows()
+        if method == "exhaustive":
+            encoded = [encode_conversation(row["messages"], self.tokenizer, _LENGTH) for row in rows]
+            found = explore(
+                model, in_batches(encoded, Collator(self.tokenizer), 8), 2 ** len(keys), with_features=False
+            )
+            curve = static_curve(found.exact.float().T.mean(1)[None], found.masks[0], found.likelihood.mean(0))
+            return {size: [keys[r] for r in kept] for size, (kept, _) in enumerate(curve)}
+        batches = labelled_batches(rows, self.tokenizer, 64, _LENGTH)
+        order = {"greedy": controls.greedy_order, "cosine": controls.cosine_order}[method](model, batches)
+        return {size: [key for key in keys if key not in order[: len(keys) - size]] for size in range(len(keys) + 1)}
+
+    def _masks(self, _: Cell) -> dict[str, Any]:
+        """Every mask of attention at sequence level: exact match by task, and the bounds that follow."""
+        model = self.routed("attn_sequence")
+        collate = Collator(self.tokenizer)
+        rows = [encode_conversation(row["messages"], self.tokenizer, _LENGTH) for row in self.search_rows()]
+        searched = explore(model, in_batches(rows, collate, 8), 1024, with_features=False)
+        scores = []
+        for items in self.held_out(self.plan.items).values():
+            rows = [encode_conversation(item.messages, self.tokenizer, _LENGTH) for item in items]
+            exact = explore(model, in_batches(rows, collate, 8), 1024, with_features=False).exact
+            scores.append(exact.float().mean(0))
+        table, masks = torch.stack(scores), searched.masks[0]
+        fresh = static_curve(table, masks, searched.likelihood.mean(0))
+        same = static_curve(table, masks, table.mean(0))
+        return {
+            "routers": list(routed_modules(model)),
+            "tasks": list(self.plan.tasks),
+            "masks": masks.int().tolist(),
+            "exact_match": [[round(v, 4) for v in row] for row in table.tolist()],
+            "search_likelihood": searched.likelihood.mean(0).tolist(),
+            "static_fresh": [{"kept": kept, "exact_match": score} for kept, score in fresh],
+            "static_same_items": [{"kept": kept, "exact_match": score} for kept, score in same],
+            "oracle": {
+                f"{b:g}": allocation_oracle(table, masks, b) for b in sorted({*self.plan.budgets, *self.plan.dial})
+            },
+        }
+
+
+def score_generation_under(model: PreTrainedModel, lab: Laboratory, kept: list) -> dict[str, Any]:
+    """Exact match with a fixed mask."""
+    with controls.fixed(model, kept):
+        found = score_generation(model, lab.tokenizer, lab.held_out(lab.plan.items))
+    return {"exact_match": found["exact_match"], "capacity": found["capacity"]["total"]}

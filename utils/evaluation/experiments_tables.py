@@ -1,0 +1,62 @@
+"""The main table of an experiment as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from utils.evaluation.tables import Table
+
+Json = dict[str, Any]
+
+
+def markdown(main: Json) -> str:
+    """The main table, for reading."""
+    header = ["granularity", "budget", "capacity", "exact match", "choices", "ppl", "random", "static", "oracle"]
+    rows = [
+        [
+            row["granularity"],
+            row["budget"],
+            _show(row["capacity"]),
+            _show(row["exact_match"]),
+            _show(row["choices"]),
+            _show(row["perplexity"]),
+            _show(row["random"]),
+            row["static"],
+            row.get("oracle"),
+        ]
+        for row in main["rows"]
+    ]
+    parts = [Table(header, rows).markdown()]
+    if main["published"]:
+        header = ["published recipe", "capacity", "exact match", "choices", "budget at its capacity"]
+        rows = [
+            [
+                row["granularity"],
+                _show(row["capacity"]),
+                _show(row["exact_match"]),
+                _show(row["choices"]),
+                _show(next((v for k, v in row.items() if k.endswith("_at_its_capacity")), None)),
+            ]
+            for row in main["published"]
+        ]
+        parts.append(Table(header, rows).markdown())
+    if main["others"]:
+        rows = [
+            [row["recipe"], row["granularity"], row["capacity"], row["exact_match"], row.get("choices")]
+            for row in main["others"]
+        ]
+        parts.append(Table(["control", "part", "capacity", "exact match", "choices"], rows).markdown())
+    dense = main["dense"]
+    first = "Nothing scored yet."
+    if dense is not None:
+        score = dense["exact_match"]["average"]
+        first = (
+            f"Dense: exact match {score:.3f}, choices {dense['choices']:.3f}, perplexity {dense['perplexity']:.2f}."
+        )
+    return "\n\n".join([first, *parts]) + "\n"
+
+
+def _show(value: Json | None) -> str | None:
+    if value is None:
+        return None
+    return f"{value['mean']:.3f}" + (f" ± {value['sd']:.3f}" if value["sd"] is not None else "")
