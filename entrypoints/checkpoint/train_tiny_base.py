@@ -30,7 +30,7 @@ from utils.data.sample_tasks import FREE_TASKS, TASKS
 from utils.errors import UserError, cli
 from utils.pipeline.base_checkpoint import read_checkpoint, write_card, write_checkpoint
 from utils.pipeline.base_scoring import score_tasks
-from utils.pipeline.base_training import TASK_WEIGHTS, SampleStream, build_tokenizer, collate, tiny_config
+from utils.pipeline.base_training import CURRICULUM, SampleStream, build_tokenizer, collate, tiny_config
 from utils.pipeline.muon import MuonWithAdamW
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +107,7 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple
     trainer = Trainer(
         model=model,
         args=training_arguments(args),
-        train_dataset=SampleStream(tokenizer, TASK_WEIGHTS, args.batch_size, args.seed, start),
+        train_dataset=SampleStream(tokenizer, CURRICULUM, args.batch_size, args.seed, start),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
         optimizers=(optimizer, schedule),
     )

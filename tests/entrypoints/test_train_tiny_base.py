@@ -23,7 +23,7 @@ from utils.data.sample_tasks import TASKS, generate
 from utils.errors import UserError
 from utils.pipeline.base_checkpoint import ROUTING_FIELDS, read_checkpoint, write_card
 from utils.pipeline.base_scoring import exact_match, generate_answers, text_perplexity
-from utils.pipeline.base_training import TASK_WEIGHTS, SampleStream, build_tokenizer, collate, tiny_config
+from utils.pipeline.base_training import CURRICULUM, SampleStream, build_tokenizer, collate, tiny_config
 from utils.pipeline.encoding import render, render_prompt
 from utils.pipeline.muon import MuonWithAdamW
 
@@ -67,11 +67,14 @@ def take(stream: SampleStream, count: int) -> list[dict]:
 
 
 def test_stream_is_seeded_resumable_and_weighted(tokenizer: PreTrainedTokenizerFast):
-    rows = take(SampleStream(tokenizer, TASK_WEIGHTS, 4, seed=3, window=5), 80)
-    assert rows == take(SampleStream(tokenizer, TASK_WEIGHTS, 4, seed=3, window=5), 80)
-    assert rows != take(SampleStream(tokenizer, TASK_WEIGHTS, 4, seed=4, window=5), 80)
-    assert rows[28:] == take(SampleStream(tokenizer, TASK_WEIGHTS, 4, seed=3, window=5, start=7), 52)
-    only = take(SampleStream(tokenizer, {"sort": 1.0, "copy": 0.0}, 4, seed=0), 40)
+    rows = take(SampleStream(tokenizer, CURRICULUM, 4, seed=3, window=5), 80)
+    assert rows == take(SampleStream(tokenizer, CURRICULUM, 4, seed=3, window=5), 80)
+    assert rows != take(SampleStream(tokenizer, CURRICULUM, 4, seed=4, window=5), 80)
+    assert rows[28:] == take(SampleStream(tokenizer, CURRICULUM, 4, seed=3, window=5, start=7), 52)
+    only = take(
+        SampleStream(tokenizer, ((0, {"copy": 1.0}), (10, {"sort": 1.0, "copy": 0.0})), 4, seed=0, start=10, window=5),
+        40,
+    )
     assert all(
         tokenizer.decode(row["input_ids"]).splitlines()[1] in ("Sort the letters.", "Put the letters in order.")
         for row in only
@@ -80,7 +83,7 @@ def test_stream_is_seeded_resumable_and_weighted(tokenizer: PreTrainedTokenizerF
 
 def test_stream_rows_end_with_the_answer(tokenizer: PreTrainedTokenizerFast):
     plain = 0
-    for row in take(SampleStream(tokenizer, dict.fromkeys(TASKS, 1.0), 16, seed=0), 256):
+    for row in take(SampleStream(tokenizer, ((0, dict.fromkeys(TASKS, 1.0)),), 16, seed=0), 256):
         assert row["labels"][-1] == row["input_ids"][-1] == tokenizer.eos_token_id
         if row["input_ids"][0] == tokenizer.bos_token_id:
             plain += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -24,22 +24,45 @@ CHAT_TEMPLATE = (
     "{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-TASK_WEIGHTS = {
-    "copy": 1.0,
-    "reverse": 1.0,
-    "sort": 1.0,
-    "lookup": 1.0,
-    "count": 1.0,
-    "max": 1.0,
-    "add": 1.0,
-    "fact": 1.0,
-    "compare": 0.7,
-    "math": 0.7,
-    "code": 1.0,
-    "dialogue": 0.7,
-    "story": 0.2,
-}
-"""Share of each task in training, larger where a task is slow to learn."""
+CURRICULUM: tuple[tuple[int, dict[str, float]], ...] = (
+    (
+        0,
+        {
+            "copy": 1.0,
+            "reverse": 1.0,
+            "sort": 1.0,
+            "lookup": 1.0,
+            "count": 1.0,
+            "max": 1.0,
+            "add": 1.0,
+            "fact": 1.0,
+            "compare": 0.7,
+            "math": 0.7,
+            "code": 1.0,
+            "dialogue": 0.7,
+            "story": 0.2,
+        },
+    ),
+    (
+        3520,
+        {
+            "copy": 0.3,
+            "reverse": 0.3,
+            "sort": 0.5,
+            "lookup": 3.0,
+            "count": 2.5,
+            "max": 0.5,
+            "add": 1.5,
+            "fact": 0.5,
+            "compare": 0.6,
+            "math": 1.0,
+            "code": 1.0,
+            "dialogue": 1.0,
+            "story": 0.3,
+        },
+    ),
+)
+"""``(first batch, share of each task)``: once the easy tasks are learnt, most items are of those that are not."""
 PLAIN_SHARE = 0.5
 """Share of the free texts that is learnt as bare text behind ``<s>``, the form in which perplexity is measured."""
 
@@ -93,20 +116,20 @@ def tiny_config(vocab_size: int) -> LlamaConfig:
 class SampleStream(IterableDataset):
     """Endless training items, new ones at every step, ordered so that a batch holds items of like length.
 
-    ``weights`` gives the share of each task; ``start`` skips that many batches (to resume); the stream is a pure
-    function of ``seed``. Yields ``{"input_ids": [t], "labels": [t]}``.
+    ``curriculum`` gives the share of each task from a batch on, in steps of ``window`` batches; ``start`` skips that
+    many batches (to resume); the stream is a pure function of ``seed``. Yields ``{"input_ids": [t], "labels": [t]}``.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        weights: Mapping[str, float],
+        curriculum: Sequence[tuple[int, Mapping[str, float]]],
         batch_size: int,
         seed: int,
         start: int = 0,
         window: int = 32,
     ):
-        self.tokenizer, self.weights, self.batch_size = tokenizer, dict(weights), batch_size
+        self.tokenizer, self.curriculum, self.batch_size = tokenizer, curriculum, batch_size
         self.seed, self.start, self.window = seed, start, window
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
@@ -119,7 +142,8 @@ class SampleStream(IterableDataset):
 
     def _window(self, block: int) -> list[list[dict[str, list[int]]]]:
         rng = random.Random(f"{self.seed}/{block}")
-        tasks = rng.choices(list(self.weights), list(self.weights.values()), k=self.window * self.batch_size)
+        weights = [shares for first, shares in self.curriculum if first <= block * self.window][-1]
+        tasks = rng.choices(list(weights), list(weights.values()), k=self.window * self.batch_size)
         rows = [self._encode(task, rng) for task in tasks]
         rows.sort(key=lambda row: len(row["input_ids"]))
         batches = [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
