@@ -10,7 +10,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.checkpoint.export_full import dense_config, link_routed, routed_skeleton
+from utils.checkpoint.base import dense_config
+from utils.checkpoint.export_full import link_routed, routed_skeleton
 from utils.checkpoint.links import new_folder
 from utils.errors import UserError
 from utils.model import load_routers

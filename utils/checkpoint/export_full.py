@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
+from utils.checkpoint.base import base_probes, dense_config
 from utils.checkpoint.links import INDEX, WEIGHTS, link, new_folder, weight_map
 from utils.errors import UserError
 from utils.model import load_routers
@@ -87,21 +88,6 @@ def routed_skeleton(run: Path, base: Path) -> PreTrainedModel:
     return model
 
 
-def dense_config(base: Path):
-    """Configuration of the base as its plain family, without routing fields."""
-    path = base / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name the folder of the base checkpoint")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        kind = fields.pop("model_type").removesuffix("_mod")
-        fields.pop("auto_map", None)
-        plain = {key: value for key, value in fields.items() if not key.startswith("mod_")}
-        return AutoConfig.for_model(kind, **plain)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a configuration that transformers knows ({error})") from None
-
-
 def shard_name(file: Path) -> str:
     """Name of a base shard in the export: a lone ``model.safetensors`` would be preferred to the index."""
     return "base.safetensors" if file.name == WEIGHTS else file.name
@@ -114,13 +100,9 @@ def router_keys(run: Path) -> list[str]:
 
 
 def _check_probes(run: Path, base: Path) -> None:
-    """Compare a few embedding values with those of the base that the routers were trained on."""
-    saved, shards = (read_router_config(run).get("base") or {}).get("probes"), weight_map(base)
-    name = next((name for name in shards if name.endswith("embed_tokens.weight")), None)
-    if not saved or name is None:
+    """Compare a few values of the base with those of the one that the routers were trained on."""
+    saved, here = (read_router_config(run).get("base") or {}).get("probes"), base_probes(base)
+    if not saved or not here:
         return
-    with safe_open(shards[name], framework="pt") as file:
-        row = file.get_slice(name)[3:4].float().flatten().tolist()
-    pairs = zip(saved, row[: len(saved) // 2], strict=False)
-    if any(not math.isclose(a, b, rel_tol=2e-2, abs_tol=1e-4) for a, b in pairs):
+    if any(not math.isclose(a, b, rel_tol=2e-2, abs_tol=1e-4) for a, b in zip(saved, here, strict=True)):
         raise UserError(f"{run / CONFIG_NAME}: the base has other weights than the one these routers were trained on")

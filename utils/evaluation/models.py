@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from utils.checkpoint.base import dense_config
 from utils.checkpoint.export_forms import ADAPTER
-from utils.checkpoint.export_full import dense_config
 from utils.checkpoint.links import weight_map
 from utils.errors import UserError
 from utils.model import is_routed, load_routers, set_thresholds

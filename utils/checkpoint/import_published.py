@@ -1,0 +1,90 @@
+"""Routers saved by the published code (``model.layers.N.router.weight``) as a folder that ``load_routers`` reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from utils.checkpoint.base import base_probes, dense_config
+from utils.checkpoint.links import new_folder, tensor_names, weight_map
+from utils.errors import UserError
+from utils.model import route, save_routers
+from utils.model.saving import CONFIG_NAME, base_identity, router_names
+
+PUBLISHED = re.compile(r"(?:^|\.)layers\.(\d+)\.router\.weight$")
+
+
+def import_published(
+    source: Path,
+    base: Path,
+    output: Path,
+    granularity: str = "attn_sequence",
+    threshold: float = 0.5,
+    overwrite: bool = False,
+) -> list[int]:
+    """Write ``output`` with the routers of ``source`` and return the layers that they route.
+
+    Args:
+        source: a safetensors file, or a checkpoint folder, in which each routed layer has ``….layers.N.router.weight``
+            of shape ``[1, hidden]``; everything else in it is ignored.
+        base: folder of the base that they were trained on.
+        granularity: of the published run; its checkpoints do not record it. One router per layer, so no combination.
+
+    Raises :class:`UserError` for pickled weights, a source without such keys, wrong shapes or values, or routers that
+    do not fit the base.
+    """
+    found = published_routers(source)
+    layers = sorted(found)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense_config(base))
+        try:
+            route(model, mod_layers=layers, granularity=granularity, threshold=threshold)
+        except ValueError as error:
+            raise UserError(f"{source}: {error}") from None
+    names = router_names(model)
+    if len(names) != len(layers):
+        raise UserError(f"--granularity {granularity}: published checkpoints hold one router per layer; name one part")
+    state = {}
+    for key, name in names.items():
+        weight = found[int(key.split(".")[0])]
+        if tuple(weight.shape) != (1, model.config.hidden_size) or not weight.isfinite().all():
+            raise UserError(
+                f"{source}: the router of layer {key.split('.')[0]} has shape {tuple(weight.shape)} where {base} needs "
+                f"(1, {model.config.hidden_size}), or values that are not finite"
+            )
+        state[name] = weight
+    identity = {**base_identity(model), "name_or_path": base.name, "probes": base_probes(base)}
+    with new_folder(output, overwrite, CONFIG_NAME) as staged:
+        save_routers(model, staged, state=state, extra={"base": identity, "imported_from": source.name})
+    return layers
+
+
+def published_routers(source: Path) -> dict[int, Tensor]:
+    """``{layer: weight}`` of the published routers in a file or folder; :class:`UserError` if there are none."""
+    if source.is_dir():
+        files = weight_map(source)
+    elif source.suffix == ".safetensors" and source.is_file():
+        files = dict.fromkeys(tensor_names(source), source)
+    else:
+        raise UserError(f"{source}: not a .safetensors file or a folder with one; pickled weights are not read")
+    found: dict[int, Tensor] = {}
+    for name, path in files.items():
+        match = PUBLISHED.search(name)
+        if match is None:
+            continue
+        if int(match[1]) in found:
+            raise UserError(
+                f"{path}: layer {match[1]} has two routers; only one decoder per checkpoint can be imported"
+            )
+        with safe_open(path, framework="pt") as file:
+            found[int(match[1])] = file.get_tensor(name).float()
+    if not found:
+        raise UserError(
+            f"{source}: no key ends in layers.<N>.router.weight; were these routers saved by another code?"
+        )
+    return found
