@@ -71,14 +71,11 @@ def test_stream_is_seeded_resumable_and_weighted(tokenizer: PreTrainedTokenizerF
     assert rows == take(SampleStream(tokenizer, CURRICULUM, 4, seed=3, window=5), 80)
     assert rows != take(SampleStream(tokenizer, CURRICULUM, 4, seed=4, window=5), 80)
     assert rows[28:] == take(SampleStream(tokenizer, CURRICULUM, 4, seed=3, window=5, start=7), 52)
-    only = take(
-        SampleStream(tokenizer, ((0, {"copy": 1.0}), (10, {"sort": 1.0, "copy": 0.0})), 4, seed=0, start=10, window=5),
-        40,
-    )
-    assert all(
-        tokenizer.decode(row["input_ids"]).splitlines()[1] in ("Sort the letters.", "Put the letters in order.")
-        for row in only
-    )
+    stages = ((0, {"copy": 1.0}), (10, {"sort": 1.0, "copy": 0.0}))
+    early, late = (take(SampleStream(tokenizer, stages, 4, seed=0, start=start, window=5), 40) for start in (0, 10))
+    assert not any("Sort" in tokenizer.decode(row["input_ids"]) for row in early)
+    asked = {tokenizer.decode(row["input_ids"]).splitlines()[1] for row in late}
+    assert asked == {"Sort the letters.", "Put the letters in order."}
 
 
 def test_stream_rows_end_with_the_answer(tokenizer: PreTrainedTokenizerFast):
