@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from utils.errors import UserError
 from utils.model import ModConfig
+from utils.pipeline.engines import settings_without_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,9 @@ class ModelArguments:
         default="auto", metadata={"help": "of the base's weights; auto: bfloat16 on GPUs that have it"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
-    load_in_4bit: bool = field(default=False, metadata={"help": "quantise the frozen base (needs bitsandbytes, a GPU)"})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "quantise the frozen base (needs bitsandbytes, a GPU)"}
+    )
 
     def __post_init__(self) -> None:
         if self.folder_name is None and self.model_name_or_path is None:
@@ -58,11 +61,17 @@ class RoutingArguments:
     """What is routed and what trains."""
 
     mod_n: int | None = field(default=None, metadata={"help": "routed layers, deepest but one; default: half"})
-    mod_layers: str | None = field(default=None, metadata={"help": "routed layers by index, as 4,6,8; overrides mod_n"})
+    mod_layers: str | None = field(
+        default=None, metadata={"help": "routed layers by index, as 4,6,8; overrides mod_n"}
+    )
     granularity: str = field(default="attn_sequence", metadata={"help": "what a router decides on; combine with +"})
     threshold: float = field(default=0.5, metadata={"help": "τ of the decision score ≥ τ"})
-    router_pooling: str = field(default="sequence", metadata={"help": "what a sequence's score sees: sequence, prompt"})
-    kv_policy: str = field(default="keep", metadata={"help": "token level: whether skipped tokens offer keys: keep, drop"})
+    router_pooling: str = field(
+        default="sequence", metadata={"help": "what a sequence's score sees: sequence, prompt"}
+    )
+    kv_policy: str = field(
+        default="keep", metadata={"help": "token level: whether skipped tokens offer keys: keep, drop"}
+    )
     target_capacity: float = field(default=0.5, metadata={"help": "share of the routed work that should run"})
     gradient_scale: float = field(default=1.0, metadata={"help": "λ of λ·Σ ReLU(capacity - target)"})
     router_only: bool = field(default=True, metadata={"help": "False trains the base too (full MoD tuning)"})
@@ -202,6 +211,8 @@ class TuningArguments(TrainingArguments):
         self.global_batch_size = self.gradient_accumulation_steps * micro
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
+        for name, value in settings_without_gpu().items():
+            setattr(self, name, value)
         super().__post_init__()
         # One process drives one device; several GPUs in one process would mean nn.DataParallel.
         self._n_gpu = min(self.n_gpu, 1)

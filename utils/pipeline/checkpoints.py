@@ -131,7 +131,9 @@ def chosen(resume: str | None, run: Path) -> tuple[Path | None, list[str]]:
         raise UserError(f"--resume_from_checkpoint {resume}: no such folder; use auto for the newest complete one")
     fault = find_fault(folder)
     if fault:
-        raise UserError(f"--resume_from_checkpoint {resume} is incomplete ({fault}); use auto for the newest complete one")
+        raise UserError(
+            f"--resume_from_checkpoint {resume} is incomplete ({fault}); use auto for the newest complete one"
+        )
     return folder, []
 
 

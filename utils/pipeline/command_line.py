@@ -172,7 +172,11 @@ def _set_precision(model: ModelArguments, routing: RoutingArguments, values: dic
     keeps float32 weights, whose small updates bfloat16 would round away, and computes under autocast.
     """
     gpu = torch.cuda.is_available() and not values["use_cpu"]
-    half = values["bf16"] or model.dtype == "bfloat16" or (model.dtype == "auto" and gpu and is_torch_bf16_gpu_available())
+    half = (
+        values["bf16"]
+        or model.dtype == "bfloat16"
+        or (model.dtype == "auto" and gpu and is_torch_bf16_gpu_available())
+    )
     half = half and model.dtype != "float32" and not values["fp16"]
     values["bf16"] = (half and routing.trains == "full") or (values["bf16"] and model.dtype == "float32")
     model.dtype = "bfloat16" if half and routing.trains != "full" else "float32"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from utils.model import RoutingLog, record_routing
 from utils.pipeline import checkpoints, engine_state
 from utils.pipeline.batching import StepOrder
+from utils.pipeline.engines import check_engine, enable_fsdp_on_cpu
 from utils.pipeline.routing_statistics import RoutingStatistics
 
 
@@ -51,6 +51,13 @@ class RouterTrainer(Trainer):
         self.statistics = RoutingStatistics(self.args.device)
         self._micro = (-1, 0)  # step under way, micro-batches of it seen by this process
         self._read_at = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's accelerator, checked: what was launched is what runs."""
+        super().create_accelerator_and_postprocess()
+        if enable_fsdp_on_cpu(self.accelerator):
+            self.is_fsdp_enabled = True
+        check_engine(self.accelerator)
 
     # ---- loss
 
@@ -139,7 +146,8 @@ class RouterTrainer(Trainer):
         if self.args.should_save:
             engine_state.write_weights(weights, staging / engine_state.WEIGHTS)
             torch.save(self.lr_scheduler.state_dict(), staging / SCHEDULER_NAME)
-            (staging / "zero_to_fp32.py").unlink(missing_ok=True)
+            for script in staging.glob("zero_to_*.py"):  # they merge whole models, which is not what lies here
+                script.unlink()
             self._export_callbacks()
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         self.barrier()
@@ -196,10 +204,3 @@ class RouterTrainer(Trainer):
             self.model.train()
             self.compute_loss(self.model_wrapped, self._prepare_inputs(inputs))
         return self.statistics.read(1)
-
-
-def trained_file_mode(path: Path) -> None:
-    """Give a file that safetensors wrote (mode 0600) the permissions that any other new file has."""
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)

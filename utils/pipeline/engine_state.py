@@ -7,6 +7,7 @@ DeepSpeed reads back.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,19 @@ def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
         for parameter in group["params"]:
             # A step count is a scalar; fused kernels want it where the parameter is, the others on the CPU.
             inner.state[parameter] = {
-                key: _like(value, parameter) if isinstance(value, Tensor) and value.dim() else _scalar(value, group, parameter)
+                key: _like(value, parameter)
+                if isinstance(value, Tensor) and value.dim()
+                else _scalar(value, group, parameter)
                 for key, value in saved["state"][names[id(parameter)]].items()
             }
 
 
 def write_weights(weights: dict[str, Tensor], file: Path) -> None:
-    """Write gathered weights as safetensors."""
+    """Write gathered weights as safetensors, with the permissions of any other new file (its own are 0600)."""
     save_file(weights, file, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -52,7 +52,9 @@ class RoutingStatistics:
         """
         shares = log.capacity_tensors()
         weights = {key: sum(_weight(record) for record in log.records[key]) for key in shares}
-        weight = torch.stack([torch.as_tensor(weights[key], device=self.device, dtype=torch.float32) for key in shares])
+        weight = torch.stack(
+            [torch.as_tensor(weights[key], device=self.device, dtype=torch.float32) for key in shares]
+        )
         executed = torch.stack([shares[key].to(self.device, torch.float32) for key in shares]) * weight
         if self.executed is None:
             self.names = [layer_key(key) for key in shares]

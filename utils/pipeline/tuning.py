@@ -141,7 +141,9 @@ def choose_checkpoint(resume: str | None, output: Path, identity: dict[str, Any]
         choice = [None if folder is None else str(folder)]
         dist.broadcast_object_list(choice, src=0)
         if choice[0] is not None and not Path(choice[0], checkpoints.MANIFEST).is_file():
-            raise UserError(f"process {dist.get_rank()} does not see {choice[0]}: put the output on a shared file system")
+            raise UserError(
+                f"process {dist.get_rank()} does not see {choice[0]}: put the output on a shared file system"
+            )
         folder = None if choice[0] is None else Path(choice[0])
     for note in notes:
         logger.warning(note)

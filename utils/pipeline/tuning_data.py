@@ -77,7 +77,9 @@ def encode_file(
     cut = sum(encoded["cut"])
     unusable = len(encoded) - len(usable)
     if not usable:
-        raise UserError(f"{raw.path}: no row has an assistant token within {max_length} tokens; raise --max_seq_length")
+        raise UserError(
+            f"{raw.path}: no row has an assistant token within {max_length} tokens; raise --max_seq_length"
+        )
     kept = encoded.select(usable) if unusable else encoded
     return TrainingData(kept.remove_columns(["learnt", "cut"]), unusable, cut, raw)
 

@@ -120,9 +120,7 @@ def load_model(
     if arguments.load_in_4bit:
         options["quantization_config"] = _four_bit()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=arguments.trust_remote_code, **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=arguments.trust_remote_code, **options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from None
     chosen = {name: value for name, value in vars(routing_of(config, routing)).items() if value is not None}
@@ -161,7 +159,10 @@ def mark_trainable(model: PreTrainedModel, routing: RoutingArguments) -> PreTrai
 
 def identify(model: PreTrainedModel) -> dict[str, Any]:
     """:func:`base_identity` of a freshly loaded model, also where ZeRO-3 has already cut its weights. Collective."""
-    parts = [model.get_input_embeddings().weight, *(p for n, p in model.named_parameters() if n.endswith("model.norm.weight"))]
+    parts = [
+        model.get_input_embeddings().weight,
+        *(p for n, p in model.named_parameters() if n.endswith("model.norm.weight")),
+    ]
     if not hasattr(parts[0], "ds_id"):
         return base_identity(model)
     import deepspeed
@@ -192,5 +193,8 @@ def _four_bit() -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
     )

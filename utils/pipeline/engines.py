@@ -1,0 +1,66 @@
+"""The engine that the launcher asked for is the one that runs, on GPUs and on CPUs; anything else is an error."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from utils.errors import UserError
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
+def requested() -> str:
+    """``deepspeed``, ``fsdp``, ``ddp`` or ``one process``, as the launcher's environment says."""
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        return "deepspeed"
+    if _asked("ACCELERATE_USE_FSDP"):
+        return "fsdp"
+    return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "one process"
+
+
+def settings_without_gpu() -> dict[str, object]:
+    """TrainingArguments that make several processes run together on a machine without a GPU; empty where there is one.
+
+    accelerate starts CPU processes if it is told ``use_cpu``. DeepSpeed it would then drop without a word: that one
+    finds the CPU by itself, and needs the name of the backend.
+    """
+    if torch.accelerator.is_available():
+        return {}
+    if requested() == "deepspeed":
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        return {"ddp_backend": "gloo"}
+    return {"use_cpu": True}
+
+
+def enable_fsdp_on_cpu(accelerator: Accelerator) -> bool:
+    """Give accelerate's FSDP2 to CPU processes, for which it is not offered though torch has it; True if done."""
+    if requested() != "fsdp" or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise UserError("FSDP on CPUs is FSDP2: set fsdp_version: 2 in the accelerate config")
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    return True
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """UserError if processes or engine are not those that were launched."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != world:
+        raise UserError(
+            f"{world} processes were launched, {accelerator.num_processes} run together: check the config file"
+        )
+    running = {DistributedType.DEEPSPEED: "deepspeed", DistributedType.FSDP: "fsdp"}.get(accelerator.distributed_type)
+    asked = requested()
+    if asked in ("deepspeed", "fsdp") and running != asked:
+        raise UserError(
+            f"{asked} was asked for and {accelerator.distributed_type.value} would run: start it with accelerate launch "
+            "or scripts/finetune_mod.sh, also for one process"
+        )
