@@ -41,8 +41,18 @@ class Routed:
         self.mod_logit = threshold_logit(threshold)
 
     def mod_call(self) -> RoutingCall:
-        """The pass under way; a module called on its own sees every token as real and no cache."""
-        return current_call() or RoutingCall(training=self.training and torch.is_grad_enabled())
+        """The pass under way; a module called on its own sees every token as real and no cache.
+
+        Raises:
+            ValueError: under reentrant checkpointing, which hides the routers of this pass from autograd.
+        """
+        call = current_call() or RoutingCall(training=self.training and torch.is_grad_enabled())
+        if call.training and not torch.is_grad_enabled():
+            raise ValueError(
+                "routers get no gradient under reentrant gradient checkpointing: pass "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        return call
 
     def mod_decide(self, hidden: Tensor, call: RoutingCall) -> Decision:
         """``m = 1[σ(W·h) ≥ τ]`` for ``hidden [b, t, d]``.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache_mod import RaggedCacheLayer, RowCacheLayer, adopt_layer
-from .call import RoutingCall, routing_call
+from .call import RouterKey, RoutingCall, routing_call
 from .configuration_mod import ModConfig, select_layers
 from .mixing import check_forward, mix_in, mix_out
 from .recording import RoutingLog
@@ -81,7 +81,7 @@ class RoutedDecoder:
             past=past,
             training=training,
             forced=self.mod_forced,
-            record=functools.partial(_record, self.mod_logs) if self.mod_logs else None,
+            record=functools.partial(_record, self.mod_logs, set()) if self.mod_logs else None,
         )
         with routing_call(call):
             return super().forward(
@@ -152,13 +152,22 @@ def unpadded(input_ids: Tensor, padding_ids: list[int]) -> Tensor:
     return ~trailing
 
 
-def _record(logs: list[RoutingLog], *args, **kwargs) -> None:
-    for log in logs:
-        log.add(*args, **kwargs)
+def _record(logs: list[RoutingLog], seen: set, key: RouterKey, *args, **kwargs) -> None:
+    """Hand a decision to all logs, once per pass: gradient checkpointing takes it again in the backward pass."""
+    if key not in seen:
+        seen.add(key)
+        for log in logs:
+            log.add(key, *args, **kwargs)
 
 
 class RoutedCausalLM:
     """Mixin for the causal LM: under ``router_pooling="prompt"`` the labels mark where the prompt ends."""
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do, though checkpointing and peft ask for it: only reentrant checkpointing needs such inputs.
+
+        They would make autograd record, and run backwards through, the frozen layers below the first routed one.
+        """
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)

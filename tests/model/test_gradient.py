@@ -1,0 +1,211 @@
+"""The straight-through gradient against the relaxed formula and by hand, and the capacity penalty."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import CASES, LAYERS, routed_model
+from tiny_training import freeze_base, gradients, labels_of, same
+from torch.nn import functional
+
+from utils.model import record_routing, route, routed_modules
+
+DENSE_CASES = [(granularity, policy) for family, granularity, policy in CASES if family == "llama"]
+
+# ---------------------------------------------------------------- the gradient
+
+
+def relax(model, granularity, policy):
+    """The relaxed formula on a dense model: ``x + (m + s − stop(s))·F(h)``, written with hooks and plain autograd."""
+    real = {}
+
+    def gate(router, hidden, level):
+        if level == "sequence":
+            weight = real["mask"].float()
+            hidden = (hidden.float() * weight[..., None]).sum(1, keepdim=True) / weight.sum(1)[:, None, None]
+        score = torch.sigmoid(functional.linear(hidden.float(), router))
+        keep = (score >= 0.5).float()
+        if level == "token":
+            keep = keep * real["mask"][..., None]
+        return keep + score - score.detach()
+
+    def seen_keys(keep, mask):
+        """Under drop a token sees the kept ones and itself."""
+        tokens = keep.shape[1]
+        seen = keep.bool()[:, None, :] | torch.eye(tokens).bool()
+        causal = torch.ones(tokens, tokens).tril().bool()[None, None] if mask is None else mask
+        return causal & seen[:, None]
+
+    routers = torch.nn.ParameterDict()
+    for part, level in (name.split("_") for name in granularity.split("+")):
+        for layer in LAYERS:
+            block, key = model.model.layers[layer], f"{layer}_{part}"
+            routers[key] = torch.nn.Parameter(torch.zeros(1, 32))
+            state = {}
+
+            def look(hidden, key=key, level=level, state=state):
+                state["gate"] = gate(routers[key], hidden, level)
+
+            def before(_, args, kwargs, look=look, block=block, part=part, state=state):
+                hidden = args[0] if args else kwargs["hidden_states"]
+                look(block.input_layernorm(hidden) if part == "block" else hidden)
+                if policy == "drop" and part != "mlp":
+                    mask = seen_keys(state["gate"][..., 0], kwargs["attention_mask"])
+                    kwargs = {**kwargs, "attention_mask": mask}
+                return args, kwargs
+
+            def after(_, args, output, part=part, state=state):
+                if part == "attn":
+                    return (state["gate"] * output[0], *output[1:])
+                return args[0] + state["gate"] * (output - args[0]) if part == "block" else state["gate"] * output
+
+            module = {"attn": block.self_attn, "mlp": block.mlp, "block": block}[part]
+            module.register_forward_pre_hook(before, with_kwargs=True)
+            module.register_forward_hook(after)
+    return routers, real
+
+
+@pytest.mark.parametrize(("granularity", "policy"), DENSE_CASES)
+def test_gradient_is_that_of_the_relaxed_formula(granularity, policy):
+    """For every weight of the model, routers and base alike, at a batch where decisions differ."""
+    model = routed_model("llama", granularity, kv_policy=policy).train()
+    relaxed = tiny_model("llama").train()
+    routers, real = relax(relaxed, granularity, policy)
+    ids, mask = random_batch(padding="right")
+    real["mask"] = mask
+    with torch.no_grad():
+        for module in routed_modules(model).values():
+            routers[f"{module.mod_layer}_{module.mod_part}"].copy_(module.mod_router.weight)
+    with record_routing(model) as log:
+        loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
+    expected = relaxed(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
+    assert 0 < log.capacity()["total"] < 1
+    assert torch.allclose(loss, expected, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    ours, theirs = gradients(model), gradients(relaxed)
+    for module in routed_modules(model).values():
+        key = f"{module.mod_layer}_{module.mod_part}"
+        name = next(n for n, m in model.named_modules() if m is module) + ".mod_router.weight"
+        theirs[name] = routers[key].grad
+        assert theirs[name].abs().max() > 1e-5, "a zero gradient would prove nothing"
+    same(ours, theirs, tolerance=1e-4)
+
+
+def test_gradient_of_experts_is_that_of_the_relaxed_formula():
+    model, relaxed = routed_model("mixtral", "expert_token").train(), tiny_model("mixtral").train()
+    ids, mask = random_batch(padding="right")
+    routers = {
+        m.mod_layer: m.mod_router.weight.detach().clone().requires_grad_() for m in routed_modules(model).values()
+    }
+    for layer, router in routers.items():
+
+        def gate(_, args, router=router):
+            hidden, index, weight = args
+            score = torch.sigmoid(functional.linear(hidden, router)).gather(1, index)
+            keep = (score >= 0.5) & mask.bool().flatten()[:, None]
+            return hidden, index, weight * (keep.float() + score - score.detach())
+
+        relaxed.model.layers[layer].mlp.experts.register_forward_pre_hook(gate)
+    loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
+    expected = relaxed(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
+    assert torch.allclose(loss, expected, atol=1e-6)
+    loss.backward()
+    expected.backward()
+    theirs = gradients(relaxed) | {
+        f"model.layers.{n}.mlp.experts.mod_router.weight": r.grad for n, r in routers.items()
+    }
+    same(gradients(model), theirs, tolerance=1e-4)
+
+
+def test_gradient_of_one_router_by_hand():
+    """``∂L/∂W = Σ ∂L/∂y·F(h) · s(1−s) · h̄``, from what the modules themselves return."""
+    model = freeze_base(route(tiny_model(), mod_layers=[2]))
+    with torch.no_grad():
+        model.model.layers[2].self_attn.mod_router.weight.normal_()
+    ids, _ = random_batch()
+    seen = {}
+    attention = model.model.layers[2].self_attn
+    projection = attention.o_proj.register_forward_hook(lambda m, args, out: seen.update(executed=out.detach()))
+
+    def keep_update(module, args, kwargs, out):
+        out[0].retain_grad()
+        seen.update(update=out[0], hidden=kwargs["hidden_states"].detach())
+
+    handles = projection, attention.register_forward_hook(keep_update, with_kwargs=True)
+    model(ids, labels=ids).loss.backward()
+    pooled = seen["hidden"].mean(1)
+    score = torch.sigmoid(pooled @ attention.mod_router.weight.detach().T)
+    upstream = (seen["update"].grad * seen["executed"]).sum((1, 2))[:, None]
+    expected = (upstream * score * (1 - score) * pooled).sum(0, keepdim=True)
+    assert torch.allclose(attention.mod_router.weight.grad, expected, rtol=1e-4, atol=1e-8)
+    for handle in handles:
+        handle.remove()
+
+
+# ---------------------------------------------------------------- the penalty
+
+
+def test_penalty_is_the_sum_over_layers_of_what_exceeds_the_target():
+    model = routed_model("llama", "attn_token").train()
+    ids, mask = random_batch(padding="right")
+    with record_routing(model) as log:
+        model(ids, attention_mask=mask)
+    real = mask.bool()
+    shares = {layer: (keep & real).sum() / real.sum() for layer, keep in log.decisions.items()}
+    for target in (0.0, 0.3, 0.5, 1.0):
+        expected = sum(max(float(share) - target, 0.0) for share in shares.values())
+        assert log.penalty(target).item() == pytest.approx(expected, abs=1e-6)
+    assert log.capacity() == {
+        "total": pytest.approx(float(sum(shares.values())) / 3),
+        **{layer: pytest.approx(float(share)) for layer, share in shares.items()},
+    }
+    for layer, value in log.capacity_tensors().items():
+        assert value.shape == () and not value.requires_grad and value.dtype == torch.float32
+        assert float(value) == pytest.approx(float(shares[layer]))
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token", "mlp_sequence"])
+@pytest.mark.parametrize("target", [0.1, 0.9])
+def test_gradient_of_the_penalty(granularity, target):
+    """``∂/∂W ReLU(c − target)`` is the mean of ``s(1−s)·h`` over real rows or tokens, above the target."""
+    model = routed_model("llama", granularity, mod_layers=[2]).train()
+    ids, mask = random_batch(padding="right")
+    features = {}
+    for name, module in routed_modules(model).items():
+        module.mod_router.register_forward_pre_hook(
+            lambda m, args, name=name: features.update({name: args[0].detach()})
+        )
+    with record_routing(model) as log:
+        model(ids, attention_mask=mask)
+    log.penalty(target).backward()
+    for name, module in routed_modules(model).items():
+        h = features[name]
+        score = torch.sigmoid(h @ module.mod_router.weight.detach().T)
+        per_item = score * (1 - score) * h
+        per_item = per_item.mean(0) if h.dim() == 2 else per_item[mask.bool()].mean(0)
+        above = float(log.capacity_tensors()[module.mod_key]) > target
+        assert above == (target == 0.1)
+        assert torch.allclose(module.mod_router.weight.grad[0], per_item * above, atol=1e-6), name
+
+
+def test_penalty_and_loss_train_the_routers_towards_the_budget():
+    model = freeze_base(route(tiny_model(), mod_layers=LAYERS, granularity="attn_token"))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids, mask = random_batch(padding="right")
+    capacities = []
+    for _ in range(12):
+        with record_routing(model) as log:
+            loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
+        capacities.append(log.capacity()["total"])
+        optimizer.zero_grad()
+        (loss + 20.0 * log.penalty(0.3)).backward()
+        optimizer.step()
+    assert capacities[0] == 1.0 and capacities[-1] < 0.75
+
+
+def test_penalty_without_a_pass_is_an_error():
+    model = routed_model()
+    with record_routing(model) as log, pytest.raises(ValueError, match="forward pass"):
+        log.penalty(0.5)

@@ -1,0 +1,167 @@
+"""Training mode: the same values as inference, what autograd records, gradient checkpointing."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import CASES, routed_model
+from tiny_training import freeze_base, gradients, labels_of, same
+
+from utils.model import force_routing, record_routing, route, routed_modules
+
+DENSE_CASES = [(granularity, policy) for family, granularity, policy in CASES if family == "llama"]
+
+# ---------------------------------------------------------------- same values as inference
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize(("granularity", "policy"), DENSE_CASES)
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_training_forward_equals_evaluation_forward(family, granularity, policy, padding):
+    model = routed_model(family, granularity, "eager" if family == "gemma2" else "sdpa", kv_policy=policy)
+    ids, mask = random_batch(padding=padding)
+    check_same_forward(model, ids, mask)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen2_moe"])
+@pytest.mark.parametrize("granularity", ["expert_token", "mlp_token", "attn_token+expert_token"])
+def test_training_forward_equals_evaluation_forward_of_experts(family, granularity):
+    check_same_forward(routed_model(family, granularity), *random_batch(padding="left"))
+
+
+def check_same_forward(model, ids, mask):
+    with torch.no_grad(), record_routing(model) as evaluated:
+        expected = model(ids, attention_mask=mask).logits
+    model.train()
+    with record_routing(model) as trained:
+        actual = model(ids, attention_mask=mask).logits
+    real = mask.bool()
+    assert (actual - expected)[real].abs().max() <= 1e-5
+    assert trained.decisions.keys() == evaluated.decisions.keys()
+    for key, keep in trained.decisions.items():
+        assert torch.equal(keep, evaluated.decisions[key]), key
+    assert 0 < evaluated.capacity()["total"] < 1
+    with torch.no_grad():  # evaluation inside a training loop: skips, and gives the same
+        assert (model(ids, attention_mask=mask).logits - expected)[real].abs().max() <= 1e-5
+
+
+def test_forced_decisions_hold_in_training():
+    model = routed_model("llama", "attn_token").train()
+    ids, _ = random_batch()
+    with force_routing(model, True):
+        assert torch.equal(model(ids).logits, tiny_model().train()(ids).logits)
+
+
+def test_training_with_a_cache_is_refused():
+    from transformers import DynamicCache
+
+    model = routed_model("llama").train()
+    with pytest.raises(ValueError, match="past_key_values"):
+        model(random_batch()[0], past_key_values=DynamicCache(config=model.config))
+
+
+# ---------------------------------------------------------------- what autograd keeps
+
+
+@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
+def test_only_routers_get_gradients_when_the_base_is_frozen(family, granularity, policy):
+    model = freeze_base(routed_model(family, granularity, kv_policy=policy))
+    before = copy.deepcopy(model.state_dict())
+    ids, mask = random_batch(padding="right")
+    model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss.backward()
+    expected = {name for name, _ in model.named_parameters() if "mod_router" in name}
+    assert set(gradients(model)) == expected and len(expected) == len(routed_modules(model))
+    assert all(gradient.abs().sum() > 0 for gradient in gradients(model).values())
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != ("mod_router" in name), name
+
+
+def test_autograd_records_nothing_below_the_first_routed_layer():
+    model = freeze_base(routed_model("llama", mod_layers=[3]))
+    ids, _ = random_batch()
+    output = model(ids, output_hidden_states=True, labels=ids)
+    recorded = [hidden.requires_grad for hidden in output.hidden_states]
+    assert recorded == [False] * 4 + [True] * 2  # the input of layers 0-3, then what layers 3 and 4 gave
+    output.loss.backward()
+
+
+def test_checkpointing_records_nothing_below_the_first_routed_layer_either():
+    model = freeze_base(routed_model("llama", mod_layers=[3]))
+    model.activation_checkpointing_enable()
+    ids, _ = random_batch()
+    output = model(ids, output_hidden_states=True, labels=ids)
+    assert [hidden.requires_grad for hidden in output.hidden_states] == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_token", "block_sequence"])
+def test_memory_of_autograd_grows_with_the_layers_above_the_first_routed_one(granularity):
+    ids, _ = random_batch()
+
+    def saved_bytes(layers):
+        model = freeze_base(route(tiny_model(num_hidden_layers=8), mod_layers=layers, granularity=granularity))
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(ids, labels=ids).loss
+        total = sum(storages.values())
+        del loss
+        gc.collect()
+        return total
+
+    head, two, four, six = saved_bytes([7]), saved_bytes([5]), saved_bytes([3]), saved_bytes([1])
+    assert head < two < four < six
+    assert four - two == pytest.approx(six - four, rel=0.05), "each layer above the first routed one costs the same"
+
+
+# ---------------------------------------------------------------- gradient checkpointing
+
+
+@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(family, granularity, policy, frozen):
+    ids, mask = random_batch(padding="right")
+
+    def run(checkpointing):
+        model = routed_model(family, granularity, kv_policy=policy).train()
+        if frozen:
+            freeze_base(model)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        with record_routing(model) as log:
+            loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
+        (loss + log.penalty(0.1)).backward()
+        return gradients(model), log
+
+    plain, log = run(False)
+    checkpointed, log_again = run(True)
+    same(checkpointed, plain)
+    for key, keep in log.decisions.items():
+        assert torch.equal(log_again.decisions[key], keep), "recomputation must not be logged again"
+        assert len(log_again.records[key]) == 1
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_token"])
+def test_reentrant_checkpointing_is_refused(granularity):
+    model = freeze_base(routed_model("llama", granularity))
+    ids, _ = random_batch()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant") as error:
+        model(ids, labels=ids)
+    assert "\n" not in str(error.value)
+    with torch.no_grad():
+        model(ids)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model(ids, labels=ids).loss.backward()
+    assert len(gradients(model)) == len(routed_modules(model))

@@ -1,0 +1,26 @@
+"""What tests of training share: labels, a frozen base, gradients and their comparison."""
+
+from __future__ import annotations
+
+import torch
+
+
+def labels_of(ids, mask):
+    return torch.where(mask.bool(), ids, -100)
+
+
+def freeze_base(model):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("mod_router" in name)
+    return model.train()
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(actual, expected, tolerance=1e-6):
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        scale = expected[name].abs().max().clamp(min=1e-3)
+        assert (actual[name] - expected[name]).abs().max() <= tolerance * scale, name
