@@ -11,7 +11,7 @@ from pathlib import Path
 
 from utils.data.mix_plan import PUBLISHED_PORTIONS, PUBLISHED_SEED, make_plan
 from utils.data.mixing import mix
-from utils.errors import cli
+from utils.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = ", ".join(f"{name} {float(portion):g}" for name, portion in PUBLISHED_PORTIONS.items())
@@ -36,7 +36,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cap", nargs="+", default=[], metavar="NAME=ROWS", help="at most so many rows of a set")
     parser.add_argument("--dedup", action="store_true", default=None, help="leave out rows whose messages came before")
     parser.add_argument("--seed", type=int, help=f"default: {PUBLISHED_SEED}")
-    return parser.parse_args()
+    parser.add_argument(
+        "--preview", type=int, default=0, metavar="N", help="show N rows with their loss mask at the end"
+    )
+    parser.add_argument("--tokenizer", help="for --preview: folder or hub id")
+    args = parser.parse_args()
+    if args.preview and not args.tokenizer:
+        raise UserError("--preview needs --tokenizer (a folder or hub id), which decides what carries loss")
+    return args
 
 
 def main() -> None:
@@ -49,6 +56,10 @@ def main() -> None:
         portion = f"{float(plan.portions[name]):g}"
         print(f"{name:<18}{row['rows']:>10,}{row['duplicates']:>12,}{portion:>9}{row['mixed']:>10,}")
     print(f"{report['rows']:,} rows in {args.save_path / 'data.jsonl'}, sha256 {report['sha256'][:16]}…, in mix.json")
+    if args.preview:
+        from utils.pipeline import preview  # brings transformers, seconds that a mix does not need
+
+        print(preview.report(args.save_path / "data.jsonl", args.tokenizer, args.preview))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,14 @@ def parse() -> argparse.Namespace:
         "--max_reject_rate", type=float, default=0.01, help="exit 1 if a larger share of rows is refused (faulty)"
     )
     parser.add_argument("--strict", action="store_true", help="exit 1 if any row is left out, faulty or filtered")
-    return parser.parse_args()
+    parser.add_argument(
+        "--preview", type=int, default=0, metavar="N", help="show N rows of each set with its loss mask"
+    )
+    parser.add_argument("--tokenizer", help="for --preview: folder or hub id")
+    args = parser.parse_args()
+    if args.preview and not args.tokenizer:
+        raise UserError("--preview needs --tokenizer (a folder or hub id), which decides what carries loss")
+    return args
 
 
 def sources_of(args: argparse.Namespace) -> tuple[list[Source], list[str]]:
@@ -97,6 +104,11 @@ def main() -> None:
         sys.stderr.write(f"error: {outcome.error}\n")
     if failed:
         raise SystemExit(1 if all(outcome.too_many for outcome in failed) else 2)
+    if args.preview:
+        from utils.pipeline import preview  # brings transformers, seconds that a conversion does not need
+
+        for outcome in outcomes:
+            print(preview.report(args.save_path / outcome.name / "data.jsonl", args.tokenizer, args.preview))
     print(f"rows in {args.save_path}/<name>/data.jsonl, rows left out in rejects.jsonl beside it")
 
 

@@ -20,12 +20,14 @@ import numpy as np
 import orjson
 from tqdm import tqdm
 
+from utils.data.blocks import SPACE
 from utils.data.mix_plan import MixPlan
+from utils.data.rows import checked_row, content_of
+from utils.data.writing import writing
 from utils.errors import UserError
 
 BUCKET_BYTES = 16 << 20
 BUFFERED_BYTES = 32 << 20
-ROLES = frozenset({"system", "user", "assistant"})
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,19 @@ def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
     Raises :class:`UserError` for a set that is missing or empty and, with file and line, for a row that is none.
     """
     sources = _survey_all(plan, reformatted)
-    parts = folder / ".partial"
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir(parents=True)
+    if not any(plan.wanted(source.name, source.distinct) for source in sources):
+        raise UserError("the portions and caps leave no row of any data set: nothing to mix")
+    with writing(folder):
+        parts = folder / ".partial"
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        try:
+            return _mix(plan, sources, folder, parts)
+        finally:
+            shutil.rmtree(parts, ignore_errors=True)
+
+
+def _mix(plan: MixPlan, sources: list[Source], folder: Path, parts: Path) -> dict:
     size = sum(source.size * plan.wanted(source.name, source.distinct) // source.rows for source in sources)
     buckets = _Buckets(parts, max(1, -(-size // BUCKET_BYTES)))
     taken = {source.name: _scatter(source, plan, buckets) for source in sources}
@@ -63,7 +75,6 @@ def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
     (parts / "mix.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     for name in ("data.jsonl", "mix.json"):
         os.replace(parts / name, folder / name)
-    shutil.rmtree(parts)
     return report
 
 
@@ -83,13 +94,12 @@ def _report(plan: MixPlan, sources: list[Source], taken: dict[str, int], digest:
     return {"rows": sum(taken.values()), "sha256": digest, "seed": plan.seed, "dedup": plan.dedup, "sets": sets}
 
 
-def rows_of(path: Path, label: str) -> Iterator[tuple[int, bytes]]:
-    """Line number and line (without its end) of all rows, with a progress bar."""
+def _lines(path: Path, label: str) -> Iterator[tuple[int, bytes]]:
+    """Number and bytes of all lines, with a progress bar."""
     with open(path, "rb") as lines, tqdm(total=path.stat().st_size, desc=label, unit="B", unit_scale=True) as bar:
         for number, line in enumerate(lines, 1):
             bar.update(len(line))
-            if line.strip():
-                yield number, line.rstrip(b"\r\n")
+            yield number, line
 
 
 def _survey_all(plan: MixPlan, reformatted: Path) -> list[Source]:
@@ -113,33 +123,18 @@ def _survey_all(plan: MixPlan, reformatted: Path) -> list[Source]:
 def _survey(name: str, path: Path, dedup: bool) -> tuple[Source, np.ndarray]:
     digest, rows, size = hashlib.sha256(), 0, 0
     digests = bytearray()
-    for number, line in rows_of(path, f"check {name}"):
-        messages = checked_row(line, f"{path}:{number}")["messages"]
-        digest.update(line + b"\n")
+    for number, line in _lines(path, f"check {name}"):
+        digest.update(line)
+        if not line.strip(SPACE):
+            continue
+        row = checked_row(line, f"{path}:{number}")
         if dedup:
-            digests += hashlib.blake2b(orjson.dumps(messages), digest_size=16).digest()
+            digests += hashlib.blake2b(orjson.dumps(content_of(row)), digest_size=16).digest()
         rows += 1
-        size += len(line) + 1
+        size += len(line)
     if not rows:
         raise UserError(f"{path} holds no row; reformat {name} again, or mix without: --portion {name}=0")
     return Source(name, path, rows, size, digest.hexdigest()), np.frombuffer(digests, "<u8").reshape(-1, 2)
-
-
-def checked_row(line: bytes, where: str) -> dict:
-    """A reformatted row; raises :class:`UserError` that starts with ``where``."""
-    try:
-        row = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{where}: no JSON ({error}); reformat the data set again") from None
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: no list of messages; reformat the data set again")
-    for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("content"), str)):
-            raise UserError(f"{where}: a message without text; reformat the data set again")
-        if message.get("role") not in ROLES:
-            raise UserError(f"{where}: role {message.get('role')!r}; known: {', '.join(sorted(ROLES))}")
-    return row
 
 
 def _repeats(digests: np.ndarray) -> np.ndarray:
@@ -185,7 +180,8 @@ def _scatter(source: Source, plan: MixPlan, buckets: _Buckets) -> int:
     whole, extra = divmod(wanted, left)
     draw = random.Random(f"{plan.seed} {source.name}").random
     count = len(buckets.paths)
-    for index, (_, line) in enumerate(rows_of(source.path, f"scatter {source.name}")):
+    rows = (line.rstrip(b"\r\n") for _, line in _lines(source.path, f"scatter {source.name}") if line.strip(SPACE))
+    for index, line in enumerate(rows):
         if source.repeats is not None and source.repeats[index]:
             continue
         chosen = draw() * left < extra

@@ -16,10 +16,7 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder} cannot be written: {error.strerror or error}; "
-            "when that is mended, run again with --resume"
-        ) from None
+        raise UserError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from None
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -1,0 +1,55 @@
+"""Rows of reformatted and mixed files: ``messages``, or ``prompt`` and ``completion``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+
+from utils.data.blocks import SPACE
+from utils.errors import UserError
+
+ROLES = ("system", "user", "assistant")
+AGAIN = "make it again with entrypoints/data/reformat_datasets.py"
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number and text, without its end, of each line that is not blank; UserError if the file cannot be read."""
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip(SPACE):
+                    yield number, line.rstrip(b"\r\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def checked_row(line: bytes, where: str) -> dict:
+    """The row that a line holds; raises :class:`UserError`, beginning with ``where``, if it is none."""
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise UserError(f"{where}: no JSON ({error}); {AGAIN}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: no JSON object; {AGAIN}")
+    if "messages" in row:
+        _check_messages(row["messages"], where)
+    elif not (isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str)):
+        raise UserError(f"{where}: neither a list of 'messages' nor the texts 'prompt' and 'completion'; {AGAIN}")
+    return row
+
+
+def content_of(row: dict) -> object:
+    """What makes two rows the same."""
+    return row["messages"] if "messages" in row else [row["prompt"], row["completion"]]
+
+
+def _check_messages(messages: object, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: 'messages' is no list of turns; {AGAIN}")
+    for number, message in enumerate(messages):
+        if not (isinstance(message, dict) and isinstance(message.get("content"), str)):
+            raise UserError(f"{where}: message {number} has no text; {AGAIN}")
+        if message.get("role") not in ROLES:
+            raise UserError(f"{where}: message {number} has the role {message.get('role')!r}; use {', '.join(ROLES)}")
