@@ -194,12 +194,21 @@ class TuningArguments(TrainingArguments):
     report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, none, …"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Trainer's; the data has no other columns"})
     dry_run: bool = field(default=False, metadata={"help": "print sizes, memory and steps; load no weights"})
+    num_processes: int | None = field(default=None, metadata={"help": "with --dry_run or --check_inputs: to plan for"})
+    accelerate_config: str | None = field(default=None, metadata={"help": "with --dry_run: the engine to plan for"})
     check_inputs: bool = field(default=False, metadata={"help": "check arguments, base and data, then stop"})
 
     def __post_init__(self) -> None:
         # Each would cost a host sync per micro-batch; capacity and loss are read at logging steps.
         self.logging_nan_inf_filter = False
         world = int(os.environ.get("WORLD_SIZE", 1))
+        if self.dry_run or self.check_inputs:
+            world = self.num_processes or world
+        elif self.num_processes not in (None, world):
+            raise UserError(
+                f"--num_processes {self.num_processes} plans for others with --dry_run; start them with "
+                f"NUM_PROCESSES={self.num_processes} bash scripts/finetune_mod.sh"
+            )
         micro = self.per_device_train_batch_size * world
         if self.gradient_accumulation_steps is None:
             if self.global_batch_size % micro:

@@ -61,6 +61,6 @@ def check_engine(accelerator: Accelerator) -> None:
     asked = requested()
     if asked in ("deepspeed", "fsdp") and running != asked:
         raise UserError(
-            f"{asked} was asked for and {accelerator.distributed_type.value} would run: start it with accelerate launch "
-            "or scripts/finetune_mod.sh, also for one process"
+            f"{asked} was asked for and {accelerator.distributed_type.value} would run: start it with accelerate "
+            "launch or scripts/finetune_mod.sh, also for one process"
         )

@@ -19,7 +19,8 @@ class TuningJob:
 
     Attributes:
         identity: what a run must share with a checkpoint to continue it.
-        base_identity: what tells the base from others, for ``router_config.json``; read before an engine cut the weights.
+        base_identity: what tells the base from others, for ``router_config.json``; read before an engine cuts the
+            weights.
         resume: the checkpoint to continue, complete and checked.
     """
 

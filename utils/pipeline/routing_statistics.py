@@ -70,7 +70,7 @@ class RoutingStatistics:
         self.micro_batches += 1
 
     def read(self, steps: int) -> dict[str, float]:
-        """Means over the ``steps`` optimizer steps since the last reading, then a reset. Collective: all ranks call."""
+        """Means over the ``steps`` optimizer steps since the last reading, and a reset. Collective."""
         seconds = time.perf_counter() - self.started
         count = torch.tensor([float(self.micro_batches)], dtype=torch.float32, device=self.device)
         packed = torch.cat([self.sums, count, self.executed, self.counted])

@@ -68,8 +68,8 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     held = [name for name in RESULTS if (folder / name).exists()] + [path.name for _, path in checkpoints(folder)]
     if held and not resume and not overwrite:
         raise UserError(
-            f"{folder} holds an earlier run ({held[0]}): continue it with --resume_from_checkpoint auto (RESUME=auto), "
-            "or start again with --overwrite_output_dir"
+            f"{folder} holds an earlier run ({held[0]}): continue it with --resume_from_checkpoint auto "
+            "(RESUME=auto), or start again with --overwrite_output_dir"
         )
 
 

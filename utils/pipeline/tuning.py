@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from utils.pipeline.job import TunedRun, TuningJob
 from utils.pipeline.recipes import load_recipe
 from utils.pipeline.routing_statistics import CAPACITY
 from utils.pipeline.run_folder import check_folder, clear_folder, default_folder, provenance, write_results
-from utils.pipeline.tuning_data import RawData, TrainingData, check_file, encode_file
+from utils.pipeline.tuning_data import RawData, check_file, encode_file
 from utils.pipeline.tuning_model import (
     dense_config,
     fingerprint,
@@ -149,7 +146,7 @@ def choose_checkpoint(resume: str | None, output: Path, identity: dict[str, Any]
         logger.warning(note)
     if folder is not None:
         checkpoints.check_identity(folder, identity)
-        logger.warning(f"continuing from {folder.name}")
+        logger.info(f"continuing from {folder.name}")
     return folder
 
 
@@ -166,9 +163,11 @@ def describe(job: TuningJob) -> None:
     )
     left = len(data.rows) - steps * training.global_batch_size
     logger.info(
-        f"{data.raw.path}: {len(data.rows)} conversations ({data.unusable} without assistant text left out, {data.cut} cut "
-        f"at {command.data.max_seq_length} tokens); {steps} steps of {training.global_batch_size} per epoch, {left} over"
+        f"{data.raw.path}: {len(data.rows)} conversations ({data.unusable} without assistant text left out, "
+        f"{data.cut} cut at {command.data.max_seq_length} tokens); {steps} steps of {training.global_batch_size} "
+        f"per epoch, {left} over"
     )
+    logger.info(f"output folder: {job.output}")
     logger.info(
         f"{training.world_size} process(es) x {training.per_device_train_batch_size} sequences x "
         f"{training.gradient_accumulation_steps} accumulated, {command.model.dtype} weights on {training.device}"
@@ -205,8 +204,8 @@ def finish(job: TuningJob, tuned: TunedRun) -> None:
         write_results(output, record, tuned.history)
         if reached is not None and abs(reached - routing.target_capacity) > _TOLERANCE:
             logger.warning(
-                f"reached capacity {reached:.3f}, target {routing.target_capacity:g}: recipe '{routing.recipe}' does not "
-                "bind the budget; change --gradient_scale or the recipe, or report the reached value"
+                f"reached capacity {reached:.3f}, target {routing.target_capacity:g}: recipe '{routing.recipe}' does "
+                "not bind the budget; change --gradient_scale or the recipe, or report the reached value"
             )
     tuned.trainer.barrier()
 

@@ -43,8 +43,8 @@ def locate_base(arguments: ModelArguments, weights: bool = True) -> Path:
     if weights and not weight_files(folder):
         name = arguments.folder_name or folder.name
         raise UserError(
-            f"{folder} holds no weights (*.safetensors); bring them with: python entrypoints/checkpoint/prepare_base.py "
-            f"--folder_name {name} --source <hub id or local folder>"
+            f"{folder} holds no weights (*.safetensors); bring them with: "
+            f"python entrypoints/checkpoint/prepare_base.py --folder_name {name} --source <hub id or local folder>"
         )
     return folder
 

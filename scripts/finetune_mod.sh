@@ -1,0 +1,199 @@
+#!/usr/bin/env bash
+# Tune routers on whatever this machine has: CPU, one GPU, several GPUs, several machines.
+#
+#   bash scripts/finetune_mod.sh
+#   NUM_PROCESSES=4 PORT=29501 bash scripts/finetune_mod.sh
+#   FOLDER_NAME=mistral-7b-mod MOD_N=16 TARGET_CAPACITY=0.5 bash scripts/finetune_mod.sh --dry_run
+#   RESUME=auto bash scripts/finetune_mod.sh                # go on where an interrupted run stopped
+#
+# Every knob is an environment variable; further arguments go to entrypoints/finetune/finetune_mod.py as they are.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+# ---- what is tuned
+FOLDER_NAME="${FOLDER_NAME:-tiny-llama-mod}"          # base under ckpt/
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"          # or any checkpoint folder or hub id
+MOD_N="${MOD_N:-}"                                    # routed layers; empty: half of them
+GRANULARITY="${GRANULARITY:-attn_sequence}"
+ROUTER_ONLY="${ROUTER_ONLY:-True}"
+RECIPE="${RECIPE:-paper}"
+# ---- on what
+DATA_TYPE="${DATA_TYPE:-alpaca}"                      # a set under data/reformatted/, or mixed
+MAX_TRAIN_SAMPLES="${MAX_TRAIN_SAMPLES:-1000}"
+MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-2048}"
+# ---- how
+LEARNING_RATE="${LEARNING_RATE:-1e-5}"
+WEIGHT_DECAY="${WEIGHT_DECAY:-0.0}"
+NUM_EPOCHS="${NUM_EPOCHS:-1}"
+GRADIENT_SCALE="${GRADIENT_SCALE:-1.0}"
+TARGET_CAPACITY="${TARGET_CAPACITY:-0.5}"
+GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-64}"          # sequences per step, over all processes
+MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-4}"             # sequences per forward pass of one process
+SEED="${SEED:-42}"
+OUTPUT_DIR="${OUTPUT_DIR:-}"                          # empty: trained_models/<base>/<data>/<knobs>
+RESUME="${RESUME:-}"                                  # auto, or a checkpoint folder; empty: start again
+# ---- where
+PORT="${PORT:-29501}"
+NUM_MACHINES="${NUM_MACHINES:-1}"
+MACHINE_RANK="${MACHINE_RANK:-0}"
+MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-127.0.0.1}"
+CONFIG_FILE="${CONFIG_FILE:-}"                        # accelerate config; empty: chosen below
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+find_python() {
+  if [[ -n "${PYTHON:-}" ]]; then
+    echo "${PYTHON}"
+  elif [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]] && command -v python >/dev/null; then
+    command -v python
+  elif [[ -x "${ROOT}/.venv/bin/python" ]]; then
+    echo "${ROOT}/.venv/bin/python"
+  else
+    command -v python3 || command -v python || fail "no python found: activate an environment or create ${ROOT}/.venv"
+  fi
+}
+
+count_gpus() {
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    tr ',' '\n' <<<"${CUDA_VISIBLE_DEVICES}" | grep -c '[0-9]' || true
+  elif command -v nvidia-smi >/dev/null; then
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+  else
+    echo 0
+  fi
+}
+
+# Whether the base, with some room for activations, fits into the memory of one GPU.
+base_fits() {
+  local folder="${MODEL_NAME_OR_PATH:-${ROOT}/ckpt/${FOLDER_NAME}}" weights memory
+  weights="$(du -Lcm "${folder}"/*.safetensors 2>/dev/null | tail -n 1 | cut -f 1)"
+  memory="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | sort -n | head -n 1)"
+  (( ${weights:-0} * 13 / 10 + 4000 < ${memory:-0} ))
+}
+
+choose_config() {
+  local name
+  if (( GPUS == 0 )); then
+    name=$( (( NUM_PROCESSES == 1 )) && echo cpu || echo cpu_ddp)
+  elif (( NUM_MACHINES > 1 )); then
+    name=$(base_fits && echo two_nodes || echo deepspeed_zero3)
+  elif (( NUM_PROCESSES == 1 )); then
+    name=$(base_fits && echo single_gpu || echo deepspeed_zero3_offload)
+  elif ! base_fits; then
+    name=deepspeed_zero3
+  else
+    name=$([[ "${ROUTER_ONLY,,}" == false ]] && echo deepspeed_zero2 || echo ddp)
+  fi
+  echo "${ROOT}/configs/accelerate/${name}.yaml"
+}
+
+PYTHON_BIN="$(find_python)"
+GPUS="$(count_gpus)"
+NUM_PROCESSES="${NUM_PROCESSES:-$(( GPUS > 0 ? GPUS * NUM_MACHINES : 1 ))}"
+for number in NUM_PROCESSES NUM_MACHINES MACHINE_RANK PORT; do
+  [[ "${!number}" =~ ^[0-9]+$ ]] || fail "${number}=${!number} must be a whole number"
+done
+(( NUM_PROCESSES >= 1 )) || fail "NUM_PROCESSES=${NUM_PROCESSES} must be at least 1"
+if (( GPUS > 0 && NUM_PROCESSES > GPUS * NUM_MACHINES )); then
+  fail "NUM_PROCESSES=${NUM_PROCESSES}, but this machine has ${GPUS} GPU(s): one process drives one GPU"
+fi
+if [[ -z "${CONFIG_FILE}" ]]; then
+  CONFIG_FILE="$(choose_config)"
+elif [[ ! -f "${CONFIG_FILE}" && -f "${ROOT}/${CONFIG_FILE}" ]]; then
+  CONFIG_FILE="${ROOT}/${CONFIG_FILE}"
+fi
+[[ -f "${CONFIG_FILE}" ]] || fail "CONFIG_FILE=${CONFIG_FILE} does not exist; configs are in ${ROOT}/configs/accelerate"
+
+arguments=(
+  --data_type "${DATA_TYPE}"
+  --max_train_samples "${MAX_TRAIN_SAMPLES}"
+  --max_seq_length "${MAX_SEQ_LENGTH}"
+  --granularity "${GRANULARITY}"
+  --router_only "${ROUTER_ONLY}"
+  --recipe "${RECIPE}"
+  --learning_rate "${LEARNING_RATE}"
+  --weight_decay "${WEIGHT_DECAY}"
+  --num_train_epochs "${NUM_EPOCHS}"
+  --gradient_scale "${GRADIENT_SCALE}"
+  --target_capacity "${TARGET_CAPACITY}"
+  --global_batch_size "${GLOBAL_BATCH_SIZE}"
+  --per_device_train_batch_size "${MICRO_BATCH_SIZE}"
+  --seed "${SEED}"
+)
+if [[ -n "${MODEL_NAME_OR_PATH}" ]]; then
+  arguments+=(--model_name_or_path "${MODEL_NAME_OR_PATH}")
+else
+  arguments+=(--folder_name "${FOLDER_NAME}")
+fi
+[[ -z "${MOD_N}" ]] || arguments+=(--mod_n "${MOD_N}")
+[[ -z "${OUTPUT_DIR}" ]] || arguments+=(--output_dir "${OUTPUT_DIR}")
+if [[ -n "${RESUME}" ]]; then
+  arguments+=(--resume_from_checkpoint "${RESUME}")
+else
+  arguments+=(--overwrite_output_dir)
+fi
+entrypoint="${ROOT}/entrypoints/finetune/finetune_mod.py"
+
+# One process per core group: several processes that each use all cores are many times slower than one.
+if (( NUM_PROCESSES > 1 )); then
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+fi
+if (( GPUS == 0 )); then
+  export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+fi
+# DeepSpeed compiles its CPU communication with the tools of the environment.
+PATH="$(dirname "${PYTHON_BIN}"):${PATH}"
+export PATH
+
+for argument in "$@"; do
+  if [[ "${argument}" == --dry_run || "${argument}" == --dry-run ]]; then
+    exec "${PYTHON_BIN}" "${entrypoint}" "${arguments[@]}" --num_processes "${NUM_PROCESSES}" \
+      --accelerate_config "${CONFIG_FILE}" "$@"
+  fi
+done
+
+# A mistake is told once, before several processes start.
+if (( NUM_PROCESSES > 1 )); then
+  "${PYTHON_BIN}" "${entrypoint}" "${arguments[@]}" --num_processes "${NUM_PROCESSES}" --check_inputs "$@" \
+    >/dev/null || exit $?
+fi
+
+echo "config: ${CONFIG_FILE#"${ROOT}/"}, ${NUM_PROCESSES} process(es) on ${NUM_MACHINES} machine(s)"
+launch=(
+  "${PYTHON_BIN}" -m accelerate.commands.launch
+  --config_file "${CONFIG_FILE}"
+  --num_processes "${NUM_PROCESSES}"
+  --num_machines "${NUM_MACHINES}"
+  --machine_rank "${MACHINE_RANK}"
+  --main_process_ip "${MAIN_PROCESS_IP}"
+  --main_process_port "${PORT}"
+  --quiet
+)
+deepspeed_json="$(sed -n 's/^ *deepspeed_config_file: *//p' "${CONFIG_FILE}")"
+if [[ -n "${deepspeed_json}" && ! -f "${deepspeed_json}" && -f "${ROOT}/${deepspeed_json}" ]]; then
+  launch+=(--deepspeed_config_file "${ROOT}/${deepspeed_json}")
+fi
+
+# The launcher turns every exit code into 1 and may die of a signal before its workers have saved: run all of them as
+# one process group, hand signals to all, wait for all, and read the code that the first worker left.
+ROUTER_TUNING_EXIT_CODE_FILE="$(mktemp)"
+export ROUTER_TUNING_EXIT_CODE_FILE
+trap 'rm -f "${ROUTER_TUNING_EXIT_CODE_FILE}"' EXIT
+set -m
+"${launch[@]}" "${entrypoint}" "${arguments[@]}" "$@" &
+group=$!
+trap 'kill -TERM -- "-${group}" 2>/dev/null || true' TERM
+trap 'kill -INT -- "-${group}" 2>/dev/null || true' INT
+code=0
+wait "${group}" || code=$?
+while kill -0 -- "-${group}" 2>/dev/null; do
+  sleep 0.2
+done
+if [[ -s "${ROUTER_TUNING_EXIT_CODE_FILE}" ]]; then
+  code="$(<"${ROUTER_TUNING_EXIT_CODE_FILE}")"
+fi
+exit "${code}"
