@@ -155,7 +155,8 @@ def _row(plan: Plan, cells: _Cells, granularity: str, budget: float, recipe: str
         oracle = masks["oracle"][f"{budget:g}"]
         static = at_budget([entry["exact_match"] for entry in masks["static_fresh"]], budget)
         row["oracle"], row["static"] = oracle, static
-        row["recovered"] = round((row["exact_match"]["mean"] - static) / (oracle - static), 3)
+        room = oracle - static
+        row["recovered"] = round((row["exact_match"]["mean"] - static) / room, 3) if room > 0 else None
     return row
 
 

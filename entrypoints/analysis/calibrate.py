@@ -1,0 +1,72 @@
+"""Calibrate the budget dial of a tuned run on your own conversations, and store it with the routers.
+
+    python entrypoints/analysis/calibrate.py --run trained_models/... --data data/mixed/data.jsonl
+    python entrypoints/analysis/calibrate.py --run trained_models/... --data my.jsonl --capacity 0.5 --rows 1000
+Every later --capacity of that run uses it. --capacity also turns the dial: the run then loads at that budget. Sequence
+level calibrates on the prompts (what generation decides on), token level on whole conversations.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from utils.checkpoint.run_folder import base_of
+from utils.errors import UserError, cli
+from utils.evaluation.models import load_tokenizer, load_tuned
+from utils.evaluation.rows import read_rows
+from utils.model import routed_modules, save_routers, set_thresholds
+from utils.model.dial import calibrate
+from utils.model.saving import read_router_config, thresholds_for
+from utils.pipeline.batching import Collator
+from utils.pipeline.encoding import encode_conversation
+from utils.pipeline.recipes.budget import inputs_to_calibrate_on
+
+OURS = ("format", "base")
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder with router.safetensors")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL file with messages")
+    parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
+    parser.add_argument("--rows", type=int, default=1000, help="conversations, drawn from the file")
+    parser.add_argument("--max_seq_length", type=int, default=2048, help="tokens; longer conversations are cut")
+    parser.add_argument("--capacity", type=float, help="also turn the dial to this share of the routed work")
+    args = parser.parse_args()
+    if args.rows < 1:
+        raise UserError(f"--rows {args.rows} must be at least 1")
+    if args.capacity is not None and not 0 <= args.capacity <= 1:
+        raise UserError(f"--capacity {args.capacity} must lie in [0, 1]")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    config = read_router_config(args.run)
+    rows = read_rows(args.data, args.rows)
+    base = args.base or base_of(args.run)
+    model, tokenizer = load_tuned(base, args.run), load_tokenizer(base)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    encoded = [encode_conversation(row["messages"], tokenizer, args.max_seq_length) for row in rows]
+    sequence = {module.mod_level for module in routed_modules(model).values()} == {"sequence"}
+    batches = inputs_to_calibrate_on(encoded, Collator(tokenizer), sequence)
+    try:
+        dial = calibrate(model, batches, start=config.get("dial"))
+    except ValueError as error:
+        raise UserError(f"{args.run}: {error}") from None
+    if args.capacity is not None:
+        set_thresholds(model, thresholds_for({"dial": dial}, args.capacity, args.run))
+    kept = {key: value for key, value in config.items() if key not in OURS and not key.startswith("mod_")}
+    save_routers(model, args.run, extra={**kept, "dial": dial, "base": config["base"]})
+    worst = max(abs(c - r) for c, r in zip(dial["capacity"], dial["reached"], strict=True))
+    print(f"calibrated on {len(rows)} conversations: every budget within {100 * worst:.2f} points there")
+    print(f"output: {args.run}")
+
+
+if __name__ == "__main__":
+    cli(main)
