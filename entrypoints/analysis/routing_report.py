@@ -1,0 +1,120 @@
+"""A page that shows the routing: one self-contained HTML file, and the static figure from the same data.
+
+    python entrypoints/analysis/routing_report.py --run trained_models/tiny-llama-mod/... --prompts data/sample/heldout
+    python entrypoints/analysis/routing_report.py --model exports/tiny --prompts prompts.jsonl --output report.html
+PROMPTS are JSONL files with messages, or a folder of them; per file a seeded sample is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from utils.checkpoint.run_folder import base_of, data_of, read_run
+from utils.errors import UserError, cli
+from utils.evaluation.models import default_device, load_tokenizer, load_tuned, precision
+from utils.evaluation.output import write_json, write_text
+from utils.evaluation.provenance import provenance
+from utils.evaluation.routing_page import routing_figure, routing_page
+from utils.evaluation.routing_trace import collect, dial_curve, threshold_sweep
+from utils.evaluation.rows import labelled_batches, read_rows
+from utils.model import is_routed
+from utils.model.saving import read_router_config, thresholds_for
+
+DIAL = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, help="folder of a tuning run")
+    parser.add_argument("--base", type=Path, help="folder of its base (default: the one the run names)")
+    parser.add_argument("--model", type=Path, help="an export instead of a run")
+    parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+    parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSONL files or folders of them")
+    parser.add_argument("--per_file", type=int, default=4, help="prompts shown per file")
+    parser.add_argument("--dial_rows", type=int, default=16, help="rows per file behind the dial curve, 0: no curve")
+    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--output", type=Path, help="HTML file (default: routing_report.html in the run or model)")
+    args = parser.parse_args()
+    if (args.run is None) == (args.model is None):
+        raise UserError("name what to show: --run (a tuning run) or --model (an export)")
+    if args.model is not None and args.capacity is not None:
+        raise UserError("--capacity turns the dial of a run: use --run")
+    if args.per_file < 1 or args.max_new_tokens < 1:
+        raise UserError("--per_file and --max_new_tokens must be at least 1")
+    return args
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Path]:
+    """The routed model, and the folder of its tokenizer."""
+    if args.run:
+        base = base_of(args.run, args.base)
+        return load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype), base
+    if not (args.model / "config.json").is_file():
+        raise UserError(f"{args.model} is no checkpoint folder; export a run first")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=precision(args.dtype), use_safetensors=True)
+    if not is_routed(model):
+        raise UserError(f"{args.model} is not routed: its config names no mod_layers")
+    return model.to(default_device()).eval(), args.model
+
+
+def jsonl_files(paths: list[Path]) -> list[Path]:
+    """The files that ``--prompts`` names; a folder stands for all JSONL files in it."""
+    files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"--prompts {' '.join(map(str, paths))}: no .jsonl files there")
+    return files
+
+
+def metadata(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, str]:
+    """What the page says of the run."""
+    found: dict[str, Any] = {"model": args.run or args.model}
+    fields = ("mod_granularity", "mod_layers", "mod_router_pooling", "mod_kv_policy", "mod_threshold")
+    found |= {name.removeprefix("mod_"): getattr(model.config, name) for name in fields}
+    record = read_run(args.run) if args.run else {}
+    arguments = record.get("arguments", {})
+    names = ("recipe", "target_capacity", "gradient_scale", "learning_rate", "num_train_epochs", "max_train_samples")
+    found |= {name: arguments[name] for name in names if arguments.get(name) is not None}
+    if args.run and data_of(args.run):
+        found["data"] = f"{record['data']['rows']} rows, sha256 {record['data']['sha256'][:16]}"
+    origin = provenance()
+    found |= {"made": origin["date"], "commit": origin["git_commit"], "device": origin["device"]}
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def main() -> None:
+    args = parse_args()
+    model, tokenizer_folder = load(args)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    files = jsonl_files(args.prompts)
+    rows = [row for file in files for row in read_rows(file, args.per_file)]
+    data = collect(model, tokenizer, rows, args.max_new_tokens)
+    data["dial"] = []
+    if args.dial_rows:
+        points: list = threshold_sweep(data["prompts"])
+        if args.run and (config := read_router_config(args.run)).get("dial"):
+            points = [(f"capacity {c:g}", thresholds_for(config, c, args.run)) for c in DIAL]
+        dial_rows = [row for file in files for row in read_rows(file, args.dial_rows, seed=7)]
+        length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        data["dial"] = dial_curve(model, labelled_batches(dial_rows, tokenizer, 32, length, model.device), points)
+    history = args.run / "routing_history.json" if args.run else None
+    data["training"] = json.loads(history.read_text()) if history and history.is_file() else None
+    data["metadata"] = metadata(args, model)
+    output = args.output or (args.run or args.model) / "routing_report.html"
+    title = f"Routing of {(args.run or args.model).resolve().name}"
+    write_text(output, routing_page(data, title))
+    write_json(output.with_suffix(".json"), data)
+    figure = routing_figure(data, output.with_suffix(".png"))
+    print(f"{output}\n{figure}")
+
+
+if __name__ == "__main__":
+    cli(main)
