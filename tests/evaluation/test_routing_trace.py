@@ -1,0 +1,115 @@
+"""The data behind the routing report: the decisions that generation really took, and honest averages of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_checkpoint import write_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.evaluation.routing_page import routing_figure, routing_page
+from utils.evaluation.routing_trace import capacities, collect, dial_curve, threshold_sweep, trace_prompt
+from utils.evaluation.rows import labelled_batches, prompt_text
+from utils.model import load_routers, record_routing
+
+
+def row(task, question, answer="12"):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"task": task, "messages": turns}
+
+
+ROWS = [row("add", "What is 3+9?"), row("add", "What is 4+4?"), row("copy", "Copy </script><!-- the\ntext", "ABC")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return AutoTokenizer.from_pretrained(base)
+
+
+def routed(tmp_path_factory, base, granularity):
+    run = write_run(tmp_path_factory.mktemp("trace"), base, granularity)
+    return load_routers(AutoModelForCausalLM.from_pretrained(base), run).eval()
+
+
+@pytest.fixture(scope="module")
+def sequence_model(tmp_path_factory, base):
+    return routed(tmp_path_factory, base, "attn_sequence")
+
+
+@pytest.fixture(scope="module")
+def token_model(tmp_path_factory, base):
+    return routed(tmp_path_factory, base, "attn_token+mlp_token")
+
+
+@torch.no_grad()
+def test_token_level_trace_is_that_of_one_pass_over_the_answer(token_model, tokenizer):
+    trace = trace_prompt(token_model, tokenizer, ROWS[0], max_new_tokens=6)
+    ids = tokenizer(prompt_text(ROWS[0], "</s>"), return_tensors="pt")["input_ids"]
+    whole = token_model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)[:, :-1]
+    with record_routing(token_model) as log:
+        token_model(whole, use_cache=False)
+    assert trace["prompt_tokens"] == ids.shape[1] and len(trace["tokens"]) == whole.shape[1]
+    assert set(trace["routers"]) == {f"{layer}.{part}" for layer in (1, 2, 3) for part in ("attn", "mlp")}
+    for (layer, part), keep in log.decisions.items():
+        found = trace["routers"][f"{layer}.{part}"]
+        assert found["keep"] == keep[0].float().tolist()
+        assert found["score"] == pytest.approx(log.scores[layer, part][0].tolist(), abs=1e-4)
+    kept = [share for router in trace["routers"].values() for share in router["keep"]]
+    assert 0 < sum(kept) < len(kept)
+
+
+@torch.no_grad()
+def test_sequence_level_trace_is_the_decision_on_the_prompt(sequence_model, tokenizer):
+    trace = trace_prompt(sequence_model, tokenizer, ROWS[0], max_new_tokens=3)
+    ids = tokenizer(prompt_text(ROWS[0], "</s>"), return_tensors="pt")["input_ids"]
+    with record_routing(sequence_model) as log:
+        sequence_model(ids)
+    for layer, keep in log.decisions.items():
+        found = trace["routers"][f"{layer}.attn"]
+        assert found == {"keep": int(keep), "score": pytest.approx(log.scores[layer].item(), abs=1e-4)}
+
+
+def test_collect_summarises_what_the_prompts_show(sequence_model, token_model, tokenizer):
+    found = collect(sequence_model, tokenizer, ROWS, max_new_tokens=2)
+    keeps = {name: [prompt["routers"][name]["keep"] for prompt in found["prompts"]] for name in found["routers"]}
+    assert found["capacity"]["by_router"] == {name: pytest.approx(sum(keep) / 3) for name, keep in keeps.items()}
+    assert found["capacity"]["by_task"]["add"]["1.attn"] == sum(keeps["1.attn"][:2]) / 2
+    assert found["dynamics"]["inputs"] == 3 and "by_position" not in found["capacity"]
+    tokens = collect(token_model, tokenizer, ROWS[:1], max_new_tokens=2)
+    assert tokens["dynamics"] is None and set(tokens["capacity"]["by_phase"]["1.mlp"]) == {"prompt", "generated"}
+
+
+def test_capacities_by_position_and_phase():
+    keep = [1.0] * 10 + [0.0] * 10
+    prompts = [{"task": "t", "prompt_tokens": 15, "routers": {"2.mlp": {"keep": keep, "score": None}}}]
+    found = capacities(prompts, ["2.mlp"])
+    assert found["by_position"]["2.mlp"] == [1.0] * 5 + [0.0] * 5 and found["total"] == 0.5
+    assert found["by_phase"]["2.mlp"] == {"prompt": pytest.approx(2 / 3), "generated": 0.0}
+
+
+def test_dial_reaches_all_and_nothing_and_is_put_back(sequence_model, tokenizer):
+    batches = labelled_batches(ROWS, tokenizer, 2, 128)
+    before = sequence_model.config.mod_threshold
+    curve = dial_curve(sequence_model, batches, [("none", 1.0), ("all", 0.0), ("own", before)])
+    assert curve[0]["capacity"] == 0 and curve[-1] == {"label": "all", "capacity": 1.0, "loss": curve[-1]["loss"]}
+    assert sequence_model.config.mod_threshold == before and len({point["loss"] for point in curve}) == 3
+
+
+def test_threshold_sweep_covers_the_scores():
+    prompts = [{"routers": {"1.attn": {"keep": 1, "score": 0.2}, "2.attn": {"keep": 1, "score": [0.4, 0.8]}}}]
+    assert [value for _, value in threshold_sweep(prompts, 3)] == pytest.approx([0.2, 0.4, 0.8])
+    assert threshold_sweep([{"routers": {"1.expert": {"keep": [1.0], "score": None}}}]) == []
+
+
+def test_page_carries_its_data_and_nothing_from_elsewhere(sequence_model, tokenizer, tmp_path):
+    data = collect(sequence_model, tokenizer, ROWS, max_new_tokens=2)
+    data |= {"dial": [], "training": None, "metadata": {"run": "<b>"}}
+    page = routing_page(data, "A <title> & more")
+    assert "<title>A &lt;title&gt; &amp; more</title>" in page
+    assert page.count("</script>") == 2 and "<!--" not in page, "data must not end the script element"
+    packed = page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
+    assert json.loads(packed)["prompts"] == json.loads(json.dumps(data["prompts"]))
+    assert "src=" not in page and "href=" not in page and "@import" not in page
+    assert routing_figure(data, tmp_path / "figure.png").stat().st_size > 3000
