@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoTokenizer,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     Trainer,
@@ -88,12 +89,13 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[LlamaForCausalLM, list[dict]]:
-    """Train from scratch, or from the last checkpoint; returns the model and the Trainer's log."""
-    set_seed(args.seed)
-    model = LlamaForCausalLM(tiny_config(len(tokenizer)))
+def train(args: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, list[dict]]:
+    """Train from scratch, or from the last checkpoint; returns the model, its tokenizer and the Trainer's log."""
     last = None if args.fresh or not args.work_dir.is_dir() else get_last_checkpoint(str(args.work_dir))
     start = int(last.rsplit("-", 1)[1]) if last else 0
+    tokenizer = AutoTokenizer.from_pretrained(last) if last else build_tokenizer()
+    set_seed(args.seed)
+    model = LlamaForCausalLM(tiny_config(len(tokenizer)))
     optimizer = MuonWithAdamW(model.named_parameters(), args.learning_rate, args.adamw_learning_rate)
     decay = int(args.max_steps * args.decay_share)
     schedule = get_wsd_schedule(
@@ -109,10 +111,11 @@ def train(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple
         args=training_arguments(args),
         train_dataset=SampleStream(tokenizer, CURRICULUM, args.batch_size, args.seed, start),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
         optimizers=(optimizer, schedule),
     )
     trainer.train(resume_from_checkpoint=last)
-    return model, trainer.state.log_history
+    return model, tokenizer, trainer.state.log_history
 
 
 def main() -> None:
@@ -123,8 +126,7 @@ def main() -> None:
     if args.eval_only:
         model, tokenizer = read_checkpoint(args.output_dir)
     else:
-        tokenizer = build_tokenizer()
-        model, log = train(args, tokenizer)
+        model, tokenizer, log = train(args)
         if int(os.environ.get("RANK", "0")):
             return
         model = model.cpu()

@@ -28,13 +28,12 @@ def data(item: Item) -> str:
 
 
 def solve_lookup(item: Item) -> str:
-    asked = re.search(r"(?:of|Find) ([A-Z])\b", prompt(item))[1]
-    return dict(pair.split("=") for pair in data(item).split(", "))[asked]
+    asked = re.search(r"(?:with|Find) ([A-Z])\b", prompt(item))[1]
+    return next(entry for entry in data(item).split(", ") if entry.startswith(asked))
 
 
 def solve_count(item: Item) -> str:
-    asked = re.search(r"(?:letter|many) ([A-Z])\b", prompt(item))[1]
-    return str(data(item).count(asked))
+    return str(data(item).count("A"))
 
 
 def solve_max(item: Item) -> str:
@@ -83,14 +82,10 @@ def solve_code(item: Item) -> str:
 
 def solve_dialogue(item: Item) -> str:
     opening, last = item.messages[0]["content"], prompt(item)
-    if opening.startswith("I am"):
-        name, *likings = re.fullmatch(r"I am (\w+)\. I like (\w+) and (\w+)\.", opening).groups()
-        animals = {"fox", "owl", "bear", "goat", "duck", "frog", "wolf", "hen"}
-        animal = next(word for word in likings if word in animals)
-        colour = next(word for word in likings if word not in animals)
-        if "name" in last:
-            return f"Your name is {name}."
-        return f"You like {colour}." if "colour" in last else f"You like the {animal}."
+    if opening.startswith("My"):
+        told = dict(re.findall(r"My (\w+) is (\w+)\.", opening))
+        asked = re.fullmatch(r"What is my (\w+)\?", last)[1]
+        return f"Your {asked} is {told[asked]}."
     if opening.startswith("Remember"):
         word = opening.split()[-1].rstrip(".")
         return word[::-1] if "backwards" in last else word

@@ -36,26 +36,24 @@ def make_sort(rng: random.Random) -> Draft:
 
 
 def make_lookup(rng: random.Random) -> Draft:
-    """Find the value that stands beside a key."""
+    """Find the entry that begins with a letter."""
     keys = rng.sample(LETTERS, 4)
     values = rng.sample(range(10, 100), len(keys))
-    place = rng.randrange(len(keys))
-    data = ", ".join(f"{key}={value}" for key, value in zip(keys, values, strict=True))
-    asked = keys[place]
-    prompt = _ask(rng, (f"What is the value of {asked}?", f"Find {asked} in the list."), data)
-    wrong = [str(value) for value in values if value != values[place]]
-    return single(f"{asked}?{data}", prompt, str(values[place]), wrong)
+    asked = rng.randrange(len(keys))
+    entries = [f"{key}{value}" for key, value in zip(keys, values, strict=True)]
+    data = ", ".join(entries)
+    prompt = _ask(rng, (f"Which entry begins with {keys[asked]}?", f"Find {keys[asked]} in the list."), data)
+    wrong = [f"{keys[asked]}{value}" for value in values]
+    return single(f"{keys[asked]}?{data}", prompt, entries[asked], [*wrong, *entries])
 
 
 def make_count(rng: random.Random) -> Draft:
-    """Count one letter in a string of two letters."""
-    alphabet = rng.sample(LETTERS, 2)
-    word = "".join(rng.choices(alphabet, k=rng.randint(3, 6)))
-    asked = rng.choice(alphabet)
-    answer = word.count(asked)
-    prompt = _ask(rng, (f"Count the letter {asked}.", f"How many {asked} are there?"), word)
-    wrong = [str(number) for number in range(max(0, answer - 2), answer + 4) if number != answer]
-    return single(f"{asked}?{word}", prompt, str(answer), wrong)
+    """Count the letter A in a string of two letters."""
+    word = "".join(rng.choices(("A", rng.choice(LETTERS[1:])), k=rng.randint(3, 7)))
+    answer = word.count("A")
+    prompt = _ask(rng, ("Count the letter A.", "How many A are there?"), word)
+    wrong = [str(number) for number in range(max(0, answer - 2), answer + 4)]
+    return single(word, prompt, str(answer), wrong)
 
 
 def make_max(rng: random.Random) -> Draft:

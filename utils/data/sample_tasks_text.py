@@ -20,19 +20,15 @@ def _talk(*texts: str) -> list[dict[str, str]]:
 
 
 def _recall(rng: random.Random) -> Draft:
-    """A person says a name and two likings and asks for them in any order."""
-    name, colour, animal = rng.choice(NAMES), rng.choice(COLOURS), rng.choice(ANIMALS)
-    likings = rng.sample((colour, animal), 2)
-    about = {
-        "What is my name?": (f"Your name is {name}.", [f"Your name is {other}." for other in NAMES]),
-        "Which colour do I like?": (f"You like {colour}.", [f"You like {other}." for other in COLOURS]),
-        "Which animal do I like?": (f"You like the {animal}.", [f"You like the {other}." for other in ANIMALS]),
-    }
-    first, last = rng.sample(sorted(about), 2)
-    answer, choices = about[last]
-    opening = f"I am {name}. I like {likings[0]} and {likings[1]}."
-    messages = _talk(opening, f"Hello {name}.", first, about[first][0], last, answer)
-    return Draft(f"{name}/{colour}/{animal}", messages, [text for text in choices if text != answer])
+    """A person says three things about himself and asks for two of them."""
+    pools = {"name": NAMES, "colour": COLOURS, "animal": ANIMALS}
+    told = {about: rng.choice(pool) for about, pool in pools.items()}
+    opening = " ".join(f"My {about} is {told[about]}." for about in rng.sample(sorted(told), 3))
+    first, last = rng.sample(sorted(told), 2)
+    answers = {about: f"Your {about} is {told[about]}." for about in told}
+    messages = _talk(opening, "Hello.", f"What is my {first}?", answers[first], f"What is my {last}?", answers[last])
+    wrong = [f"Your {last} is {other}." for other in pools[last] if other != told[last]]
+    return Draft("/".join(told.values()), messages, wrong)
 
 
 def _code_word(rng: random.Random) -> Draft:
