@@ -207,30 +207,53 @@ class RaggedCacheLayer(HeldDecisions):
 _ADOPTED: dict[tuple[type, type], type] = {}
 
 
-def adopt_layer(cache: Cache, layer: int, mixin: type[HeldDecisions]) -> Any:
-    """The cache's layer as a routed one; swaps its class at the first call.
+def adopt_layers(cache: Any, layers: list[int], mixin: type[HeldDecisions] | None) -> None:
+    """Make the cache's ``layers`` routed ones; swaps their class at the first call.
+
+    Args:
+        mixin: what they become; None leaves them plain and only checks them.
 
     Raises:
-        ValueError: for a cache whose layers are not the dynamic ones, or that was filled without routing.
+        ValueError: for a cache whose layers are not the dynamic ones, or that another routing (or none) has filled.
     """
-    while len(cache.layers) <= layer and cache.layer_class_to_replicate is not None:
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values must be a DynamicCache, not a {type(cache).__name__}")
+    while len(cache.layers) <= layers[-1] and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    stored = cache.layers[layer]
+    if len(cache.layers) <= layers[-1]:
+        raise ValueError(f"layer {layers[-1]}: this cache has {len(cache.layers)} layers; make one for this model")
+    routed = set(layers)
+    for index, stored in enumerate(cache.layers):
+        wanted = mixin if index in routed else None
+        if isinstance(stored, HeldDecisions) and (wanted is None or not isinstance(stored, wanted)):
+            if stored.get_seq_length() > 0:
+                raise ValueError(
+                    f"layer {index}: this cache was filled under another routing; start from an empty one"
+                )
+            stored.__class__ = type(stored).mod_plain_class
+    for index in layers:
+        _adopt(cache.layers[index], index, mixin)
+
+
+def _adopt(stored: Any, index: int, mixin: type[HeldDecisions] | None) -> None:
     if isinstance(stored, HeldDecisions):
-        return stored
-    if type(stored) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        return
+    plain = type(stored)
+    if plain not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise ValueError(
-            f"layer {layer}: a routed model needs a DynamicCache, not layers of type {type(stored).__name__}; "
+            f"layer {index}: a routed model needs a DynamicCache, not layers of type {plain.__name__}; "
             "leave cache_implementation unset or pass past_key_values=DynamicCache(config=model.config)"
         )
+    if mixin is None:
+        return
     if stored.get_seq_length() > 0:
-        raise ValueError(f"layer {layer}: this cache was filled without routing; start from an empty one")
-    key = (mixin, type(stored))
+        raise ValueError(f"layer {index}: this cache was filled without routing; start from an empty one")
+    key = (mixin, plain)
     if key not in _ADOPTED:
-        _ADOPTED[key] = type(f"{mixin.__name__}Of{type(stored).__name__}", key, {"_layer_type": None})
+        names = {"_layer_type": None, "mod_plain_class": plain}
+        _ADOPTED[key] = type(f"{mixin.__name__}Of{plain.__name__}", key, names)
     stored.__class__ = _ADOPTED[key]
     stored.mod_adopt()
-    return stored
 
 
 def kv_cache_bytes(cache: Cache) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .cache_mod import RaggedCacheLayer, RowCacheLayer, adopt_layer
+from .cache_mod import RaggedCacheLayer, RowCacheLayer, adopt_layers
 from .call import RouterKey, RoutingCall, routing_call
 from .configuration_mod import ModConfig, select_layers
 from .mixing import check_forward, mix_in, mix_out
@@ -69,9 +69,9 @@ class RoutedDecoder:
             use_cache = False
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if past_key_values is not None:
             self._adopt(past_key_values)
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         tokens = (input_ids if input_ids is not None else inputs_embeds).shape[1]
         real, pool = self._tokens(input_ids, attention_mask, position_ids, prompt_length, past, tokens)
         call = RoutingCall(
@@ -97,10 +97,12 @@ class RoutedDecoder:
     def _adopt(self, cache: Any) -> None:
         parts = self.mod_config.parts
         attends = parts.get("attn") or parts.get("block")
-        ragged = attends == "token" and self.mod_config.kv_policy == "drop"
-        if ragged or "sequence" in parts.values():
-            for layer in self.mod_config.mod_layers:
-                adopt_layer(cache, layer, RaggedCacheLayer if ragged else RowCacheLayer)
+        if attends == "token" and self.mod_config.kv_policy == "drop":
+            adopt_layers(cache, self.mod_config.mod_layers, RaggedCacheLayer)
+        elif "sequence" in parts.values():
+            adopt_layers(cache, self.mod_config.mod_layers, RowCacheLayer)
+        elif attends:
+            adopt_layers(cache, self.mod_config.mod_layers, None)
 
     def _tokens(self, input_ids, attention_mask, position_ids, prompt_length, past, tokens):
         """``real`` and ``pool`` of the pass, bool ``[b, t]`` or None (all)."""

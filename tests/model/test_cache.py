@@ -1,0 +1,262 @@
+"""What the cache holds: exact bytes under forced masks, its life (reset, refusal of foreign caches), packed inputs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from masked_reference import MaskedReference
+from tiny_models import random_batch, tiny_model
+from tiny_routed import LAYERS, routed_model, router_weights
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedCache
+
+from utils.model import force_routing, kv_cache_bytes, route
+from utils.model.cache_mod import RowCacheLayer
+from utils.model.configuration_mod import parse_granularity
+
+ROWS, PROMPT, STEPS = 3, 7, 3
+TOTAL = PROMPT + STEPS
+HEADS, WIDTH, DEPTH = 2, 8, 5
+
+
+def forced_masks(granularity, share):
+    """For each routed layer a bool [b] or [b, T] that keeps about a share, and how many tokens each row then runs."""
+    level = "sequence" if "sequence" in granularity else "token"
+    generator = torch.Generator().manual_seed(5)
+    shape = (ROWS,) if level == "sequence" else (ROWS, TOTAL)
+    return {layer: torch.rand(shape, generator=generator) < share for layer in LAYERS}
+
+
+def decode(model, ids, cache=None):
+    """Prefill and single steps."""
+    with torch.no_grad():
+        cache = model(ids[:, :PROMPT], past_key_values=cache, use_cache=True).past_key_values
+        for step in range(PROMPT, TOTAL):
+            model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+    return cache
+
+
+def stored_tokens(granularity, policy, keep):
+    """Tokens whose key and value a routed layer stores under ``keep``, summed over rows."""
+    part, level = granularity.split("+")[0].split("_")
+    if part in ("mlp", "expert") or (level == "token" and policy == "keep"):
+        return ROWS * TOTAL
+    return int(keep.sum()) * (TOTAL if level == "sequence" else 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("granularity", "policy"),
+    [
+        ("attn_sequence", "keep"),
+        ("attn_token", "keep"),
+        ("attn_token", "drop"),
+        ("mlp_sequence", "keep"),
+        ("mlp_token", "keep"),
+        ("block_sequence", "keep"),
+        ("block_token", "keep"),
+        ("block_token", "drop"),
+        ("attn_sequence+mlp_token", "keep"),
+    ],
+)
+def test_bytes_are_exactly_those_of_executed_rows_and_tokens(granularity, policy, share, dtype):
+    model = route(tiny_model().to(dtype), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    masks = forced_masks(granularity, share)
+    attends = {(layer, granularity.split("_")[0]): mask for layer, mask in masks.items()}
+    with force_routing(model, attends):
+        cache = decode(model, random_batch(ROWS, TOTAL)[0])
+    tokens = (DEPTH - len(LAYERS)) * ROWS * TOTAL
+    tokens += sum(stored_tokens(granularity, policy, masks[layer]) for layer in LAYERS)
+    assert kv_cache_bytes(cache) == 2 * HEADS * WIDTH * dtype.itemsize * tokens
+    assert cache.get_seq_length() == TOTAL
+
+
+@pytest.mark.parametrize(("granularity", "policy"), [("attn_sequence", "keep"), ("attn_token", "drop")])
+def test_bytes_of_sliding_layers_do_not_grow_beyond_the_window(granularity, policy):
+    """A sliding layer of transformers holds window − 1 past tokens and, as a view of them, the newest one."""
+    model = route(tiny_model("mistral"), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    window = model.config.sliding_window
+    masks = forced_masks(granularity, 0.5)
+    with force_routing(model, masks):
+        cache = decode(model, random_batch(ROWS, TOTAL)[0])
+    plain = ROWS * window
+    if policy == "keep":
+        routed = sum(int(mask.sum()) * window for mask in masks.values())
+    else:
+        routed = sum(int(mask[:, TOTAL - window + 1 :].sum()) for mask in masks.values())
+    assert kv_cache_bytes(cache) == 2 * HEADS * WIDTH * 4 * ((DEPTH - len(LAYERS)) * plain + routed)
+
+
+def test_bytes_follow_selected_repeated_and_cropped_rows():
+    model = route(tiny_model(), mod_layers=LAYERS)
+    unit = 2 * HEADS * WIDTH * 4
+    with force_routing(model, {layer: torch.tensor([True, False, True]) for layer in LAYERS}):
+        cache = decode(model, random_batch(ROWS, TOTAL)[0])
+    assert kv_cache_bytes(cache) == unit * TOTAL * (2 * 3 + 3 * 2)
+    cache.batch_select_indices(torch.tensor([1, 2]))
+    assert kv_cache_bytes(cache) == unit * TOTAL * (2 * 2 + 3 * 1)
+    cache.batch_repeat_interleave(2)
+    assert kv_cache_bytes(cache) == unit * TOTAL * (2 * 4 + 3 * 2)
+    assert [int(layer.mod_rows.sum()) for layer in cache.layers if isinstance(layer, RowCacheLayer)] == [2, 2, 2]
+    cache.reset()
+    assert kv_cache_bytes(cache) == 0
+
+
+def test_an_unrouted_cache_is_counted_as_it_is():
+    cache = decode(tiny_model(), random_batch(ROWS, TOTAL)[0])
+    assert kv_cache_bytes(cache) == 2 * HEADS * WIDTH * 4 * DEPTH * ROWS * TOTAL
+    assert kv_cache_bytes(DynamicCache()) == 0
+
+
+# ---------------------------------------------------------------- the life of a cache
+
+
+@pytest.mark.parametrize(
+    ("granularity", "policy"), [("attn_sequence", "keep"), ("mlp_sequence", "keep"), ("block_token", "drop")]
+)
+def test_a_reset_cache_is_a_new_one(granularity, policy):
+    model = routed_model("llama", granularity, kv_policy=policy)
+    first, second = random_batch(3, TOTAL, seed=1)[0], random_batch(2, TOTAL, seed=2)[0]
+    cache = decode(model, first)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    decode(model, second, cache)
+    fresh = decode(model, second)
+    with torch.no_grad():
+        expected = model(second[:, :2], past_key_values=fresh).logits
+        assert torch.equal(model(second[:, :2], past_key_values=cache).logits, expected)
+    assert kv_cache_bytes(cache) == kv_cache_bytes(fresh)
+
+
+def test_a_cache_without_config_works_too():
+    model = routed_model()
+    ids, _ = random_batch()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        assert torch.equal(model(ids, past_key_values=DynamicCache()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "policy"), [("attn_sequence", "keep"), ("mlp_sequence", "keep"), ("attn_token", "drop")]
+)
+def test_a_cache_that_the_dense_model_filled_is_refused(granularity, policy):
+    ids, _ = random_batch(ROWS, TOTAL)
+    cache = decode(tiny_model(), ids)
+    model = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    with pytest.raises(ValueError, match="filled without routing") as error:
+        model(ids[:, :1], past_key_values=cache)
+    assert "\n" not in str(error.value)
+    assert all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers), "it stays usable for the dense one"
+
+
+def test_a_cache_of_another_routing_is_refused():
+    ids, _ = random_batch(ROWS, TOTAL)
+    cache = decode(route(tiny_model(), mod_layers=[1, 2], granularity="attn_sequence"), ids)
+    other = route(tiny_model(), mod_layers=[1, 2], granularity="attn_sequence+mlp_sequence")
+    with pytest.raises(ValueError, match="no decision for 'mlp'"), torch.no_grad():
+        other(ids[:, :1], past_key_values=cache)
+    ragged = route(tiny_model(), mod_layers=[1, 2], granularity="attn_token", kv_policy="drop")
+    with pytest.raises(ValueError, match="another routing"), torch.no_grad():
+        ragged(ids[:, :1], past_key_values=cache)
+    kept = route(tiny_model(), mod_layers=[1, 2], granularity="attn_token")
+    with pytest.raises(ValueError, match="another routing"), torch.no_grad():
+        kept(ids[:, :1], past_key_values=cache)
+    deeper = route(tiny_model(), mod_layers=[2, 3], granularity="attn_sequence")
+    with pytest.raises(ValueError, match="layer 1: .* another routing"), torch.no_grad():
+        deeper(ids[:, :1], past_key_values=cache)
+    cache.reset()
+    with torch.no_grad():
+        for model in (deeper, ragged, kept, other):
+            expected = model(ids, use_cache=False).logits
+            assert torch.equal(model(ids, past_key_values=cache).logits, expected), "an empty cache serves any routing"
+            cache.reset()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "policy"), [("attn_sequence", "keep"), ("mlp_sequence", "keep"), ("block_token", "drop")]
+)
+@pytest.mark.parametrize("kind", ["static", "quantized", "not a cache"])
+def test_other_caches_are_refused_in_one_line(granularity, policy, kind):
+    model = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    ids, _ = random_batch()
+    if kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=32)
+    elif kind == "quantized":
+        cache = QuantizedCache.__new__(QuantizedCache)
+        cache.layers, cache.layer_class_to_replicate = [foreign_layer() for _ in range(DEPTH)], None
+    else:
+        cache = ((torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8)),) * DEPTH
+    with pytest.raises(ValueError, match="DynamicCache") as error:
+        model(ids, past_key_values=cache)
+    assert "\n" not in str(error.value)
+
+
+def foreign_layer():
+    """A layer as quantised caches have: a subclass of the dynamic one that stores otherwise."""
+    from transformers.cache_utils import DynamicLayer
+
+    return type("QuantizedLayer", (DynamicLayer,), {})()
+
+
+def test_generate_with_a_static_cache_is_refused_at_sequence_level():
+    model = routed_model()
+    with pytest.raises(ValueError, match="DynamicCache|2-D attention mask"):
+        model.generate(random_batch()[0], max_new_tokens=2, cache_implementation="static", disable_compile=True)
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_token+mlp_token"])
+def test_a_static_cache_is_refused_wherever_attention_is_routed(granularity):
+    model = routed_model("llama", granularity)
+    with pytest.raises(ValueError, match="DynamicCache"), torch.no_grad():
+        model(random_batch()[0], past_key_values=StaticCache(config=model.config, max_cache_len=32))
+
+
+def test_a_static_cache_serves_routed_mlps():
+    model = routed_model("llama", "mlp_token")
+    ids, _ = random_batch(ROWS, TOTAL)
+    static = StaticCache(config=model.config, max_cache_len=TOTAL)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        prefill = model(ids[:, :PROMPT], past_key_values=static).logits
+        steps = [model(ids[:, n : n + 1], past_key_values=static).logits for n in range(PROMPT, TOTAL)]
+    assert torch.allclose(torch.cat([prefill, *steps], 1), whole, atol=1e-5)
+
+
+# ---------------------------------------------------------------- packed sequences
+
+
+def packed_batch():
+    """Two sequences in one row, told apart by their positions."""
+    ids, _ = random_batch(1, 12)
+    return ids, torch.cat([torch.arange(5), torch.arange(7)])[None]
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence", "attn_token+mlp_sequence"])
+def test_packed_sequences_are_refused_at_sequence_level(granularity):
+    ids, positions = packed_batch()
+    model = routed_model("llama", granularity)
+    for use_cache in (False, True):
+        with pytest.raises(ValueError, match="packed") as error:
+            model(ids, position_ids=positions, use_cache=use_cache)
+        assert "\n" not in str(error.value)
+    model(ids, position_ids=torch.arange(12)[None])
+
+
+@pytest.mark.parametrize(
+    ("granularity", "policy"),
+    [("attn_token", "keep"), ("attn_token", "drop"), ("mlp_token", "keep"), ("block_token", "drop")],
+)
+def test_packed_sequences_are_right_at_token_level(granularity, policy):
+    ids, positions = packed_batch()
+    dense = tiny_model()
+    model = routed_model(granularity=granularity, model=copy.deepcopy(dense), kv_policy=policy)
+    reference = MaskedReference(dense, router_weights(model), parse_granularity(granularity), policy)
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        apart = [model(part, use_cache=False).logits for part in (ids[:, :5], ids[:, 5:])]
+    alone = torch.cat([reference.logits(part) for part in (ids[:, :5], ids[:, 5:])], 1)
+    assert torch.allclose(packed, alone, atol=1e-4)
+    assert torch.allclose(torch.cat(apart, 1), alone, atol=1e-4)
