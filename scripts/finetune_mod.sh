@@ -11,28 +11,29 @@ set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-# ---- what is tuned
-FOLDER_NAME="${FOLDER_NAME:-tiny-llama-mod}"          # base under ckpt/
-MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"          # or any checkpoint folder or hub id
-MOD_N="${MOD_N:-}"                                    # routed layers; empty: half of them
-GRANULARITY="${GRANULARITY:-attn_sequence}"
-ROUTER_ONLY="${ROUTER_ONLY:-True}"
-RECIPE="${RECIPE:-paper}"
-# ---- on what
-DATA_TYPE="${DATA_TYPE:-alpaca}"                      # a set under data/reformatted/, or mixed
-MAX_TRAIN_SAMPLES="${MAX_TRAIN_SAMPLES:-1000}"
-MAX_SEQ_LENGTH="${MAX_SEQ_LENGTH:-2048}"
-# ---- how
-LEARNING_RATE="${LEARNING_RATE:-1e-5}"
-WEIGHT_DECAY="${WEIGHT_DECAY:-0.0}"
-NUM_EPOCHS="${NUM_EPOCHS:-1}"
-GRADIENT_SCALE="${GRADIENT_SCALE:-1.0}"
-TARGET_CAPACITY="${TARGET_CAPACITY:-0.5}"
-GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-64}"          # sequences per step, over all processes
-MICRO_BATCH_SIZE="${MICRO_BATCH_SIZE:-4}"             # sequences per forward pass of one process
-SEED="${SEED:-42}"
-OUTPUT_DIR="${OUTPUT_DIR:-}"                          # empty: trained_models/<base>/<data>/<knobs>
-RESUME="${RESUME:-}"                                  # auto, or a checkpoint folder; empty: start again
+# ---- knobs: variable, flag. What is not set keeps the default of the recipe (the published one: alpaca, 1,000
+# samples, attn_sequence, routers only, learning rate 1e-5, one epoch, 2,048 tokens, target 0.5).
+KNOBS=(
+  MOD_N:mod_n                                  # routed layers; default: half of them
+  GRANULARITY:granularity                      # attn_sequence, attn_token, mlp_token, attn_token+mlp_token, …
+  ROUTER_ONLY:router_only                      # False: the base trains too
+  RECIPE:recipe                                # paper, budget
+  DATA_TYPE:data_type                          # a set under data/reformatted/, or mixed
+  MAX_TRAIN_SAMPLES:max_train_samples          # 0: all
+  MAX_SEQ_LENGTH:max_seq_length
+  LEARNING_RATE:learning_rate
+  WEIGHT_DECAY:weight_decay
+  NUM_EPOCHS:num_train_epochs
+  GRADIENT_SCALE:gradient_scale                # weight of the capacity penalty
+  TARGET_CAPACITY:target_capacity
+  GLOBAL_BATCH_SIZE:global_batch_size          # sequences per step over all processes, 64
+  MICRO_BATCH_SIZE:per_device_train_batch_size # sequences per forward pass of one process, 4
+  SEED:seed
+  OUTPUT_DIR:output_dir                        # default: trained_models/<base>/<data>/<knobs>
+  RESUME:resume_from_checkpoint                # auto, or a checkpoint folder; default: start again
+)
+FOLDER_NAME="${FOLDER_NAME:-tiny-llama-mod}"    # base under ckpt/
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"    # or any checkpoint folder or hub id
 # ---- where
 PORT="${PORT:-29501}"
 NUM_MACHINES="${NUM_MACHINES:-1}"
@@ -86,12 +87,15 @@ choose_config() {
   elif ! base_fits; then
     name=deepspeed_zero3
   else
-    name=$([[ "${ROUTER_ONLY,,}" == false ]] && echo deepspeed_zero2 || echo ddp)
+    name=$([[ "${ROUTER_ONLY:-True}" =~ ^([Ff]alse|0|no)$ ]] && echo deepspeed_zero2 || echo ddp)
   fi
   echo "${ROOT}/configs/accelerate/${name}.yaml"
 }
 
 PYTHON_BIN="$(find_python)"
+packages='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("accelerate", "transformers"))))'
+"${PYTHON_BIN}" -c "${packages}" ||
+  fail "${PYTHON_BIN} has not the packages of requirements.txt: pip install -r requirements.txt, or activate their environment"
 GPUS="$(count_gpus)"
 NUM_PROCESSES="${NUM_PROCESSES:-$(( GPUS > 0 ? GPUS * NUM_MACHINES : 1 ))}"
 for number in NUM_PROCESSES NUM_MACHINES MACHINE_RANK PORT; do
@@ -108,40 +112,24 @@ elif [[ ! -f "${CONFIG_FILE}" && -f "${ROOT}/${CONFIG_FILE}" ]]; then
 fi
 [[ -f "${CONFIG_FILE}" ]] || fail "CONFIG_FILE=${CONFIG_FILE} does not exist; configs are in ${ROOT}/configs/accelerate"
 
-arguments=(
-  --data_type "${DATA_TYPE}"
-  --max_train_samples "${MAX_TRAIN_SAMPLES}"
-  --max_seq_length "${MAX_SEQ_LENGTH}"
-  --granularity "${GRANULARITY}"
-  --router_only "${ROUTER_ONLY}"
-  --recipe "${RECIPE}"
-  --learning_rate "${LEARNING_RATE}"
-  --weight_decay "${WEIGHT_DECAY}"
-  --num_train_epochs "${NUM_EPOCHS}"
-  --gradient_scale "${GRADIENT_SCALE}"
-  --target_capacity "${TARGET_CAPACITY}"
-  --global_batch_size "${GLOBAL_BATCH_SIZE}"
-  --per_device_train_batch_size "${MICRO_BATCH_SIZE}"
-  --seed "${SEED}"
-)
 if [[ -n "${MODEL_NAME_OR_PATH}" ]]; then
-  arguments+=(--model_name_or_path "${MODEL_NAME_OR_PATH}")
+  arguments=(--model_name_or_path "${MODEL_NAME_OR_PATH}")
 else
-  arguments+=(--folder_name "${FOLDER_NAME}")
+  arguments=(--folder_name "${FOLDER_NAME}")
 fi
-[[ -z "${MOD_N}" ]] || arguments+=(--mod_n "${MOD_N}")
-[[ -z "${OUTPUT_DIR}" ]] || arguments+=(--output_dir "${OUTPUT_DIR}")
-if [[ -n "${RESUME}" ]]; then
-  arguments+=(--resume_from_checkpoint "${RESUME}")
-else
-  arguments+=(--overwrite_output_dir)
-fi
+for knob in "${KNOBS[@]}"; do
+  variable="${knob%%:*}"
+  [[ -z "${!variable:-}" ]] || arguments+=("--${knob#*:}" "${!variable}")
+done
+[[ -n "${RESUME:-}" ]] || arguments+=(--overwrite_output_dir)
 entrypoint="${ROOT}/entrypoints/finetune/finetune_mod.py"
 
-# One process per core group: several processes that each use all cores are many times slower than one.
+# Several processes that each use all cores are many times slower than one.
+threads="${OMP_NUM_THREADS:-$(nproc)}"
 if (( NUM_PROCESSES > 1 )); then
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  threads="${OMP_NUM_THREADS:-1}"
 fi
+export OMP_NUM_THREADS="${threads}"
 if (( GPUS == 0 )); then
   export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 fi
@@ -171,6 +159,7 @@ launch=(
   --machine_rank "${MACHINE_RANK}"
   --main_process_ip "${MAIN_PROCESS_IP}"
   --main_process_port "${PORT}"
+  --num_cpu_threads_per_process "${threads}"
   --quiet
 )
 deepspeed_json="$(sed -n 's/^ *deepspeed_config_file: *//p' "${CONFIG_FILE}")"

@@ -138,6 +138,7 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "JSONL file with messages; overrides data_type"})
     max_train_samples: int = field(default=1000, metadata={"help": "the first N rows; 0: all"})
     max_seq_length: int = field(default=2048, metadata={"help": "tokens; longer conversations are cut"})
+    chat_template: bool = field(default=False, metadata={"help": "render with the tokenizer's own chat template"})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "processes that encode the data"})
     length_grouping: bool = field(default=True, metadata={"help": "micro-batches of like lengths within a step"})
 

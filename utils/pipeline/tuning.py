@@ -79,6 +79,7 @@ class Preparation:
         settings["lr_scheduler_type"], settings["optim"] = training.lr_scheduler_type.value, training.optim.value
         settings["max_seq_length"] = self.command.data.max_seq_length
         settings["length_grouping"] = self.command.data.length_grouping
+        settings["chat_template"] = self.command.data.chat_template
         plugin = training.deepspeed_plugin
         settings["deepspeed"] = plugin and f"ZeRO-{plugin.zero_stage} on {training.world_size} processes"
         return settings
@@ -101,7 +102,11 @@ def run_tuning(preparation: Preparation, interruption: Interruption) -> TunedRun
     tokenizer = load_tokenizer(preparation.base, command.model)
     with training.main_process_first(desc="encoding the data"):
         data = encode_file(
-            preparation.raw, tokenizer, command.data.max_seq_length, command.data.preprocessing_num_workers
+            preparation.raw,
+            tokenizer,
+            command.data.max_seq_length,
+            command.data.chat_template,
+            command.data.preprocessing_num_workers,
         )
     transformers.set_seed(training.seed)
     model = load_model(preparation.base, command.model, command.routing, preparation.config)

@@ -7,22 +7,23 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import orjson
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
+from utils.data.rows import checked_row, lines_of
 from utils.errors import UserError
-from utils.pipeline.encoding import IGNORE_INDEX, encode_conversation
+from utils.pipeline.encoding import TemplateRefusal, encode_row, learns
 
-ROLES = ("system", "user", "assistant")
-FEATURES = Features({"messages": List({"role": Value("string"), "content": Value("string")})})
+_TEMPLATE = 1  # raised when the encoding changes, so that no cached encoding of an earlier one is taken
 
 
 @dataclass(frozen=True)
 class RawData:
-    """A checked JSONL file: its first ``rows`` conversations and the sha256 of their bytes."""
+    """A checked JSONL file: its first ``rows`` rows and the sha256 of their bytes."""
 
     path: Path
     rows: int
@@ -46,98 +47,69 @@ class TrainingData:
 
 def check_file(path: Path, limit: int) -> RawData:
     """Read and check the first ``limit`` rows (0: all); UserError names file, line and fault."""
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing; make it with entrypoints/data/reformat_datasets.py (mixed: then mix_datasets.py)"
+        )
     digest, rows = hashlib.sha256(), 0
-    for line in _checked_lines(path, limit):
-        digest.update(line)
+    for number, line in islice(lines_of(path), limit or None):
+        checked_row(line, f"{path}:{number}")
+        digest.update(line + b"\n")
         rows += 1
     if rows == 0:
-        raise UserError(f"{path} holds no conversation; run entrypoints/data/reformat_datasets.py again")
+        raise UserError(f"{path} holds no conversation; make it again with entrypoints/data/reformat_datasets.py")
     return RawData(path, rows, digest.hexdigest())
 
 
 def encode_file(
-    raw: RawData, tokenizer: PreTrainedTokenizerBase, max_length: int, processes: int | None = None
+    raw: RawData,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat_template: bool = False,
+    processes: int | None = None,
 ) -> TrainingData:
     """Encode a checked file; rows without a token that carries loss are left out. UserError if none is left."""
-    key = json.dumps([raw.sha256, raw.rows, _tokenizer_hash(tokenizer), max_length])
-    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+    key = [_TEMPLATE, raw.sha256, raw.rows, _tokenizer_hash(tokenizer, chat_template), max_length, chat_template]
+    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     rows = Dataset.from_generator(
-        _conversations,
-        features=FEATURES,
+        _lines,
+        features=Features({"line": Value("string")}),
         gen_kwargs={"path": str(raw.path), "limit": raw.rows, "sha256": raw.sha256},
     )
     encoded = rows.map(
-        partial(_encode, tokenizer=tokenizer, max_length=max_length),
+        partial(_encode, tokenizer=tokenizer, max_length=max_length, chat_template=chat_template),
         remove_columns=rows.column_names,
         num_proc=processes if processes and processes < raw.rows else None,
         new_fingerprint=fingerprint,
         desc="encode",
     )
     usable = [number for number, learnt in enumerate(encoded["learnt"]) if learnt]
-    cut = sum(encoded["cut"])
     unusable = len(encoded) - len(usable)
     if not usable:
-        raise UserError(
-            f"{raw.path}: no row has an assistant token within {max_length} tokens; raise --max_seq_length"
-        )
+        raise UserError(f"{raw.path}: no row has an assistant token within {max_length} tokens; raise --max_seq_length")
     kept = encoded.select(usable) if unusable else encoded
-    return TrainingData(kept.remove_columns(["learnt", "cut"]), unusable, cut, raw)
+    return TrainingData(kept.remove_columns(["learnt", "cut"]), unusable, sum(encoded["cut"]), raw)
 
 
-def _checked_lines(path: Path, limit: int) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as lines:
-            rows = 0
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                _check_row(line, f"{path}:{number}")
-                yield line
-                rows += 1
-                if rows == limit:
-                    return
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing; make it with entrypoints/data/reformat_datasets.py (mixed: then mix_datasets.py)"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _check_row(line: bytes, where: str) -> None:
-    try:
-        row = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise UserError(f"{where} is no JSON ({error}); run the reformatting again") from None
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where} has no list of messages; expected {{'messages': [{{'role', 'content'}}, …]}}")
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f"{where} has a message without text")
-        if message.get("role") not in ROLES:
-            raise UserError(f"{where} has the role {message.get('role')!r}; use {', '.join(ROLES)}")
-
-
-def _conversations(path: str, limit: int, sha256: str) -> Iterator[dict]:
+def _lines(path: str, limit: int, sha256: str) -> Iterator[dict[str, str]]:
     """Rows for ``datasets``, whose cache is keyed by the arguments: the hash makes a changed file a new entry."""
-    for line in _checked_lines(Path(path), limit):
-        messages = orjson.loads(line)["messages"]
-        yield {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages]}
+    for _, line in islice(lines_of(Path(path)), limit):
+        yield {"line": line.decode()}
 
 
-def _encode(row: dict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
-    encoded = encode_conversation(row["messages"], tokenizer, max_length)
-    # The first label is never predicted: a causal loss shifts by one.
-    learnt = any(label != IGNORE_INDEX for label in encoded["labels"][1:])
+def _encode(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool) -> dict:
+    try:
+        encoded = encode_row(orjson.loads(row["line"]), tokenizer, max_length, chat_template)
+    except TemplateRefusal:
+        encoded = {"input_ids": [], "labels": []}
     length = len(encoded["input_ids"])
-    return {**encoded, "length": length, "learnt": learnt, "cut": length == max_length}
+    return {**encoded, "length": length, "learnt": learns(encoded["labels"]), "cut": length == max_length}
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
-    state = json.loads(backend) if tokenizer.is_fast else {}
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> str:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
     # Truncation and padding are set by each call and say nothing of the vocabulary.
     state.pop("truncation", None)
     state.pop("padding", None)
-    return hashlib.sha256(f"{json.dumps(state, sort_keys=True)}{tokenizer.eos_token}".encode()).hexdigest()
+    rest = [tokenizer.eos_token, tokenizer.chat_template if chat_template else None]
+    return hashlib.sha256(json.dumps([state, rest], sort_keys=True).encode()).hexdigest()
