@@ -48,7 +48,7 @@ def score_generation(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: HeldOut,
-    batch_size: int = 64,
+    batch_size: int = 128,
     max_new_tokens: int = 48,
 ) -> dict[str, Any]:
     """Greedy answers compared with the right ones, under the decisions that generation itself takes.

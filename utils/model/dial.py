@@ -55,7 +55,7 @@ def calibrate(
     start: Mapping[str, Any] | None = None,
     capacity: Sequence[float] = GRID,
     rounds: int = 4,
-    tolerance: float = 0.003,
+    tolerance: float = 0.004,
 ) -> dict[str, Any]:
     """Thresholds by budget, ``{"capacity": [c], "logit": {"<layer>.<part>": [per c]}, "reached": [c]}``.
 
@@ -75,19 +75,19 @@ def calibrate(
     logit: dict[str, list[float]] = {name: [] for name in modules}
     reached = []
     with _thresholds_kept(modules):
+        logits = router_logits(model, batches)
         for point in capacity:
             base = _start_at(start, point, list(modules))
-            found, share = _solve(model, modules, batches, point, base, rounds, tolerance)
+            # The policy of the point before is close to this one: its logits are the first guess.
+            found, share, logits = _solve(model, modules, batches, point, base, logits, rounds, tolerance)
             reached.append(share)
             for name, value in found.items():
                 logit[name].append(value)
     return {"capacity": [float(c) for c in capacity], "logit": logit, "reached": reached}
 
 
-def _solve(model, modules, batches, point, base, rounds, tolerance) -> tuple[dict[str, float], float]:
-    """Thresholds ``base + shift`` whose measured capacity is closest to ``point``, and that capacity."""
-    _set(modules, base)
-    logits = router_logits(model, batches)
+def _solve(model, modules, batches, point, base, logits, rounds, tolerance) -> tuple[dict, float, dict]:
+    """Thresholds ``base + shift`` whose measured capacity is closest to ``point``, that capacity, the last logits."""
     best: tuple[float, dict[str, float], float] | None = None
     low, high = None, None  # shifts measured to give too much, and too little
     for _ in range(rounds):
@@ -112,7 +112,7 @@ def _solve(model, modules, batches, point, base, rounds, tolerance) -> tuple[dic
     _, threshold, share = best
     if min(point, 1 - point) > 0.01 and share in (0.0, 1.0):
         raise ValueError(f"no threshold reaches capacity {point}: the routers give all inputs the same score")
-    return threshold, share
+    return threshold, share, logits
 
 
 def _shift_for(logits: Mapping[str, Tensor], base: Mapping[str, float], point: float) -> float:

@@ -32,7 +32,7 @@ MAX_MASKS = 64
 FIT_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TRAINED_CAPACITY = 0.25
 """Token level: the target of the penalty. Routers trained at a low capacity rank tokens well for all higher ones."""
-CALIBRATION_TOKENS = 40_000
+CALIBRATION_TOKENS = 12_000
 _ROWS = 8
 _CALIBRATION_ROWS = 64
 
