@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "ckpt" / "tiny-llama-mod")
     parser.add_argument("--work_dir", type=Path, default=ROOT / "trained_models" / "tiny-llama-base")
-    parser.add_argument("--max_steps", type=int, default=9000)
+    parser.add_argument("--max_steps", type=int, default=7500)
     parser.add_argument("--batch_size", type=int, default=32, help="items per step, over all processes")
     parser.add_argument("--learning_rate", type=float, default=4e-3, help="of the matrices (Muon)")
     parser.add_argument("--adamw_learning_rate", type=float, default=2e-3, help="of embeddings and norms")

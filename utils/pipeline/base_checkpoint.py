@@ -29,6 +29,8 @@ ROUTING_FIELDS = {
 }
 """The deepest six of twelve layers except the last."""
 
+CALL_STATE = ("is_local", "local_files_only", "max_length", "stride", "truncation_side", "truncation_strategy")
+"""What a tokenizer remembers of how it was loaded and called, which is no property of the checkpoint."""
 CARD_START, CARD_END = "<!-- results: written by train_tiny_base.py -->", "<!-- end of results -->"
 
 
@@ -57,6 +59,8 @@ def write_checkpoint(
         model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=64, pad_token_id=0, eos_token_id=2)
         model.config.use_cache = True
         model.save_pretrained(staged)
+        for key in CALL_STATE:
+            tokenizer.init_kwargs.pop(key, None)
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.save_pretrained(staged)

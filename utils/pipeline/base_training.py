@@ -44,7 +44,7 @@ CURRICULUM: tuple[tuple[int, dict[str, float]], ...] = (
         },
     ),
     (
-        3520,
+        2496,
         {
             "copy": 0.3,
             "reverse": 0.3,
