@@ -1,0 +1,77 @@
+"""Signals: the run stops at a micro-batch, its checkpoint is the last whole step, and resuming loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import tiny_tuning
+
+from utils.pipeline.customized_trainer import RouterTrainer
+from utils.pipeline.interruption import Interruption
+
+
+@pytest.fixture
+def interruption():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield Interruption().install()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Send this process a signal when the given micro-batch begins."""
+
+    def arrange(number: int, micro_batch: int) -> None:
+        plain, seen = RouterTrainer.training_step, []
+
+        def training_step(self, *args, **kwargs):
+            if len(seen) == micro_batch:
+                os.kill(os.getpid(), number)
+            seen.append(1)
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(RouterTrainer, "training_step", training_step)
+
+    return arrange
+
+
+@pytest.mark.parametrize(("number", "micro_batch", "step"), [(signal.SIGTERM, 9, 2), (signal.SIGINT, 11, 3)])
+def test_interrupted_and_resumed_equals_undisturbed(
+    parts, finished, tmp_path, interruption, signal_at, monkeypatch, number, micro_batch, step
+):
+    """Four micro-batches make a step: the tenth lies within step 3, the twelfth ends it."""
+    run = tmp_path / "run"
+    signal_at(number, micro_batch)
+    tuned = tiny_tuning.tune(parts, run, interruption, save_steps=100)
+    assert tuned.interrupted and interruption.exit_code == 128 + number
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{step}"]
+    assert not (run / "router.safetensors").exists() and not (run / "run.json").exists()
+    monkeypatch.undo()
+    tiny_tuning.tune(parts, run, resume_from_checkpoint="auto", save_steps=100)
+    assert (run / "router.safetensors").read_bytes() == (finished / "router.safetensors").read_bytes()
+
+
+def test_before_the_first_step_there_is_nothing_to_save(parts, tmp_path, interruption, signal_at):
+    signal_at(signal.SIGTERM, 0)
+    assert tiny_tuning.tune(parts, tmp_path / "run", interruption).interrupted
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_outside_of_training_a_signal_ends_the_process(interruption):
+    with pytest.raises(SystemExit) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.code == 143
+
+
+def test_a_late_second_signal_ends_the_process(interruption, monkeypatch):
+    interruption.training = True
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # the terminal's and the launcher's: one wish
+    assert interruption.signal == signal.SIGINT
+    interruption.since -= 10
+    with pytest.raises(SystemExit) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.code == 130
