@@ -49,6 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--decay_share", type=float, default=0.8, help="last share of the steps, with falling rate")
     parser.add_argument("--save_steps", type=int, default=500)
     parser.add_argument("--eval_items", type=int, default=256, help="held-out items per task")
+    parser.add_argument("--first_seed", type=int, default=1_000_000, help="of the held-out items that are scored")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's own choice")
     parser.add_argument("--fresh", action="store_true", help="ignore checkpoints in --work_dir")
@@ -131,7 +132,7 @@ def main() -> None:
             return
         model = model.cpu()
         write_checkpoint(args.output_dir, model, tokenizer, log, {**vars(args), "world_size": world_size()})
-    held_out = {task: distinct_items(task, "heldout", args.eval_items) for task in TASKS}
+    held_out = {task: distinct_items(task, "heldout", args.eval_items, args.first_seed) for task in TASKS}
     scores = score_tasks(model, tokenizer, held_out, FREE_TASKS)
     write_card(args.output_dir, scores, args.eval_items)
     for task, share in scores["exact_match"].items():

@@ -54,10 +54,10 @@ RAW_ROWS = {"vicuna_sharegpt": 800, ALPACA: 1600}
 RAW_ROWS_ELSE = 400
 
 
-def distinct_items(task: str, split: str, count: int) -> list[Item]:
-    """The first ``count`` items of a task with different prompts; fewer if 20 ``count`` draws give no more."""
+def distinct_items(task: str, split: str, count: int, first_seed: int = 0) -> list[Item]:
+    """``count`` items of a task with different prompts, drawn from ``first_seed`` on; fewer after 20 ``count`` draws."""
     items: dict[str, Item] = {}
-    for seed in range(20 * count):
+    for seed in range(first_seed, first_seed + 20 * count):
         item = generate(task, seed, split)
         items.setdefault(json.dumps(item.messages[:-1]), item)
         if len(items) == count:
