@@ -55,7 +55,7 @@ RAW_ROWS_ELSE = 400
 
 
 def distinct_items(task: str, split: str, count: int, first_seed: int = 0) -> list[Item]:
-    """``count`` items of a task with different prompts, drawn from ``first_seed`` on; fewer after 20 ``count`` draws."""
+    """``count`` items of a task with different prompts, from ``first_seed`` on; fewer after 20 ``count`` draws."""
     items: dict[str, Item] = {}
     for seed in range(first_seed, first_seed + 20 * count):
         item = generate(task, seed, split)
