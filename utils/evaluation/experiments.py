@@ -18,21 +18,19 @@ from utils.data.sample_files import read_heldout
 from utils.data.sample_tasks import generate
 from utils.evaluation import controls
 from utils.evaluation.cost import measure_cost
+from utils.evaluation.experiments_masks import LENGTH, mask_table, static_masks
 from utils.evaluation.experiments_plan import MATCH, OWN, Cell, Plan
-from utils.evaluation.experiments_score import score_choices, score_generation, score_text
+from utils.evaluation.experiments_score import answers_right, score_choices, score_generation, score_text
 from utils.evaluation.models import load_dense, load_tokenizer, load_tuned
-from utils.evaluation.oracle import allocation_oracle, static_curve
 from utils.evaluation.output import write_json
 from utils.evaluation.provenance import provenance
-from utils.evaluation.rows import labelled_batches, prompt_batches
+from utils.evaluation.rows import prompt_batches
 from utils.model import record_routing, route, routed_modules
 from utils.pipeline.arguments import ROOT
 from utils.pipeline.batching import Collator
 from utils.pipeline.encoding import encode_conversation, render_prompt
 from utils.pipeline.recipes.budget import in_batches
-from utils.pipeline.recipes.budget_search import explore
 
-_LENGTH = 512
 _TIMED_PER_TASK = 16
 
 
@@ -182,7 +180,7 @@ class Laboratory:
             "train_file": self.train_file(cell.seed),
             "max_train_samples": 0,
             "granularity": cell.granularity,
-            "max_seq_length": _LENGTH,
+            "max_seq_length": LENGTH,
             "seed": cell.seed,
             "output_dir": folder,
             "report_to": "none",
@@ -213,23 +211,26 @@ class Laboratory:
         if capacity == OWN:
             capacity = None
         elif capacity == MATCH:
-            capacity = self.read(self.published(cell))["generation"]["capacity"]["total"]
+            capacity = self.read(self.published(cell))["conversations"]["total"]
         model = load_tuned(self.base, self.run_folder(cell), capacity, "float32")
         full = cell.capacity not in self.plan.dial or cell.capacity in self.plan.budgets
         return {"requested": capacity, "conversations": self._reached(model), **self._scores(model, full=full)}
 
     @torch.no_grad()
     def _reached(self, model: PreTrainedModel) -> dict[str, float]:
-        """Capacity on whole held-out conversations with their right answers, decisions taken on the prompt."""
-        rows = [
-            encode_conversation(item.messages, self.tokenizer, _LENGTH)
-            for items in self.held_out(self.plan.items).values()
-            for item in items
-        ]
+        """Capacity on whole held-out conversations with their right answers, decisions taken on the prompt.
+
+        ``whole_answer`` is the share of answers that greedy decoding would give token by token, mean over tasks: what
+        the mask table and its oracle count.
+        """
+        right, collate = [], Collator(self.tokenizer)
         with record_routing(model) as log:
-            for batch in in_batches(rows, Collator(self.tokenizer), 64):
-                model(**batch, use_cache=False)
-        return {str(key): value for key, value in log.capacity().items()}
+            for items in self.held_out(self.plan.items).values():
+                rows = [encode_conversation(item.messages, self.tokenizer, LENGTH) for item in items]
+                hits = [answers_right(model, batch) for batch in in_batches(rows, collate, 64)]
+                right.append(float(torch.cat(hits).float().mean()))
+        found = {str(key): value for key, value in log.capacity().items()}
+        return {**found, "whole_answer": sum(right) / len(right)}
 
     def _random(self, cell: Cell) -> dict[str, Any]:
         model = self.routed(cell.granularity)
@@ -244,7 +245,7 @@ class Laboratory:
         sizes = sorted(
             {size for b in self.plan.budgets for size in (int(b * len(keys)), -int(-b * len(keys) // 1))} - {0}
         )
-        kept = self._static_masks(model, cell.recipe, keys)
+        kept = static_masks(model, self.tokenizer, self.search_rows(), cell.recipe)
         found = {}
         for size in sizes:
             scores = score_generation_under(model, self, kept[size])
@@ -272,45 +273,12 @@ class Laboratory:
         with under:
             return {"cost": measure_cost(dense, model, batches, new_tokens=16, repeats=5)}
 
-    def _static_masks(self, model: PreTrainedModel, method: str, keys: list) -> dict[int, list]:
-        rows = self.search_rows()
-        if method == "exhaustive":
-            encoded = [encode_conversation(row["messages"], self.tokenizer, _LENGTH) for row in rows]
-            found = explore(
-                model, in_batches(encoded, Collator(self.tokenizer), 8), 2 ** len(keys), with_features=False
-            )
-            curve = static_curve(found.exact.float().T.mean(1)[None], found.masks[0], found.likelihood.mean(0))
-            return {size: [keys[r] for r in kept] for size, (kept, _) in enumerate(curve)}
-        batches = labelled_batches(rows, self.tokenizer, 64, _LENGTH)
-        order = {"greedy": controls.greedy_order, "cosine": controls.cosine_order}[method](model, batches)
-        return {size: [key for key in keys if key not in order[: len(keys) - size]] for size in range(len(keys) + 1)}
-
     def _masks(self, _: Cell) -> dict[str, Any]:
         """Every mask of attention at sequence level: exact match by task, and the bounds that follow."""
-        model = self.routed("attn_sequence")
-        collate = Collator(self.tokenizer)
-        rows = [encode_conversation(row["messages"], self.tokenizer, _LENGTH) for row in self.search_rows()]
-        searched = explore(model, in_batches(rows, collate, 8), 1024, with_features=False)
-        scores = []
-        for items in self.held_out(self.plan.items).values():
-            rows = [encode_conversation(item.messages, self.tokenizer, _LENGTH) for item in items]
-            exact = explore(model, in_batches(rows, collate, 8), 1024, with_features=False).exact
-            scores.append(exact.float().mean(0))
-        table, masks = torch.stack(scores), searched.masks[0]
-        fresh = static_curve(table, masks, searched.likelihood.mean(0))
-        same = static_curve(table, masks, table.mean(0))
-        return {
-            "routers": list(routed_modules(model)),
-            "tasks": list(self.plan.tasks),
-            "masks": masks.int().tolist(),
-            "exact_match": [[round(v, 4) for v in row] for row in table.tolist()],
-            "search_likelihood": searched.likelihood.mean(0).tolist(),
-            "static_fresh": [{"kept": kept, "exact_match": score} for kept, score in fresh],
-            "static_same_items": [{"kept": kept, "exact_match": score} for kept, score in same],
-            "oracle": {
-                f"{b:g}": allocation_oracle(table, masks, b) for b in sorted({*self.plan.budgets, *self.plan.dial})
-            },
-        }
+        held_out = self.held_out(self.plan.items)
+        items = {task: [{"messages": item.messages} for item in found] for task, found in held_out.items()}
+        budgets = sorted({*self.plan.budgets, *self.plan.dial})
+        return mask_table(self.routed("attn_sequence"), self.tokenizer, self.search_rows(), items, budgets)
 
 
 def score_generation_under(model: PreTrainedModel, lab: Laboratory, kept: list) -> dict[str, Any]:

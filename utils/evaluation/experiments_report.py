@@ -156,7 +156,8 @@ def _row(plan: Plan, cells: _Cells, granularity: str, budget: float, recipe: str
         static = at_budget([entry["exact_match"] for entry in masks["static_fresh"]], budget)
         row["oracle"], row["static"] = oracle, static
         room = oracle - static
-        row["recovered"] = round((row["exact_match"]["mean"] - static) / room, 3) if room > 0 else None
+        row["whole_answer"] = over(_optional("conversations", "whole_answer"))
+        row["recovered"] = round((row["whole_answer"]["mean"] - static) / room, 3) if room > 0 else None
     return row
 
 

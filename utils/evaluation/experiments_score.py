@@ -142,13 +142,24 @@ def score_choices(
 
 def token_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of the labelled tokens, and their number, each ``[b]``; decisions taken on the prompt."""
+    logits, target = _predictions(model, batch)
+    loss = cross_entropy(logits.transpose(1, 2), target, reduction="none", ignore_index=-100)
+    return loss.sum(1), (target != -100).sum(1)
+
+
+def _predictions(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Float32 logits ``[b, t-1, vocabulary]`` and what they should predict, ``[b, t-1]``."""
     batch = {key: value.to(model.device) for key, value in batch.items()}
     labels, mask = batch["labels"], batch["attention_mask"]
     extra = {"prompt_length": prompt_length_from(labels, mask)} if is_routed(model) else {}
     logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, **extra).logits[:, :-1]
-    target = labels[:, 1:]
-    loss = cross_entropy(logits.float().transpose(1, 2), target, reduction="none", ignore_index=-100)
-    return loss.sum(1), (target != -100).sum(1)
+    return logits.float(), labels[:, 1:]
+
+
+def answers_right(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Whether every labelled token is the most likely one, bool ``[b]``; decisions are taken on the prompt."""
+    logits, target = _predictions(model, batch)
+    return ((logits.argmax(-1) == target) | (target == -100)).all(1)
 
 
 @torch.no_grad()

@@ -35,9 +35,9 @@ class FitSettings:
     steps: int = 400
     batch: int = 512
     learning_rate: float = 0.03
-    weight_decay: float = 1e-3
+    weight_decay: float = 1e-2
     capacity_weight: float = 30.0
-    entropy: float = 0.02
+    entropy: float = 0.1
     seed: int = 0
 
 
