@@ -16,12 +16,15 @@ cd "$ROOT"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 NAME=quickstart
-TUNE=(MAX_TRAIN_SAMPLES=0 NUM_EPOCHS=2 LEARNING_RATE=1e-3)
+# The published recipe moves routers by 1e-5 per step; a tiny model and a few dozen steps need more, and a threshold
+# below the start of every score, or the first step would switch all layers off.
+TUNE=(MAX_TRAIN_SAMPLES=3840 LEARNING_RATE=3e-4 GRADIENT_SCALE=0.1 TARGET_CAPACITY=0.6)
+TUNE_FLAGS=(--threshold 0.45)
 COMPARE=(--repeats 5)
 STOCK=(--tasks "mod_heldout_mc" --limit 32)
 if [[ "${SMOKE:-0}" == 1 ]]; then
   NAME=quickstart-smoke
-  TUNE=(MAX_TRAIN_SAMPLES=256 NUM_EPOCHS=1 LEARNING_RATE=1e-3)
+  TUNE=(MAX_TRAIN_SAMPLES=512 GLOBAL_BATCH_SIZE=32 LEARNING_RATE=5e-4 GRADIENT_SCALE=0.1 TARGET_CAPACITY=0.6)
   COMPARE=(--repeats 2 --limit 8 --prompts_per_file 4 --search_count 48 --new_tokens 8)
   STOCK=(--tasks "mod_copy_gen,mod_copy_mc" --limit 4)
 fi
@@ -39,11 +42,11 @@ step "1/6 raw data -> conversations ($REFORMATTED)"
 python entrypoints/data/reformat_datasets.py --raw_data_root data/sample/raw --save_path "$REFORMATTED"
 
 step "2/6 mix ($MIXED)"
-python entrypoints/data/mix_datasets.py --reformatted_dir "$REFORMATTED" --save_path "$MIXED"
+python entrypoints/data/mix_datasets.py --reformatted_dir "$REFORMATTED" --save_path "$MIXED" --portion alpaca=1
 
 step "3/6 router-tuning of the tiny model ($RUN)"
-env FOLDER_NAME=tiny-llama-mod "${TUNE[@]}" bash scripts/finetune_mod.sh \
-  --train_file "$MIXED/data.jsonl" --output_dir "$RUN" --overwrite_output_dir True
+env FOLDER_NAME=tiny-llama-mod OUTPUT_DIR="$RUN" MICRO_BATCH_SIZE=32 "${TUNE[@]}" \
+  bash scripts/finetune_mod.sh --train_file "$MIXED/data.jsonl" "${TUNE_FLAGS[@]}"
 
 step "4/6 dense, tuned and static drop on held-out tasks, lm-eval in process"
 python entrypoints/evaluate/compare_run.py --run "$RUN" "${COMPARE[@]}"

@@ -1,0 +1,128 @@
+"""Chat in the terminal with a routed model; after every answer: what ran, and the time that was saved.
+
+    python entrypoints/demo/chat.py --run trained_models/tiny-llama-mod/... --compare
+    python entrypoints/demo/chat.py --model exports/tiny
+Commands: /capacity 0.5 (turn the dial), /capacity own (the trained thresholds), /compare, /reset, /help, /quit.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
+
+from utils.checkpoint.run_folder import base_of
+from utils.errors import UserError, cli
+from utils.evaluation.chatting import answer
+from utils.evaluation.models import default_device, load_tokenizer, load_tuned, precision
+from utils.model import is_routed, set_thresholds
+from utils.model.saving import read_router_config, thresholds_for
+
+HELP = __doc__.strip().splitlines()[-1]
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, help="folder of a tuning run")
+    parser.add_argument("--base", type=Path, help="folder of its base (default: the one the run names)")
+    parser.add_argument("--model", type=Path, help="an export instead of a run")
+    parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+    parser.add_argument("--compare", action="store_true", help="generate densely as well and show the time saved")
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    args = parser.parse_args()
+    if (args.run is None) == (args.model is None):
+        raise UserError("name what to chat with: --run (a tuning run) or --model (an export)")
+    return args
+
+
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Path]:
+    """The routed model, and the folder of its tokenizer."""
+    if args.run:
+        base = base_of(args.run, args.base)
+        return load_tuned(base, args.run, dtype=args.dtype), base
+    if not (args.model / "config.json").is_file():
+        raise UserError(f"{args.model} is no checkpoint folder; export a run first")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=precision(args.dtype), use_safetensors=True)
+    if not is_routed(model):
+        raise UserError(f"{args.model} is not routed: its config names no mod_layers")
+    return model.to(default_device()).eval(), args.model
+
+
+class Chat:
+    """The conversation so far, and the settings that commands change."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.model, folder = load(args)
+        self.tokenizer = load_tokenizer(folder)
+        self.folder: Path = args.run or args.model
+        self.own = self.model.config.mod_threshold
+        self.compare, self.limit = args.compare, args.max_new_tokens
+        self.start = [{"role": "system", "content": args.system}] if args.system else []
+        self.messages = list(self.start)
+        if args.capacity is not None:
+            self.turn(str(args.capacity))
+
+    def turn(self, value: str) -> str:
+        """``/capacity``: thresholds for a share of the routed work from the stored dial, or the trained ones."""
+        if value == "own":
+            set_thresholds(self.model, self.own)
+            return "trained thresholds"
+        try:
+            share = float(value)
+        except ValueError:
+            raise UserError(f"/capacity {value}: a number from 0 to 1, or own") from None
+        set_thresholds(self.model, thresholds_for(read_router_config(self.folder), share, self.folder))
+        return f"dial at {share:g}"
+
+    def command(self, line: str) -> str:
+        """Carry out a ``/command`` and say what changed."""
+        name, _, value = line.partition(" ")
+        if name == "/capacity":
+            return self.turn(value.strip())
+        if name == "/compare":
+            self.compare = not self.compare
+            return f"dense comparison {'on' if self.compare else 'off'}"
+        if name == "/reset":
+            self.messages = list(self.start)
+            return "new conversation"
+        return HELP
+
+    def say(self, text: str) -> str:
+        """Answer one turn, streaming it to the terminal; returns the line about capacity and time."""
+        self.messages.append({"role": "user", "content": text})
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            found = answer(self.model, self.tokenizer, self.messages, self.limit, streamer, self.compare)
+        except ValueError as error:
+            self.messages.pop()
+            raise UserError(f"{error}; /reset starts anew") from None
+        self.messages.append({"role": "assistant", "content": found.text})
+        return found.summary()
+
+
+def main() -> None:
+    chat = Chat(parse_args())
+    print(HELP)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if not line:
+            continue
+        try:
+            print(chat.command(line) if line.startswith("/") else f"[{chat.say(line)}]")
+        except UserError as error:
+            print(f"({error})")
+
+
+if __name__ == "__main__":
+    cli(main)

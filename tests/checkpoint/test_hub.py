@@ -1,0 +1,58 @@
+"""push_to_hub against a hub on this machine: every file arrives, shards included; refusals are one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub
+
+from utils.checkpoint.export_full import export_full
+from utils.checkpoint.hub import push_export
+from utils.errors import UserError
+
+
+def upload(folder, repo_id, endpoint):
+    keep = {
+        name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    }
+    env = keep | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
+    command = [sys.executable, str(Path(__file__).parents[1] / "hub_upload.py"), str(folder), repo_id, endpoint]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=300)
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory, run, base):
+    folder = tmp_path_factory.mktemp("hub") / "full"
+    export_full(run, base, folder, "card")
+    return folder
+
+
+def test_every_file_arrives(export):
+    with FakeHub() as hub:
+        printed = upload(export, "me/tiny", hub.endpoint)
+        assert printed == f"{hub.endpoint}/commit/1", printed
+        assert hub.repos == {"me/tiny": True} and hub.tokens == {"Bearer hf_test"}
+        expected = {path.name: path.read_bytes() for path in export.iterdir()}
+        assert {name: hub.files[name] for name in expected} == expected
+
+
+def test_refusal_of_the_hub_is_one_line(export):
+    with FakeHub(refuse=403) as hub:
+        printed = upload(export, "me/tiny", hub.endpoint)
+    assert printed.startswith("error: me/tiny was not uploaded:") and "403" in printed and "\n" not in printed
+
+
+def test_strangers_and_pickles_stay_here(tmp_path, export):
+    with pytest.raises(UserError, match="export a run first"):
+        push_export(tmp_path, "me/tiny")
+    (tmp_path / "router_config.json").write_text("{}")
+    (tmp_path / "weights.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"weights\.pt may run code"):
+        push_export(tmp_path, "me/tiny")
+    with pytest.raises(UserError, match="--repo_id a/b/c"):
+        push_export(export, "a/b/c")
