@@ -10,4 +10,4 @@ cd "$ROOT"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses "${PYTEST_WORKERS:-2}" --dist loadfile "$@"

@@ -61,7 +61,7 @@ def tiny_model(family: str = "llama", attn: str = "sdpa", seed: int = 0, **overr
 
 
 def random_batch(rows: int = 3, tokens: int = 12, seed: int = 1, padding: str | None = None):
-    """Token ids ``[rows, tokens]`` without special tokens, and a mask whose rows differ in length by ``padding`` side."""
+    """Ids ``[rows, tokens]`` without special tokens, and a mask; rows differ in length by ``padding`` side."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, COMMON["vocab_size"], (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)

@@ -54,8 +54,8 @@ def import_published(
         weight = found[int(key.split(".")[0])]
         if tuple(weight.shape) != (1, model.config.hidden_size) or not weight.isfinite().all():
             raise UserError(
-                f"{source}: the router of layer {key.split('.')[0]} has shape {tuple(weight.shape)} where {base} needs "
-                f"(1, {model.config.hidden_size}), or values that are not finite"
+                f"{source}: the router of layer {key.split('.')[0]} has shape {tuple(weight.shape)} where the base "
+                f"needs (1, {model.config.hidden_size}), or values that are not finite"
             )
         state[name] = weight
     identity = {**base_identity(model), "name_or_path": base.name, "probes": base_probes(base)}

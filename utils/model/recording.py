@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -121,8 +121,19 @@ def force_routing(model: nn.Module, keep: Forced) -> Iterator[None]:
     Args:
         keep: True or False for all; ``{layer or (layer, part): bool or bool tensor [b] or [b, t]}``, layers that are
             not named decide for themselves; or a callable ``(layer, part, shape, past) -> bool | tensor | None``.
+
+    Raises:
+        ValueError: for a name that no router has; in the forward pass, for a mask that is not bool or does not fit.
     """
     base = routed_base(model)
+    if isinstance(keep, Mapping):
+        layers, parts = base.mod_config.mod_layers, base.mod_config.parts
+        known = {*layers, *((layer, part) for layer in layers for part in parts)}
+        odd = [key for key in keep if key not in known]
+        if odd:
+            raise ValueError(
+                f"forced mask names no router: {odd[0]!r}; routed are {', '.join(parts)} of layers {layers}"
+            )
     before = getattr(base, "mod_forced", None)
     base.mod_forced = keep
     try:

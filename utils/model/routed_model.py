@@ -73,7 +73,10 @@ class RoutedDecoder:
             self._adopt(past_key_values)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         tokens = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        real, pool = self._tokens(input_ids, attention_mask, position_ids, prompt_length, past, tokens)
+        real, pool = self._tokens(input_ids, attention_mask, position_ids, past, tokens)
+        if past == 0 and "sequence" in self.mod_config.parts.values():
+            shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+            pool = self._bounded(pool, shape, prompt_length, past_key_values)
         call = RoutingCall(
             real=real,
             pool=pool,
@@ -104,7 +107,7 @@ class RoutedDecoder:
         elif attends:
             adopt_layers(cache, self.mod_config.mod_layers, None)
 
-    def _tokens(self, input_ids, attention_mask, position_ids, prompt_length, past, tokens):
+    def _tokens(self, input_ids, attention_mask, position_ids, past, tokens):
         """``real`` and ``pool`` of the pass, bool ``[b, t]`` or None (all)."""
         sequence = "sequence" in self.mod_config.parts.values()
         plain = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
@@ -127,12 +130,22 @@ class RoutedDecoder:
         pool = real
         if pool is None and input_ids is not None:
             pool = unpadded(input_ids, self._padding_ids())
-        if prompt_length is not None and self.mod_config.router_pooling == "prompt":
-            seen = (
-                torch.ones_like(input_ids if pool is None else pool, dtype=torch.long) if pool is None else pool.long()
-            )
-            pool = (seen.cumsum(1) <= prompt_length.to(seen.device).clamp(min=1)[:, None]) & seen.bool()
         return real, pool
+
+    def _bounded(self, pool: Tensor | None, shape: torch.Size, prompt_length, cache) -> Tensor | None:
+        """The part of ``pool [b, t]`` that a decision may look at: the prompt, and no token of assisted decoding."""
+        drafted = getattr(cache, "mod_prompt_tokens", None)
+        if drafted is not None:
+            cache.mod_prompt_tokens = None
+            pool = torch.ones(shape, dtype=torch.bool, device=self.device) if pool is None else pool
+            pool = pool & (torch.arange(shape[1], device=pool.device) < drafted)
+        if prompt_length is None or self.mod_config.router_pooling != "prompt":
+            return pool
+        fits = isinstance(prompt_length, Tensor) and prompt_length.shape == shape[:1]
+        if not fits or prompt_length.is_floating_point():
+            raise ValueError(f"prompt_length must be an integer tensor [{shape[0]}], the real tokens of each prompt")
+        pool = torch.ones(shape, dtype=torch.bool, device=self.device) if pool is None else pool
+        return pool & (pool.long().cumsum(1) <= prompt_length.to(pool.device).clamp(min=1)[:, None])
 
     def _padding_ids(self) -> list[int]:
         named = getattr(self.config, "mod_padding_ids", None)
@@ -170,6 +183,13 @@ class RoutedCausalLM:
 
         They would make autograd record, and run backwards through, the frozen layers below the first routed one.
         """
+
+    def _assisted_decoding(self, input_ids: Tensor, *args, **kwargs):
+        """Tell the cache where the prompt ends: the first pass of assisted decoding carries candidate tokens too."""
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() == 0 and input_ids.shape[1]:
+            cache.mod_prompt_tokens = input_ids.shape[1]
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)

@@ -231,7 +231,10 @@ class TuningArguments(TrainingArguments):
         """What is wrong with these values, one line each."""
         found = []
         if self.eval_strategy != "no":
-            found.append(f"--eval_strategy {self.eval_strategy.value}: tuning has no evaluation set; score the result with entrypoints/evaluate")
+            found.append(
+                f"--eval_strategy {self.eval_strategy.value}: tuning has no evaluation set; "
+                "score the result with entrypoints/evaluate"
+            )
         if self.load_best_model_at_end:
             found.append("--load_best_model_at_end needs an evaluation set, which tuning has not")
         if self.auto_find_batch_size:

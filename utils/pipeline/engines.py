@@ -64,3 +64,13 @@ def check_engine(accelerator: Accelerator) -> None:
             f"{asked} was asked for and {accelerator.distributed_type.value} would run: start it with accelerate "
             "launch or scripts/finetune_mod.sh, also for one process"
         )
+
+
+def running(accelerator: Accelerator) -> str:
+    """Name of the engine that runs, for the record: ``one process``, ``DDP``, ``FSDP2``, ``DeepSpeed ZeRO-3`` …"""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    if kind == DistributedType.FSDP:
+        return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
+    return "one process" if accelerator.num_processes == 1 else "DDP"

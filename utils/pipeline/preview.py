@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import utils.model  # noqa: F401  registers the routed configurations, which folders of routed models name
 from utils.data.rows import checked_row, lines_of
 from utils.errors import UserError
 from utils.pipeline.encoding import IGNORE_INDEX, TemplateRefusal, encode_row, learns

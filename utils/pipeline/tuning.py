@@ -18,6 +18,7 @@ from utils.model import save_routers
 from utils.pipeline import checkpoints
 from utils.pipeline.batching import StepOrder
 from utils.pipeline.command_line import Command
+from utils.pipeline.engines import running
 from utils.pipeline.interruption import Interruption
 from utils.pipeline.job import TunedRun, TuningJob
 from utils.pipeline.recipes import load_recipe
@@ -199,6 +200,7 @@ def finish(job: TuningJob, tuned: TunedRun) -> None:
             },
             "seed": training.seed,
             "world_size": training.world_size,
+            "engine": running(tuned.trainer.accelerator),
             "steps": tuned.trainer.state.global_step,
             "target_capacity": routing.target_capacity,
             "reached_capacity": reached,

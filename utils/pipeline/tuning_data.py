@@ -86,7 +86,9 @@ def encode_file(
     usable = [number for number, learnt in enumerate(encoded["learnt"]) if learnt]
     unusable = len(encoded) - len(usable)
     if not usable:
-        raise UserError(f"{raw.path}: no row has an assistant token within {max_length} tokens; raise --max_seq_length")
+        raise UserError(
+            f"{raw.path}: no row has an assistant token within {max_length} tokens; raise --max_seq_length"
+        )
     kept = encoded.select(usable) if unusable else encoded
     return TrainingData(kept.remove_columns(["learnt", "cut"]), unusable, sum(encoded["cut"]), raw)
 

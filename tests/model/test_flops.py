@@ -1,0 +1,147 @@
+"""Floating-point operations under forced masks against pencil and paper, counted by torch.
+
+Counted are matrix products, two operations per multiply-add. Attention is counted without the saving of causality:
+every query that runs against every key that its row offers (under ``keep`` those of all tokens, under ``drop`` those
+of the kept ones), which is what a dense kernel under a mask computes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import LAYERS
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils.model import force_routing, route
+
+ROWS, TOKENS, DEPTH, VOCAB = 4, 32, 5, 61
+HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 32, 48, 4, 2, 8
+Q = O = 2 * HIDDEN * HEADS * WIDTH  # per token
+KV = 2 * 2 * HIDDEN * KV_HEADS * WIDTH
+MLP = 3 * 2 * HIDDEN * INNER
+PAIR = 2 * 2 * HEADS * WIDTH  # per query and key: scores and weighted sum
+CAPACITIES = [0.0, 0.25, 0.5, 1.0]
+
+
+def counted(model, **inputs):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def whole_layer(rows=ROWS, tokens=TOKENS, keys=TOKENS):
+    return rows * tokens * (Q + KV + O + MLP + keys * PAIR)
+
+
+def expected_layer(granularity, policy, share):
+    """One routed layer in which ``share`` of the rows, or of every row's tokens, run."""
+    part, level = granularity.split("_")
+    if level == "sequence":
+        everything, executed = ROWS * TOKENS, share * ROWS * TOKENS
+        if part == "attn":
+            return executed * (Q + KV + O + TOKENS * PAIR) + everything * MLP
+        if part == "mlp":
+            return everything * (Q + KV + O + TOKENS * PAIR) + executed * MLP
+        return executed * (Q + KV + O + MLP + TOKENS * PAIR)
+    everything, executed = ROWS * TOKENS, share * ROWS * TOKENS
+    if part == "mlp":
+        return everything * (Q + KV + O + TOKENS * PAIR) + executed * MLP
+    keys = TOKENS if policy == "keep" else share * TOKENS
+    attention = executed * (Q + O + keys * PAIR) + (everything if policy == "keep" else executed) * KV
+    return attention + (everything if part == "attn" else executed) * MLP
+
+
+def masks(granularity, share):
+    """``share`` of the rows, or of the tokens of each row, here and there."""
+    generator = torch.Generator().manual_seed(3)
+    if "sequence" in granularity:
+        kept = torch.arange(ROWS) < share * ROWS
+        return {layer: kept[torch.randperm(ROWS, generator=generator)] for layer in LAYERS}
+    order = torch.rand(len(LAYERS), ROWS, TOKENS, generator=generator).argsort(-1)
+    return {layer: order[number] < share * TOKENS for number, layer in enumerate(LAYERS)}
+
+
+@pytest.mark.parametrize("share", CAPACITIES)
+@pytest.mark.parametrize(
+    ("granularity", "policy"),
+    [
+        ("attn_sequence", "keep"),
+        ("attn_token", "keep"),
+        ("attn_token", "drop"),
+        ("mlp_sequence", "keep"),
+        ("mlp_token", "keep"),
+        ("block_sequence", "keep"),
+        ("block_token", "keep"),
+        ("block_token", "drop"),
+    ],
+)
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_operations_of_a_forward_pass(granularity, policy, share, use_cache):
+    model = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    ids, _ = random_batch(ROWS, TOKENS)
+    with force_routing(model, masks(granularity, share)):
+        measured = counted(model, input_ids=ids, use_cache=use_cache)
+    expected = ROWS * TOKENS * 2 * HIDDEN * VOCAB + (DEPTH - len(LAYERS)) * whole_layer()
+    expected += len(LAYERS) * expected_layer(granularity, policy, share)
+    assert measured == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("share", CAPACITIES)
+def test_combined_granularities_save_both(share):
+    model = route(tiny_model(), mod_layers=LAYERS, granularity="attn_token+mlp_token")
+    kept = masks("attn_token", share)
+    forced = {(layer, part): mask for layer, mask in kept.items() for part in ("attn", "mlp")}
+    with force_routing(model, forced):
+        measured = counted(model, input_ids=random_batch(ROWS, TOKENS)[0])
+    expected = ROWS * TOKENS * 2 * HIDDEN * VOCAB + (DEPTH - len(LAYERS)) * whole_layer()
+    expected += len(LAYERS) * expected_layer("block_token", "keep", share)
+    assert measured == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("share", CAPACITIES)
+def test_experts_run_for_the_assignments_that_are_kept(share):
+    family, assignments = "mixtral", 2 * ROWS * TOKENS
+    dense = tiny_model(family)
+    dense.config._experts_implementation = "eager"
+    ids, _ = random_batch(ROWS, TOKENS)
+    everything = counted(dense, input_ids=ids)
+    route(dense, mod_layers=LAYERS, granularity="expert_token")
+    executed = int(share * assignments)
+    order = torch.randperm(assignments, generator=torch.Generator().manual_seed(1)).view(-1, 2)
+    with force_routing(dense, {layer: order < executed for layer in LAYERS}):
+        measured = counted(dense, input_ids=ids)
+    saved = len(LAYERS) * (assignments - executed) * MLP
+    assert everything - measured == pytest.approx(saved, rel=0.01, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "policy", "saved"),
+    [
+        ("attn_sequence", "keep", Q + KV + O + (TOKENS + 1) * PAIR),
+        ("attn_token", "keep", Q + O + (TOKENS + 1) * PAIR),
+        ("attn_token", "drop", Q + KV + O + (TOKENS + 1) * PAIR),
+        ("mlp_token", "keep", MLP),
+        ("mlp_sequence", "keep", MLP),
+        ("block_sequence", "keep", Q + KV + O + MLP + (TOKENS + 1) * PAIR),
+        ("block_token", "drop", Q + KV + O + MLP + (TOKENS + 1) * PAIR),
+    ],
+)
+def test_operations_of_a_decoding_step(granularity, policy, saved):
+    """A step whose token is skipped costs what it must: under ``keep`` its key and value, no read of the cache."""
+    ids, _ = random_batch(ROWS, TOKENS)
+    dense, model = tiny_model(), route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    costs = []
+    for one, keep in ((dense, None), (model, True), (model, False)):
+        if keep is None:
+            cache = one(ids).past_key_values
+            costs.append(counted(one, input_ids=ids[:, :1], past_key_values=cache))
+            continue
+        sequence = "sequence" in granularity
+        with torch.no_grad(), force_routing(one, keep or not sequence):
+            cache = one(ids).past_key_values
+        with force_routing(one, keep):
+            costs.append(counted(one, input_ids=ids[:, :1], past_key_values=cache))
+    assert costs[1] == costs[0]
+    assert costs[0] - costs[2] == pytest.approx(len(LAYERS) * ROWS * saved, rel=0.01)

@@ -1,0 +1,182 @@
+"""What a sequence's decision looks at: its real tokens, alone, or its prompt only; never its batch mates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import LAYERS, routed_model
+
+from utils.model import record_routing
+from utils.model.routed_model import prompt_length_from
+
+SEQUENCE = ["attn_sequence", "mlp_sequence", "block_sequence", "attn_sequence+mlp_sequence"]
+
+
+def decisions(model, *args, **kwargs):
+    with torch.no_grad(), record_routing(model) as log:
+        output = model(*args, **kwargs)
+    scores = torch.stack([log.scores[key] for key in log.scores])  # [routers, b]
+    return scores, torch.stack(list(log.decisions.values())), output.logits
+
+
+def padded(ids, left, right, width):
+    """One sequence among padding of any id: ``[1, width]`` and its mask."""
+    row, mask = torch.full((1, width), 7), torch.zeros(1, width, dtype=torch.long)
+    row[0, left : width - right], mask[0, left : width - right] = ids[0], 1
+    return row, mask
+
+
+@pytest.mark.parametrize("granularity", SEQUENCE)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_padding_never_counts(family, granularity):
+    model = routed_model(family, granularity)
+    for seed in range(4):
+        ids, _ = random_batch(1, 8, seed=seed)
+        scores, keep, logits = decisions(model, ids)
+        for left, right in ((3, 0), (0, 3), (2, 2), (9, 0), (0, 9)):
+            row, mask = padded(ids, left, right, 8 + left + right)
+            padded_scores, padded_keep, padded_logits = decisions(model, row, attention_mask=mask)
+            assert torch.equal(padded_keep, keep)
+            assert torch.allclose(padded_scores, scores, atol=1e-5)
+            assert torch.allclose(padded_logits[:, left : left + 8], logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", [*SEQUENCE, "attn_token", "block_token", "attn_token+mlp_token"])
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+def test_a_result_does_not_depend_on_batch_mates(granularity, policy):
+    model = routed_model("llama", granularity, kv_policy=policy)
+    ids, mask = random_batch(5, 14, padding="left")
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask).logits
+        shuffled = torch.tensor([3, 1, 4, 0, 2])
+        assert torch.allclose(
+            model(ids[shuffled], attention_mask=mask[shuffled]).logits, together[shuffled], atol=1e-5
+        )
+        for row in range(5):
+            alone = model(ids[row : row + 1, mask[row].bool()]).logits
+            assert torch.allclose(together[row, mask[row].bool()], alone[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", SEQUENCE)
+def test_right_padding_without_a_mask_is_recognised_by_its_ids(granularity):
+    """lm-eval pads on the right with id 0 and passes no mask."""
+    model = routed_model("llama", granularity)
+    ids, mask = random_batch(4, 12, padding="right")
+    assert (ids[mask == 0] == 0).all()
+    scores, keep, logits = decisions(model, ids)
+    for row in range(4):
+        alone_scores, alone_keep, alone_logits = decisions(model, ids[row : row + 1, mask[row].bool()])
+        assert torch.equal(keep[:, row], alone_keep[:, 0])
+        assert torch.allclose(scores[:, row], alone_scores[:, 0], atol=1e-5)
+        assert torch.allclose(logits[row, mask[row].bool()], alone_logits[0], atol=1e-4)
+
+
+def test_which_ids_are_taken_for_padding():
+    model = routed_model()
+    ids, _ = random_batch(1, 8)
+    inside = ids.clone()
+    inside[0, 3] = 0
+    assert not torch.equal(decisions(model, inside)[0], decisions(model, inside[:, [0, 1, 2, 4, 5, 6, 7]])[0])
+    model.config.pad_token_id = 5
+    tail = torch.cat([ids, torch.tensor([[5, 0, 5]])], 1)
+    assert torch.allclose(decisions(model, tail)[0], decisions(model, ids)[0], atol=1e-6)
+    model.config.mod_padding_ids = []
+    assert not torch.allclose(decisions(model, tail)[0], decisions(model, ids)[0], atol=1e-6)
+    masked = decisions(model, tail, attention_mask=torch.ones_like(tail))[0]
+    assert torch.allclose(decisions(model, tail)[0], masked)
+
+
+def test_a_mask_overrules_the_ids():
+    model = routed_model()
+    ids, _ = random_batch(1, 8)
+    tail = torch.cat([ids, torch.zeros(1, 2, dtype=torch.long)], 1)
+    counted = decisions(model, tail, attention_mask=torch.ones_like(tail))[0]
+    assert not torch.allclose(counted, decisions(model, ids)[0], atol=1e-6)
+
+
+def test_a_row_of_padding_alone_does_no_harm():
+    model = routed_model()
+    ids, mask = random_batch(2, 8)
+    ids[1], mask[1] = 0, 0
+    for given in (mask, None):
+        scores, _, logits = decisions(model, ids, attention_mask=given)
+        assert torch.isfinite(scores).all() and torch.isfinite(logits).all()
+        assert torch.allclose(logits[0], decisions(model, ids[:1])[2][0], atol=1e-5)
+
+
+# ---------------------------------------------------------------- the prompt alone
+
+
+@pytest.mark.parametrize("granularity", SEQUENCE)
+def test_prompt_pooling_decides_as_cached_generation_does(granularity):
+    model = routed_model("llama", granularity, router_pooling="prompt")
+    prompt, mask = random_batch(3, 10, padding="left")
+    with record_routing(model) as log:
+        out = model.generate(prompt, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    expected = torch.stack(list(log.decisions.values()))
+    full = torch.cat([mask, torch.ones(3, 6, dtype=torch.long)], 1)
+    labels = torch.where(torch.arange(16) >= 10, out, -100)
+    for boundary in ({"prompt_length": mask.sum(1)}, {"labels": labels}):
+        scores, keep, logits = decisions(model, out, attention_mask=full, **boundary)
+        assert torch.equal(keep, expected)
+        held = model(prompt, attention_mask=mask).past_key_values
+        with torch.no_grad():
+            steps = model(out[:, 10:], attention_mask=full, past_key_values=held).logits
+        assert torch.allclose(logits[:, 10:], steps, atol=1e-4)
+    assert not torch.allclose(decisions(model, out, attention_mask=full)[0], scores, atol=1e-6)
+
+
+def test_training_on_labels_pools_the_prompt_too():
+    model = routed_model("llama", router_pooling="prompt")
+    ids, mask = random_batch(3, 12, padding="right")
+    labels = torch.where((torch.arange(12) >= 4) & mask.bool(), ids, -100)
+    expected = decisions(model, ids, attention_mask=mask, prompt_length=torch.full((3,), 4))[0]
+    model.train()
+    with record_routing(model) as log:
+        model(ids, attention_mask=mask, labels=labels)
+    assert torch.allclose(torch.stack(list(log.scores.values())), expected, atol=1e-6)
+
+
+def test_sequence_pooling_ignores_the_boundary():
+    model = routed_model("llama", router_pooling="sequence")
+    ids, mask = random_batch(3, 12, padding="left")
+    expected = decisions(model, ids, attention_mask=mask)[0]
+    labels = torch.where(torch.arange(12) >= 8, ids, -100)
+    for boundary in ({"prompt_length": torch.tensor([1, 2, 3])}, {"labels": labels}):
+        assert torch.equal(decisions(model, ids, attention_mask=mask, **boundary)[0], expected)
+
+
+def test_prompt_length_counts_real_tokens():
+    ids, mask = random_batch(3, 12, padding="left")
+    labels = torch.where(torch.arange(12) >= 8, ids, -100)
+    assert prompt_length_from(labels, mask).tolist() == [8, 6, 4]
+    assert prompt_length_from(labels, None).tolist() == [8, 8, 8]
+    assert prompt_length_from(torch.full((1, 4), -100), None).tolist() == [4]
+
+
+@pytest.mark.parametrize("length", [torch.tensor([0, 0, 0]), torch.tensor([99, 99, 99])])
+def test_boundaries_beyond_the_ends(length):
+    model = routed_model("llama", router_pooling="prompt")
+    ids, mask = random_batch(3, 12, padding="left")
+    scores, _, _ = decisions(model, ids, attention_mask=mask, prompt_length=length)
+    first = torch.stack([ids[row, mask[row].bool()][:1] for row in range(3)])
+    expected = decisions(model, first)[0] if length[0] == 0 else decisions(model, ids, attention_mask=mask)[0]
+    assert torch.allclose(scores[:1], expected[:1], atol=1e-5)  # deeper layers have seen more than the first token
+
+
+@pytest.mark.parametrize("value", [torch.tensor([3]), torch.tensor([[3], [3], [3]]), torch.tensor([2.0, 3.0, 4.0]), 3])
+def test_a_boundary_of_another_shape_is_refused(value):
+    model = routed_model("llama", router_pooling="prompt")
+    with pytest.raises(ValueError, match="prompt_length") as error:
+        model(random_batch(3, 12)[0], prompt_length=value)
+    assert "\n" not in str(error.value)
+
+
+def test_threshold_is_inclusive_and_zero_routers_keep_everything():
+    from utils.model import route
+
+    model = route(tiny_model(), mod_layers=LAYERS, threshold=0.5)
+    assert decisions(model, random_batch()[0])[1].all()
+    model = route(tiny_model(), mod_layers=LAYERS, threshold=0.5001)
+    assert not decisions(model, random_batch()[0])[1].any()

@@ -1,0 +1,262 @@
+"""record_routing and force_routing: what is logged, what may be imposed, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import LAYERS, routed_model
+
+from utils.model import force_routing, record_routing, route
+
+ROWS, TOKENS = 3, 12
+
+
+def forward(model, **kwargs):
+    with torch.no_grad():
+        return model(random_batch(ROWS, TOKENS)[0], **kwargs)
+
+
+# ---------------------------------------------------------------- recording
+
+
+@pytest.mark.parametrize(
+    ("granularity", "keys", "shape"),
+    [
+        ("attn_sequence", LAYERS, (ROWS,)),
+        ("mlp_token", LAYERS, (ROWS, TOKENS)),
+        ("attn_token+mlp_token", [(n, part) for n in LAYERS for part in ("attn", "mlp")], (ROWS, TOKENS)),
+    ],
+)
+def test_keys_shapes_and_types(granularity, keys, shape):
+    model = routed_model("llama", granularity)
+    with record_routing(model) as log:
+        forward(model)
+    assert list(log.decisions) == keys and set(log.capacity()) == {"total", *keys}
+    for key in keys:
+        assert log.decisions[key].shape == log.scores[key].shape == shape
+        assert log.decisions[key].dtype == torch.bool and log.scores[key].dtype == torch.float32
+        assert torch.equal(log.scores[key] >= 0.5, log.decisions[key])
+    assert log.capacity()["total"] == pytest.approx(sum(log.capacity()[key] for key in keys) / len(keys))
+
+
+def test_experts_are_logged_per_assignment():
+    model = routed_model("mixtral", "expert_token")
+    with record_routing(model) as log:
+        forward(model)
+    for layer in LAYERS:
+        assert log.decisions[layer].shape == (ROWS * TOKENS, 2)
+        assert log.records[layer][0].experts.shape == (ROWS * TOKENS, 2)
+
+
+def test_blocks_nest_and_end():
+    model = routed_model()
+    with record_routing(model) as outer:
+        forward(model)
+        with record_routing(model) as inner:
+            forward(model)
+        forward(model)
+    forward(model)
+    assert [len(log.records[1]) for log in (outer, inner)] == [3, 1]
+    assert not model.model.mod_logs
+
+
+def test_blocks_may_end_in_any_order_and_by_an_error():
+    model = routed_model()
+    first, second = record_routing(model), record_routing(model)
+    log = first.__enter__()
+    late = second.__enter__()
+    first.__exit__(None, None, None)
+    forward(model)
+    second.__exit__(None, None, None)
+    assert len(late.records[1]) == 1 and not log.records
+    with pytest.raises(RuntimeError), record_routing(model):
+        raise RuntimeError
+    assert not model.model.mod_logs
+
+
+def test_capacity_of_several_passes_is_weighted_by_their_size():
+    model = route(tiny_model(), mod_layers=LAYERS, granularity="attn_token")
+    with record_routing(model) as log:
+        with force_routing(model, True), torch.no_grad():
+            model(random_batch(3, 10)[0])
+        with force_routing(model, False), torch.no_grad():
+            model(random_batch(1, 10)[0])
+    assert log.capacity() == {"total": 0.75, 1: 0.75, 2: 0.75, 3: 0.75}
+
+
+def test_padding_is_no_capacity():
+    model = route(tiny_model(), mod_layers=LAYERS, granularity="attn_token")
+    ids, mask = random_batch(padding="left")
+    with record_routing(model) as log, torch.no_grad():
+        model(ids, attention_mask=mask)
+    assert log.capacity()["total"] == 1.0
+    assert torch.equal(log.decisions[1], mask.bool())
+
+
+@pytest.mark.parametrize(("granularity", "shape"), [("attn_sequence", (2,)), ("attn_token", (2, 7 + 4))])
+def test_generation_is_logged_whole(granularity, shape):
+    model = routed_model("llama", granularity)
+    ids, _ = random_batch(2, 7)
+    with record_routing(model) as log:
+        model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert log.decisions[1].shape == shape
+    passes = 1 if granularity == "attn_sequence" else 5
+    assert all(len(records) == passes for records in log.records.values()), "a held decision is logged once"
+
+
+def test_nothing_is_recorded_without_a_pass():
+    model = routed_model()
+    with record_routing(model) as log:
+        pass
+    assert log.decisions == {} and log.capacity() == {"total": 1.0} and log.capacity_tensors() == {}
+
+
+def test_recording_changes_nothing_and_keeps_no_graph_in_evaluation():
+    model = routed_model("llama", "attn_token")
+    plain = forward(model).logits
+    with record_routing(model) as log:
+        assert torch.equal(forward(model).logits, plain)
+    assert not any(record.logits.requires_grad for records in log.records.values() for record in records)
+
+
+@pytest.mark.parametrize("use", [record_routing, lambda model: force_routing(model, True)])
+def test_a_dense_model_is_refused(use):
+    with pytest.raises(ValueError, match="not routed"), use(tiny_model()):
+        pass
+
+
+# ---------------------------------------------------------------- forcing
+
+
+def test_true_and_false_and_their_end():
+    model, dense = routed_model(), tiny_model()
+    own = forward(model).logits
+    with force_routing(model, True):
+        assert torch.equal(forward(model).logits, forward(dense).logits)
+        with force_routing(model, False), record_routing(model) as log:
+            forward(model)
+        assert log.capacity()["total"] == 0.0 and log.scores == {}
+        assert torch.equal(forward(model).logits, forward(dense).logits), "the outer block holds again"
+    assert torch.equal(forward(model).logits, own)
+
+
+def test_layers_that_are_not_named_decide_for_themselves():
+    model = routed_model("llama", "attn_token")
+    with record_routing(model) as own:
+        forward(model)
+    with force_routing(model, {1: own.decisions[1], 3: False}), record_routing(model) as log:
+        forward(model)
+    assert torch.equal(log.decisions[1], own.decisions[1]) and torch.equal(log.decisions[2], own.decisions[2])
+    assert not log.decisions[3].any() and set(log.scores) == {2}
+
+
+def test_parts_are_named_where_several_are_routed():
+    model = routed_model("llama", "attn_token+mlp_sequence")
+    rows = torch.tensor([True, False, True])
+    with force_routing(model, {(1, "mlp"): rows, 2: False}), record_routing(model) as log:
+        forward(model)
+    assert torch.equal(log.decisions[1, "mlp"], rows)
+    assert not log.decisions[2, "mlp"].any() and not log.decisions[2, "attn"].any()
+    assert 0 < log.decisions[1, "attn"].float().mean() < 1
+
+
+def test_rows_are_spread_over_tokens():
+    model = routed_model("llama", "attn_token")
+    with force_routing(model, {1: torch.tensor([True, False, True])}), record_routing(model) as log:
+        forward(model)
+    assert log.decisions[1].all(1).tolist() == [True, False, True] and not log.decisions[1][1].any()
+
+
+def test_scalars_of_any_kind_are_true_and_false():
+    model = routed_model("llama", "attn_token")
+    for keep in (torch.tensor(False), np.bool_(False), {1: np.False_, 2: torch.tensor(False), 3: False}):
+        with force_routing(model, keep), record_routing(model) as log:
+            forward(model)
+        assert log.capacity()["total"] == 0.0
+
+
+def test_one_tensor_serves_all_layers_and_lists_do_too():
+    model = routed_model()
+    for keep in (torch.tensor([True, False, False]), [True, False, False]):
+        with force_routing(model, keep), record_routing(model) as log:
+            forward(model)
+        assert all(decision.tolist() == [True, False, False] for decision in log.decisions.values())
+
+
+def test_a_callable_is_asked_for_every_decision():
+    model, asked = routed_model("llama", "attn_token+mlp_sequence"), []
+
+    def half(layer, part, shape, past):
+        asked.append((layer, part, tuple(shape), past))
+        return torch.arange(shape.numel()).view(shape) % 2 == 0 if layer == 1 else None
+
+    with force_routing(model, half), record_routing(model) as log:
+        forward(model)
+    shapes = {"attn": (ROWS, TOKENS), "mlp": (ROWS,)}
+    assert asked == [(layer, part, shapes[part], 0) for layer in LAYERS for part in ("attn", "mlp")]
+    assert log.decisions[1, "mlp"].tolist() == [True, False, True] and (2, "mlp") in log.scores
+
+
+def test_one_mask_serves_a_whole_generation():
+    model = routed_model("llama", "attn_token", kv_policy="drop")
+    ids, _ = random_batch(2, 6)
+    mask = torch.rand(2, 6 + 5, generator=torch.Generator().manual_seed(2)) < 0.5
+    with force_routing(model, mask), record_routing(model) as log:
+        out = model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        for decision in log.decisions.values():
+            assert torch.equal(decision, mask)
+        with torch.no_grad():
+            whole = model(out[:, :-1], use_cache=False).logits[:, 5:].argmax(-1)
+    assert torch.equal(whole, out[:, 6:])
+
+
+def test_forced_decisions_never_keep_padding():
+    model = routed_model("llama", "attn_token")
+    ids, mask = random_batch(padding="left")
+    with force_routing(model, True), record_routing(model) as log, torch.no_grad():
+        model(ids, attention_mask=mask)
+    assert torch.equal(log.decisions[1], mask.bool())
+
+
+@pytest.mark.parametrize(
+    ("granularity", "keep"),
+    [
+        ("attn_sequence", torch.ones(2, dtype=torch.bool)),
+        ("attn_sequence", torch.ones(ROWS, TOKENS, dtype=torch.bool)),
+        ("attn_sequence", torch.ones(ROWS)),
+        ("attn_sequence", torch.ones(ROWS, dtype=torch.long)),
+        ("attn_sequence", [0, 1, 1]),
+        ("attn_sequence", 1),
+        ("attn_sequence", 0.5),
+        ("attn_sequence", "all"),
+        ("attn_token", torch.ones(ROWS, TOKENS - 1, dtype=torch.bool)),
+        ("attn_token", torch.ones(2, TOKENS, dtype=torch.bool)),
+        ("attn_token", torch.ones(ROWS, TOKENS, 1, dtype=torch.bool)),
+        ("attn_token", torch.ones(2, dtype=torch.bool)),
+        ("attn_token", lambda layer, part, shape, past: torch.ones(1, 1, dtype=torch.bool)),
+        ("attn_token", lambda layer, part, shape, past: 0.7),
+    ],
+)
+def test_masks_of_another_shape_or_type_are_refused(granularity, keep):
+    model = routed_model("llama", granularity)
+    own = forward(model).logits
+    with pytest.raises(ValueError, match="forced mask of layer 1") as error, force_routing(model, keep):
+        forward(model)
+    assert "\n" not in str(error.value)
+    assert torch.equal(forward(model).logits, own), "nothing stays behind"
+
+
+@pytest.mark.parametrize("keep", [{0: True}, {(1, "mlp"): True}, {"1": True}, {1: True, 9: False}])
+def test_routers_that_are_not_there_are_refused(keep):
+    model = routed_model()
+    with pytest.raises(ValueError, match="names no router"), force_routing(model, keep):
+        forward(model)
+
+
+def test_a_mask_too_short_for_the_generation_is_refused():
+    model = routed_model("llama", "attn_token")
+    ids, _ = random_batch(2, 6)
+    with pytest.raises(ValueError, match="forced mask"), force_routing(model, torch.ones(2, 8, dtype=torch.bool)):
+        model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)

@@ -1,0 +1,151 @@
+"""Two processes under every engine: the same routers as one process, exact resumption, float32 routers, LoRA.
+
+All runs happen in one launch of two processes (``tests/engine_worker.py``); each test looks at what they left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_checkpoint
+import tiny_tuning
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from utils.model import route
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = {
+    "DDP": "configs/accelerate/cpu_ddp.yaml",
+    "FSDP2": "configs/accelerate/fsdp2.yaml",
+    "DeepSpeed ZeRO-1": "configs/accelerate/deepspeed_zero1.yaml",
+    "DeepSpeed ZeRO-2": "configs/accelerate/deepspeed_zero2.yaml",
+    "DeepSpeed ZeRO-3": "configs/accelerate/deepspeed_zero3.yaml",
+}
+ENGINES = list(CONFIGS)
+LORA = {"lora": True, "lora_r": 2, "lora_dropout": 0.2, "num_train_epochs": 1, "router_dir": None}
+HALF = {"bf16": True, "num_train_epochs": 1}
+
+
+def folder_of(engine: str, kind: str) -> str:
+    return f"{engine.replace(' ', '-')}-{kind}"
+
+
+@pytest.fixture(scope="module")
+def runs(parts, tmp_path_factory) -> Path:
+    """Folder with one run per engine and kind: plain, resumed from step 3, LoRA, bfloat16."""
+    folder = tmp_path_factory.mktemp("engines")
+    plan = []
+    for engine, config in CONFIGS.items():
+
+        def item(kind, copy=(), engine=engine, config=config, **settings):
+            arguments = tiny_tuning.arguments(parts, folder / folder_of(engine, kind), **settings)
+            plan.append({"config": config, "arguments": arguments, "copy": [list(map(str, pair)) for pair in copy]})
+
+        whole, resumed = folder / folder_of(engine, "plain"), folder / folder_of(engine, "resumed")
+        item("plain")
+        item("resumed", [(whole / "checkpoint-3", resumed / "checkpoint-3")], resume_from_checkpoint="auto")
+        item("lora", **LORA)
+        item("half", **HALF)
+    (folder / "plan.json").write_text(json.dumps(plan))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    with open(folder / "log.txt", "w") as log:
+        done = subprocess.run(
+            [*launch, str(ROOT / "tests/engine_worker.py"), str(folder / "plan.json")],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=900,
+        )
+    assert done.returncode == 0, (folder / "log.txt").read_text()[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(parts, tmp_path_factory) -> Path:
+    """The LoRA run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "lora"
+    tiny_tuning.tune(parts, folder, **LORA)
+    return folder
+
+
+def assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
+    saved, expected = load_file(ours), load_file(theirs)
+    assert set(saved) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_learn_what_one_does(runs, finished, engine):
+    run = runs / folder_of(engine, "plain")
+    record = json.loads((run / "run.json").read_text())
+    assert (record["world_size"], record["engine"]) == (2, engine)
+    assert_close(run / "router.safetensors", finished / "router.safetensors", 1e-5)
+    start, end = (load_file(folder / "router.safetensors") for folder in (finished, run))
+    assert all(value.dtype == torch.float32 for value in end.values()) and set(start) == set(end)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_log_what_one_does(runs, finished, engine):
+    names = ["task_loss", "penalty", "capacity", "loss", "learning_rate", "padding"]
+    for ours, theirs in zip(
+        tiny_tuning.history(runs / folder_of(engine, "plain")), tiny_tuning.history(finished), strict=True
+    ):
+        assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, abs=2e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_resuming_ends_with_the_same_bits(runs, engine):
+    whole, resumed = runs / folder_of(engine, "plain"), runs / folder_of(engine, "resumed")
+    assert (whole / "router.safetensors").read_bytes() == (resumed / "router.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_checkpoints_hold_what_trains(runs, finished, engine):
+    folder = runs / folder_of(engine, "plain") / "checkpoint-6"
+    assert set(load_file(folder / "trainable.safetensors")) == set(load_file(finished / "router.safetensors"))
+    base = sum(p.numel() for p in AutoModelForCausalLM.from_config(_config(finished)).parameters()) * 4
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < base
+
+
+def _config(finished):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(json.loads((finished / "run.json").read_text())["base"]["path"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bfloat16_base_keeps_float32_routers(runs, parts, engine):
+    saved = load_file(runs / folder_of(engine, "half") / "router.safetensors")
+    start = load_file(parts["start"] / "router.safetensors")
+    for name, value in saved.items():
+        assert value.dtype == torch.float32 and not torch.equal(value, start[name])
+        assert not torch.equal(value, value.bfloat16().float()), "finer than bfloat16"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_lora_and_routers_equal_one_process_and_reload(runs, alone, parts, engine):
+    run = runs / folder_of(engine, "lora")
+    name = "adapter_model.safetensors"
+    assert_close(run / "adapter" / name, alone / "adapter" / name, 1e-5)
+    base = AutoModelForCausalLM.from_pretrained(parts["base"], dtype=torch.float32)
+    model = PeftModel.from_pretrained(route(base, mod_layers=tiny_checkpoint.LAYERS), run / "adapter")
+    trained = load_file(run / "checkpoint-3" / "trainable.safetensors")
+    state = model.state_dict()
+    assert len(trained) > 3 and all(torch.equal(state[key], value) for key, value in trained.items())
+
+
+def test_the_log_of_all_runs_is_short(runs):
+    lines = (runs / "log.txt").read_text().splitlines()
+    assert len(lines) < 20 * len(ENGINES) * 4, "\n".join(lines[:200])
