@@ -1,0 +1,95 @@
+"""Freeze a learned policy: modules that (nearly) never run go for good, all others always run, no custom code is left.
+
+    python entrypoints/checkpoint/freeze_static.py --run RUN --rows data/sample/heldout --output exports/frozen
+    python entrypoints/checkpoint/freeze_static.py --run RUN --rows ROWS --drop 5.attn 8.attn --output exports/frozen
+A routed block is taken out of the decoder, which saves work in every runtime. An attention or MLP is silenced (its
+output projection becomes zero): any runtime gives the right numbers, none saves the work. The loss before and after is
+measured on --rows and written into the model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from utils.checkpoint.freeze import freeze, seldom_used, write_frozen
+from utils.checkpoint.run_folder import base_of
+from utils.errors import UserError, cli
+from utils.evaluation.models import load_dense, load_tokenizer, load_tuned
+from utils.evaluation.rows import labelled_batches, read_rows
+from utils.evaluation.static_drop import answer_loss
+from utils.evaluation.tables import Table
+from utils.model import record_routing, routed_modules
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of the tuning run")
+    parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
+    parser.add_argument(
+        "--rows", type=Path, nargs="+", required=True, help="JSONL files or folders: what is measured on"
+    )
+    parser.add_argument("--rows_per_file", type=int, default=64)
+    parser.add_argument("--max_use", type=float, default=0.02, help="drop modules that run for at most this share")
+    parser.add_argument("--drop", nargs="+", help="drop these routers' modules instead, as 5.attn 9.block")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier frozen checkpoint")
+    args = parser.parse_args()
+    if not 0 <= args.max_use < 1:
+        raise UserError(f"--max_use {args.max_use} must lie in [0, 1)")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    base = base_of(args.run, args.base)
+    tokenizer = load_tokenizer(base)
+    files = [file for path in args.rows for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"--rows {' '.join(map(str, args.rows))}: no .jsonl files there")
+    rows = [row for file in files for row in read_rows(file, args.rows_per_file)]
+    model = load_tuned(base, args.run, dtype=args.dtype)
+    length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    batches = labelled_batches(rows, tokenizer, 16, length, model.device)
+    with torch.no_grad(), record_routing(model) as log:
+        routed_loss = answer_loss(model, batches)
+    shares = log.capacity()
+    capacity = {name: float(shares[module.mod_key]) for name, module in routed_modules(model).items()}
+    dropped = args.drop or seldom_used(capacity, args.max_use)
+    if not dropped:
+        used = ", ".join(f"{name} {share:.3f}" for name, share in capacity.items())
+        raise UserError(
+            f"no module runs for at most {args.max_use:g} of the rows ({used}): raise --max_use, or use --drop"
+        )
+    frozen = freeze(model, dropped)
+    losses = {"dense": answer_loss(load_dense(base, args.dtype), batches), "routed": routed_loss}
+    losses["frozen"] = answer_loss(model, batches)
+    table = Table(["model", "loss on the answers (nats per token)"], list(losses.items()), digits=4)
+    what = [f"layers {', '.join(map(str, frozen.removed))} removed"] if frozen.removed else []
+    what += [f"{', '.join(frozen.silenced)} silenced"] if frozen.silenced else []
+    card = (
+        f"# {base.name}, frozen routing\n\nFrom the routers of `{args.run.name}`: {'; '.join(what)}; everything else "
+        f"always runs. A plain `{model.config.model_type}` checkpoint.\n\n{table.markdown()}\n\n"
+        f"Measured on {len(rows)} rows.\n"
+    )
+    facts = {
+        "removed": frozen.removed,
+        "silenced": frozen.silenced,
+        "capacity": capacity,
+        "loss": losses,
+        "rows": len(rows),
+    }
+    write_frozen(model, tokenizer, args.output, json.dumps(facts, indent=2) + "\n", card, args.overwrite)
+    print(table.text())
+    print(f"{args.output}: {'; '.join(what)}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,83 @@
+"""Freezing: a plain checkpoint whose numbers are those of the fixed policy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_checkpoint import LAYERS, write_base, write_run
+from tiny_models import random_batch, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.checkpoint.freeze import freeze, seldom_used, write_frozen
+from utils.errors import UserError
+from utils.model import force_routing, is_routed, route
+
+
+@torch.no_grad()
+def logits(model):
+    ids, mask = random_batch(rows=4, padding="left")
+    return model.eval()(ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi"])
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "block_sequence", "attn_token+mlp_token"])
+def test_frozen_equals_forced_policy(tmp_path, family, granularity):
+    model = route(tiny_model(family), mod_layers=[1, 2, 3], granularity=granularity, kv_policy="drop")
+    parts = [name.split("_")[0] for name in granularity.split("+")]
+    keys = {(layer, part): layer != 2 for layer in (1, 2, 3) for part in parts}
+    with force_routing(model, {key if len(parts) > 1 else key[0]: keep for key, keep in keys.items()}):
+        expected = logits(model)
+    frozen = freeze(model, [f"2.{part}" for part in parts])
+    assert not is_routed(model) and not any("mod" in name for name in vars(model.config) if name.startswith("mod_"))
+    torch.testing.assert_close(logits(model), expected)
+    assert frozen.removed == ((2,) if parts == ["block"] else ()) and len(frozen.kept) == 2 * len(parts)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert again.config.num_hidden_layers == (4 if parts == ["block"] else 5)
+    torch.testing.assert_close(logits(again), expected)
+    ids, _ = random_batch(rows=2)
+    cached = again.generate(ids, do_sample=False, max_new_tokens=5, pad_token_id=0)
+    plain = again.generate(ids, do_sample=False, max_new_tokens=5, pad_token_id=0, use_cache=False)
+    assert torch.equal(cached, plain), "layers must find their own cache after others were removed"
+
+
+def test_what_is_dropped():
+    assert seldom_used({"1.attn": 0.0, "2.attn": 0.02, "3.attn": 0.021}, 0.02) == ["1.attn", "2.attn"]
+
+
+def test_refusals(tmp_path):
+    model = route(tiny_model(), mod_layers=[1])
+    with pytest.raises(UserError, match=r"9\.attn.*1\.attn"):
+        freeze(model, ["9.attn"])
+    experts = route(tiny_model("mixtral"), mod_layers=[1], granularity="expert_token")
+    with pytest.raises(UserError, match="single experts"):
+        freeze(experts, ["1.expert"])
+    assert is_routed(model) and is_routed(experts), "a refusal changes nothing"
+
+
+def test_written_folder(tmp_path):
+    base = write_base(tmp_path / "base")
+    model = route(AutoModelForCausalLM.from_pretrained(base), mod_layers=[1])
+    freeze(model, ["1.attn"])
+    write_frozen(model, AutoTokenizer.from_pretrained(base), tmp_path / "frozen", "{}\n", "card")
+    assert AutoTokenizer.from_pretrained(tmp_path / "frozen")("A") == AutoTokenizer.from_pretrained(base)("A")
+    with pytest.raises(UserError, match="--overwrite"):
+        write_frozen(model, AutoTokenizer.from_pretrained(base), tmp_path / "frozen", "{}\n", "card")
+
+
+def test_command_measures_the_loss(tmp_path, root):
+    base = write_base(tmp_path / "base")
+    run = write_run(tmp_path / "run", base)
+    command = [sys.executable, str(root / "entrypoints/checkpoint/freeze_static.py"), "--run", str(run)]
+    command += ["--base", str(base), "--rows", str(root / "data/sample/heldout"), "--rows_per_file", "2"]
+    command += ["--drop", f"{LAYERS[0]}.attn", "--output", str(tmp_path / "frozen")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "frozen" / "frozen_routing.json").read_text())
+    assert facts["silenced"] == ["1.attn"] and facts["rows"] == 26 and len(set(facts["loss"].values())) == 3
+    assert f"{facts['loss']['frozen']:.4f}" in (tmp_path / "frozen" / "README.md").read_text()
