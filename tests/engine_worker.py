@@ -37,6 +37,7 @@ def environment_of(config: str) -> dict[str, str]:
     args, *_ = _validate_launch_command(args)
     if args.use_deepspeed:
         args.deepspeed_config_file = str(ROOT / args.deepspeed_config_file)
+        args.deepspeed_fields_from_accelerate_config = "deepspeed_config_file,zero3_init_flag"
         return prepare_deepspeed_cmd_env(args)[1]
     return prepare_multi_gpu_env(args)
 

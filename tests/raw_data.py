@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import zstandard
 
+from utils.data import workers
 from utils.data.formats import FORMATS
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
@@ -96,3 +99,12 @@ def sample_rows(name: str, count: int) -> list[dict]:
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}] * (1 + number % 3)
             rows.append({"id": f"r{number}", "conversations": turns})
     return rows
+
+
+def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers in this process, which see the sizes that a test sets."""
+
+    def pool(count, context, initializer, initargs):
+        return ThreadPoolExecutor(count, initializer=workers._share, initargs=initargs)
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)

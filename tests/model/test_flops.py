@@ -18,7 +18,7 @@ from utils.model import force_routing, route
 
 ROWS, TOKENS, DEPTH, VOCAB = 4, 32, 5, 61
 HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 32, 48, 4, 2, 8
-Q = O = 2 * HIDDEN * HEADS * WIDTH  # per token
+Q = OUT = 2 * HIDDEN * HEADS * WIDTH  # per token
 KV = 2 * 2 * HIDDEN * KV_HEADS * WIDTH
 MLP = 3 * 2 * HIDDEN * INNER
 PAIR = 2 * 2 * HEADS * WIDTH  # per query and key: scores and weighted sum
@@ -32,7 +32,7 @@ def counted(model, **inputs):
 
 
 def whole_layer(rows=ROWS, tokens=TOKENS, keys=TOKENS):
-    return rows * tokens * (Q + KV + O + MLP + keys * PAIR)
+    return rows * tokens * (Q + KV + OUT + MLP + keys * PAIR)
 
 
 def expected_layer(granularity, policy, share):
@@ -41,15 +41,15 @@ def expected_layer(granularity, policy, share):
     if level == "sequence":
         everything, executed = ROWS * TOKENS, share * ROWS * TOKENS
         if part == "attn":
-            return executed * (Q + KV + O + TOKENS * PAIR) + everything * MLP
+            return executed * (Q + KV + OUT + TOKENS * PAIR) + everything * MLP
         if part == "mlp":
-            return everything * (Q + KV + O + TOKENS * PAIR) + executed * MLP
-        return executed * (Q + KV + O + MLP + TOKENS * PAIR)
+            return everything * (Q + KV + OUT + TOKENS * PAIR) + executed * MLP
+        return executed * (Q + KV + OUT + MLP + TOKENS * PAIR)
     everything, executed = ROWS * TOKENS, share * ROWS * TOKENS
     if part == "mlp":
-        return everything * (Q + KV + O + TOKENS * PAIR) + executed * MLP
+        return everything * (Q + KV + OUT + TOKENS * PAIR) + executed * MLP
     keys = TOKENS if policy == "keep" else share * TOKENS
-    attention = executed * (Q + O + keys * PAIR) + (everything if policy == "keep" else executed) * KV
+    attention = executed * (Q + OUT + keys * PAIR) + (everything if policy == "keep" else executed) * KV
     return attention + (everything if part == "attn" else executed) * MLP
 
 
@@ -119,13 +119,13 @@ def test_experts_run_for_the_assignments_that_are_kept(share):
 @pytest.mark.parametrize(
     ("granularity", "policy", "saved"),
     [
-        ("attn_sequence", "keep", Q + KV + O + (TOKENS + 1) * PAIR),
-        ("attn_token", "keep", Q + O + (TOKENS + 1) * PAIR),
-        ("attn_token", "drop", Q + KV + O + (TOKENS + 1) * PAIR),
+        ("attn_sequence", "keep", Q + KV + OUT + (TOKENS + 1) * PAIR),
+        ("attn_token", "keep", Q + OUT + (TOKENS + 1) * PAIR),
+        ("attn_token", "drop", Q + KV + OUT + (TOKENS + 1) * PAIR),
         ("mlp_token", "keep", MLP),
         ("mlp_sequence", "keep", MLP),
-        ("block_sequence", "keep", Q + KV + O + MLP + (TOKENS + 1) * PAIR),
-        ("block_token", "drop", Q + KV + O + MLP + (TOKENS + 1) * PAIR),
+        ("block_sequence", "keep", Q + KV + OUT + MLP + (TOKENS + 1) * PAIR),
+        ("block_token", "drop", Q + KV + OUT + MLP + (TOKENS + 1) * PAIR),
     ],
 )
 def test_operations_of_a_decoding_step(granularity, policy, saved):

@@ -62,6 +62,11 @@ class DatasetRun:
         return None if None in counts else sum(counts)
 
     @property
+    def is_cut(self) -> bool:
+        """Whether the plan has stretches of files in it."""
+        return any(unit.stop is not None for unit in self._units)
+
+    @property
     def over(self) -> bool:
         """Whether nothing is left to do."""
         return self.outcome.error is not None or self.outcome.resumed or None not in self._states

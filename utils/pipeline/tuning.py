@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +224,11 @@ def write_trained(job: TuningJob, tuned: TunedRun, weights: dict[str, torch.Tens
     routers = {_router_name(name): value for name, value in weights.items() if "mod_router" in name}
     save_routers(model, job.output, state=routers, extra={**tuned.extra, "base": job.base_identity})
     if isinstance(model, PeftModel):
-        write_folder(job.output / "adapter", lambda folder: model.save_pretrained(folder, state_dict=weights))
+        write_folder(
+            job.output / "adapter", partial(model.save_pretrained, state_dict=weights, save_embedding_layers=False)
+        )
     elif job.command.routing.trains == "full":
-        write_folder(job.output / "model", lambda folder: model.save_pretrained(folder, state_dict=weights))
+        write_folder(job.output / "model", partial(model.save_pretrained, state_dict=weights))
         job.tokenizer.save_pretrained(job.output / "model")
 
 

@@ -1,0 +1,248 @@
+"""Mixing: exact portions, caps, duplicates, a shuffle that is uniform in any number of buckets, and its faults."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from fractions import Fraction
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from raw_data import read_jsonl
+
+from utils.data import mixing
+from utils.data.mix_plan import PUBLISHED_PORTIONS, MixPlan, make_plan
+from utils.data.mixing import mix
+from utils.errors import UserError
+
+
+def make_set(folder: Path, name: str, count: int, prefix: str = "") -> list[dict]:
+    rows = [
+        {"dataset": name, "id": f"{name}_{n}", "messages": [{"role": "assistant", "content": f"{prefix or name} {n}"}]}
+        for n in range(count)
+    ]
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    (folder / name / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def plan(*portions: str, caps: tuple[str, ...] = (), seed: int = 1, dedup: bool = False) -> MixPlan:
+    made = {name: Fraction(number) for name, number in (text.split("=") for text in portions)}
+    return MixPlan(made, {name: int(rows) for name, rows in (text.split("=") for text in caps)}, seed, dedup)
+
+
+def ids(folder: Path) -> list[str]:
+    return [row["id"] for row in read_jsonl(folder / "data.jsonl")]
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch):
+    monkeypatch.setattr(mixing, "BUCKET_BYTES", 1500)
+    monkeypatch.setattr(mixing, "BUFFERED_BYTES", 700)
+
+
+def test_published_portions_are_exact(tmp_path: Path):
+    rows = [row for name in PUBLISHED_PORTIONS for row in make_set(tmp_path, name, 200)]
+    make_set(tmp_path, "alpaca", 50)
+    report = mix(make_plan(None, [], [], None, None), tmp_path, tmp_path / "mixed")
+    counts = Counter(ids(tmp_path / "mixed"))
+    assert report["rows"] == counts.total() == 580 + 4 * 200 and report["seed"] == 233
+    assert set(counts) == {row["id"] for row in rows}
+    share = [count for name, count in counts.items() if name.startswith("vicuna")]
+    assert Counter(share) == {3: 180, 2: 20}
+    assert all(count == 1 for name, count in counts.items() if not name.startswith("vicuna"))
+    by_id = {row["id"]: row for row in rows}
+    assert all(row == by_id[row["id"]] for row in read_jsonl(tmp_path / "mixed" / "data.jsonl"))
+
+
+def test_provenance(tmp_path: Path):
+    make_set(tmp_path, "a", 30)
+    make_set(tmp_path, "b", 10)
+    report = mix(plan("a=0.5", "b=2", caps=("b=15",), seed=9), tmp_path, tmp_path / "mixed")
+    assert report == json.loads((tmp_path / "mixed" / "mix.json").read_text())
+    assert report["sha256"] == hashlib.sha256((tmp_path / "mixed" / "data.jsonl").read_bytes()).hexdigest()
+    assert report["sets"]["b"] == {
+        "file": "b/data.jsonl",
+        "sha256": hashlib.sha256((tmp_path / "b" / "data.jsonl").read_bytes()).hexdigest(),
+        "rows": 10,
+        "duplicates": 0,
+        "portion": "2",
+        "cap": 15,
+        "mixed": 15,
+    }
+    assert report["sets"]["a"]["mixed"] == 15 and report["rows"] == 30
+    assert sorted(path.name for path in (tmp_path / "mixed").iterdir()) == ["data.jsonl", "mix.json"]
+
+
+def test_the_seed_decides(tmp_path: Path):
+    make_set(tmp_path, "a", 100)
+    first, again, other = (tmp_path / name for name in ("first", "again", "other"))
+    for folder, seed in ((first, 1), (again, 1), (other, 2)):
+        mix(plan("a=1.5", seed=seed), tmp_path, folder)
+    assert (first / "data.jsonl").read_bytes() == (again / "data.jsonl").read_bytes()
+    assert (first / "mix.json").read_bytes() == (again / "mix.json").read_bytes()
+    assert ids(first) != ids(other) and Counter(ids(first)) != Counter(ids(other))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    hundredths=st.integers(1, 450),
+    cap=st.none() | st.integers(0, 60),
+    bucket=st.integers(50, 3000),
+)
+def test_any_portion(rows: int, hundredths: int, cap: int | None, bucket: int, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "portions"
+    make_set(folder, "a", rows)
+    make_set(folder, "b", 3)
+    wanted = (rows * hundredths + 50) // 100
+    wanted = wanted if cap is None else min(wanted, cap)
+    caps = () if cap is None else (f"a={cap}",)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixing, "BUCKET_BYTES", bucket)
+        mix(plan(f"a={hundredths / 100}", "b=1", caps=caps), folder, folder / "mixed")
+    counts = Counter(name for name in ids(folder / "mixed") if name.startswith("a"))
+    assert counts.total() == wanted
+    if wanted:
+        per_row = [counts[f"a_{number}"] for number in range(rows)]
+        assert max(per_row) - min(per_row) <= 1
+
+
+def test_duplicates_within_and_across_sets(tmp_path: Path):
+    make_set(tmp_path, "a", 20, "same")
+    make_set(tmp_path, "b", 30, "same")
+    rows = read_jsonl(tmp_path / "a" / "data.jsonl")
+    with (tmp_path / "a" / "data.jsonl").open("a") as file:
+        file.write(json.dumps({**rows[3], "id": "twice"}) + "\n\n" + json.dumps({**rows[3], "id": "thrice"}) + "\n")
+    report = mix(plan("a=1", "b=2", dedup=True), tmp_path, tmp_path / "mixed")
+    counts = Counter(ids(tmp_path / "mixed"))
+    assert counts == {**{f"a_{n}": 1 for n in range(20)}, **{f"b_{n}": 2 for n in range(20, 30)}}
+    assert [report["sets"][name]["duplicates"] for name in "ab"] == [2, 20]
+    report = mix(plan("a=1", "b=2"), tmp_path, tmp_path / "mixed")
+    assert report["rows"] == 22 + 60
+
+
+def test_every_order_is_as_likely(tmp_path: Path, monkeypatch):
+    """700 seeds, 6 orders of 3 rows over 3 buckets: 117 each but for chance (standard deviation 10)."""
+    make_set(tmp_path, "a", 3)
+    monkeypatch.setattr(mixing, "BUCKET_BYTES", (tmp_path / "a" / "data.jsonl").stat().st_size // 3)
+    orders: Counter = Counter()
+    for seed in range(700):
+        mix(plan("a=1", seed=seed), tmp_path, tmp_path / "mixed")
+        orders[tuple(ids(tmp_path / "mixed"))] += 1
+    assert set(orders) == set(permutations(["a_0", "a_1", "a_2"]))
+    assert all(80 <= count <= 155 for count in orders.values()), orders
+
+
+def test_rows_without_a_last_line_end_and_with_windows_line_ends(tmp_path: Path):
+    make_set(tmp_path, "a", 3)
+    path = tmp_path / "a" / "data.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n").rstrip(b"\r\n"))
+    mix(plan("a=2"), tmp_path, tmp_path / "mixed")
+    assert Counter(ids(tmp_path / "mixed")) == {"a_0": 2, "a_1": 2, "a_2": 2}
+    assert b"\r" not in (tmp_path / "mixed" / "data.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', "no JSON"),
+        ("[]", "no JSON object"),
+        ('{"id": 1}', "neither"),
+        ('{"messages": []}', "no list of turns"),
+        ('{"messages": "x"}', "no list of turns"),
+        ('{"messages": [{"role": "user"}]}', "message 0 has no text"),
+        ('{"messages": [{"role": "user", "content": 1}]}', "message 0 has no text"),
+        ('{"messages": [{"role": "user", "content": ""}, {"role": "bot", "content": ""}]}', "message 1 has the role 'bot'"),
+    ],
+)
+def test_bad_rows_are_named_and_nothing_is_left(line: str, message: str, tmp_path: Path):
+    make_set(tmp_path, "a", 3)
+    make_set(tmp_path, "b", 3)
+    with (tmp_path / "b" / "data.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=f"b/data.jsonl:4: .*{message}"):
+        mix(plan("a=1", "b=1"), tmp_path, tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_prompt_and_completion_rows_mix_too(tmp_path: Path):
+    make_set(tmp_path, "a", 2)
+    row = '{"prompt": "p", "completion": "c"}\n'
+    (tmp_path / "a" / "data.jsonl").write_text(row * 3)
+    assert mix(plan("a=1", dedup=True), tmp_path, tmp_path / "mixed")["rows"] == 1
+    assert (tmp_path / "mixed" / "data.jsonl").read_text() == row
+
+
+def test_missing_and_empty_sets(tmp_path: Path):
+    make_set(tmp_path, "a", 3)
+    with pytest.raises(UserError, match="b, c: no data.jsonl .* --portion b=0 c=0"):
+        mix(plan("a=1", "b=1", "c=1"), tmp_path, tmp_path / "mixed")
+    make_set(tmp_path, "b", 0)
+    with pytest.raises(UserError, match="b/data.jsonl holds no row"):
+        mix(plan("a=1", "b=1"), tmp_path, tmp_path / "mixed")
+    with pytest.raises(UserError, match="nothing to mix"):
+        mix(plan("a=0.1"), tmp_path, tmp_path / "mixed")
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_what_a_killed_mix_left_is_swept(tmp_path: Path):
+    make_set(tmp_path, "a", 20)
+    mix(plan("a=1"), tmp_path, tmp_path / "calm")
+    stale = tmp_path / "mixed" / ".partial"
+    stale.mkdir(parents=True)
+    (stale / "bucket_00000").write_text("garbage\n")
+    mix(plan("a=1"), tmp_path, tmp_path / "mixed")
+    assert (tmp_path / "mixed" / "data.jsonl").read_bytes() == (tmp_path / "calm" / "data.jsonl").read_bytes()
+
+
+def test_plans_from_flags_and_yaml(tmp_path: Path, root: Path):
+    published = make_plan(None, [], [], None, None)
+    assert make_plan(root / "configs" / "data" / "mix.yaml", [], [], None, None) == published
+    changed = make_plan(None, ["alpaca=1/3", "slim_orca=0"], ["alpaca=7"], 5, True)
+    assert changed.names == ["vicuna_sharegpt", "evol_instruct", "meta_math_qa", "evol_code_alpaca", "alpaca"]
+    assert changed.wanted("alpaca", 9) == 3 and changed.wanted("alpaca", 99) == 7 and changed.seed == 5
+    config = tmp_path / "mix.yaml"
+    config.write_text("portions: {a: 2.9, b: 0.1}\ncaps: {a: 500}\nseed: 4\ndedup: true\n")
+    read = make_plan(config, ["b=1"], [], None, None)
+    assert (read.wanted("a", 100), read.wanted("a", 200), read.wanted("b", 7)) == (290, 500, 7)
+    assert read.seed == 4 and read.dedup
+    assert make_plan(config, [], [], 8, None).seed == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("portions: {a: -1}", "at least 0"),
+        ("portions: {a: x}", "no number"),
+        ("portions: {a: true}", "no number"),
+        ("portions: {a: .inf}", "no number"),
+        ("portions: {a: 1}\ncaps: {a: 1.5}", "whole number"),
+        ("portions: {a: 1}\ncaps: {b: 1}", "cap is given for b"),
+        ("portions: {a: 1}\nseed: x", "'seed' a whole number"),
+        ("portions: {a: 1}\nproportions: {}", "unknown key proportions"),
+        ("portions: [a]", "no 'portions'"),
+        ("seed: 1", "no 'portions'"),
+        ("a: [", "cannot be read"),
+        ("portions: {}", "nothing to mix"),
+        ("portions: {a: 0}", "nothing to mix"),
+    ],
+)
+def test_bad_yaml(text: str, message: str, tmp_path: Path):
+    config = tmp_path / "mix.yaml"
+    config.write_text(text)
+    with pytest.raises(UserError, match=message):
+        make_plan(config, [], [], None, None)
+
+
+@pytest.mark.parametrize(("flag", "text"), [("portion", "a"), ("portion", "a="), ("portion", "=1"), ("cap", "a=x")])
+def test_bad_flags(flag: str, text: str):
+    given = {"portion": [], "cap": [], flag: [text]}
+    with pytest.raises(UserError, match=f"--{flag}"):
+        make_plan(None, given["portion"], given["cap"], None, None)
+    with pytest.raises(UserError, match="is missing"):
+        make_plan(Path("absent.yaml"), [], [], None, None)

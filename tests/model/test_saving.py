@@ -1,0 +1,300 @@
+"""Routers on disk: exact round trip, whole files or none, and one line for every damaged or foreign one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import random_batch, tiny_model
+from tiny_routed import CASES, LAYERS, routed_model
+
+from utils.errors import UserError
+from utils.model import is_routed, load_routers, record_routing, route, routed_modules, save_routers, unroute
+
+WEIGHTS, CONFIG = "router.safetensors", "router_config.json"
+
+
+def logits(model):
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        return model(ids, attention_mask=mask).logits
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with routers of the tiny Llama, and the model that they came from."""
+    model = routed_model("llama")
+    save_routers(model, tmp_path)
+    return tmp_path, model
+
+
+# ---------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize(("family", "granularity", "policy"), [*CASES, ("gemma2", "attn_token+mlp_sequence", "drop")])
+@pytest.mark.parametrize("onto", ["dense", "routed"])
+def test_round_trip_is_exact(family, granularity, policy, onto, tmp_path):
+    model = routed_model(family, granularity, "eager", kv_policy=policy, threshold=0.47, router_pooling="prompt")
+    save_routers(model, tmp_path / "new" / "folder")
+    other = tiny_model(family, "eager")
+    if onto == "routed":
+        route(other, mod_layers=LAYERS, granularity=granularity, kv_policy=policy, router_pooling="prompt")
+    assert load_routers(other, tmp_path / "new" / "folder") is other
+    assert torch.equal(logits(other), logits(model))
+    for ours, theirs in zip(routed_modules(other).values(), routed_modules(model).values(), strict=True):
+        assert torch.equal(ours.mod_router.weight, theirs.mod_router.weight)
+        assert ours.mod_threshold == 0.47
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity", "names"),
+    [
+        ("llama", "attn_sequence", ["self_attn"]),
+        ("llama", "block_token", [""]),
+        ("llama", "attn_token+mlp_token", ["mlp", "self_attn"]),
+        ("mixtral", "expert_token", ["mlp.experts"]),
+    ],
+)
+def test_exact_keys_shapes_and_type(family, granularity, names, tmp_path):
+    model = save_and_return(routed_model(family, granularity), tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    where = [f"{name}." if name else "" for name in names]
+    assert sorted(state) == [f"model.layers.{n}.{name}mod_router.weight" for n in LAYERS for name in where]
+    assert set(state) <= set(model.state_dict())
+    outputs = 4 if "expert" in granularity else 1
+    assert {(tuple(w.shape), w.dtype) for w in state.values()} == {((outputs, 32), torch.float32)}
+    config = json.loads((tmp_path / CONFIG).read_text())
+    assert config["mod_granularity"] == granularity and config["mod_layers"] == LAYERS
+    assert sorted(path.name for path in tmp_path.iterdir()) == [WEIGHTS, CONFIG]
+
+
+def save_and_return(model, folder):
+    save_routers(model, folder)
+    return model
+
+
+def test_saving_twice_gives_the_same_bytes_and_ordinary_permissions(saved):
+    folder, model = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    save_routers(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~umask}
+
+
+def test_further_entries_and_gathered_weights(tmp_path):
+    model = routed_model()
+    state = {name: p.detach().bfloat16() for name, p in model.named_parameters() if "mod_router" in name}
+    save_routers(model, tmp_path, state=state, extra={"note": "calibrated on nothing"})
+    assert json.loads((tmp_path / CONFIG).read_text())["note"] == "calibrated on nothing"
+    for name, weight in load_file(tmp_path / WEIGHTS).items():
+        assert torch.equal(weight, state[name].float())
+
+
+def test_foreign_weights_are_not_saved(tmp_path):
+    with pytest.raises(UserError, match="do not belong"):
+        save_routers(routed_model(), tmp_path / "out", state={"model.layers.0.mod_router.weight": torch.zeros(1, 32)})
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_base_in_another_dtype_is_the_same_base(saved):
+    folder, model = saved
+    other = load_routers(tiny_model("llama").bfloat16(), folder)
+    for ours, theirs in zip(routed_modules(other).values(), routed_modules(model).values(), strict=True):
+        assert torch.equal(ours.mod_router.weight, theirs.mod_router.weight)
+
+
+# ---------------------------------------------------------------- whole files or none
+
+
+@pytest.mark.parametrize("failing", ["save_file", "replace", "chmod"])
+def test_a_failing_write_leaves_no_file(failing, tmp_path, monkeypatch):
+    model = routed_model()
+
+    def fail(*args, **kwargs):
+        if failing == "save_file":
+            open(args[1], "wb").write(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("utils.model.saving.save_file" if failing == "save_file" else f"os.{failing}", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_routers(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failing_write_leaves_the_old_files(saved, monkeypatch):
+    folder, model = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        next(iter(routed_modules(model).values())).mod_router.weight.add_(1)
+    with pytest.raises((TypeError, UserError)):
+        save_routers(model, folder, extra={"what": object()})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+# ---------------------------------------------------------------- damaged and foreign files
+
+
+def edit(folder, change):
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS)
+
+
+def configure(folder, **fields):
+    config = json.loads((folder / CONFIG).read_text())
+    config |= fields
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+KEY = "model.layers.2.self_attn.mod_router.weight"
+DAMAGE = {
+    "no weights": lambda f: (f / WEIGHTS).unlink(),
+    "no configuration": lambda f: (f / CONFIG).unlink(),
+    "no folder": lambda f: [path.unlink() for path in f.iterdir()],
+    "a folder for weights": lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()),
+    "empty weights": lambda f: (f / WEIGHTS).write_bytes(b""),
+    "cut weights": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-7]),
+    "text": lambda f: (f / WEIGHTS).write_text("these are no weights"),
+    "a pickle": lambda f: torch.save(load_file(f / WEIGHTS), f / WEIGHTS),
+    "an endless header": lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 64),
+    "wide router": lambda f: edit(f, lambda s: s.update({KEY: torch.zeros(1, 33)})),
+    "several outputs": lambda f: edit(f, lambda s: s.update({KEY: torch.zeros(4, 32)})),
+    "flat router": lambda f: edit(f, lambda s: s.update({KEY: torch.zeros(32)})),
+    "not a number": lambda f: edit(f, lambda s: s.update({KEY: torch.full((1, 32), math.nan)})),
+    "infinite": lambda f: edit(f, lambda s: s[KEY].view(-1)[3:4].fill_(math.inf)),
+    "integers": lambda f: edit(f, lambda s: s.update({KEY: torch.ones(1, 32, dtype=torch.int64)})),
+    "a key too many": lambda f: edit(f, lambda s: s.update({"model.layers.0.self_attn.q_proj.weight": torch.ones(1)})),
+    "a key too few": lambda f: edit(f, lambda s: s.pop(KEY)),
+    "no keys": lambda f: edit(f, lambda s: s.clear()),
+    "half a JSON": lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:50]),
+    "empty JSON": lambda f: (f / CONFIG).write_text(""),
+    "bytes for JSON": lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00\x01"),
+    "a list for JSON": lambda f: (f / CONFIG).write_text("[]"),
+    "deep JSON": lambda f: (f / CONFIG).write_text("[" * 100_000),
+    "another format": lambda f: configure(f, format=99),
+    "granularity typo": lambda f: configure(f, mod_granularity="attn_sequenc"),
+    "granularity is a path": lambda f: configure(f, mod_granularity="../../etc/passwd"),
+    "granularity is a number": lambda f: configure(f, mod_granularity=3),
+    "layers are a path": lambda f: configure(f, mod_layers="../../etc"),
+    "layers are missing": lambda f: configure(f, mod_layers=None),
+    "layers beyond the model": lambda f: configure(f, mod_layers=[1, 2, 99]),
+    "negative layers": lambda f: configure(f, mod_layers=[-1, 2, 3]),
+    "layers are fractions": lambda f: configure(f, mod_layers=[1.5, 2, 3]),
+    "threshold is text": lambda f: configure(f, mod_threshold="0.5"),
+    "threshold is not a number": lambda f: configure(f, mod_threshold=math.nan),
+    "thresholds for others": lambda f: configure(f, mod_threshold={"7.mlp": 0.5}),
+    "a field too many": lambda f: configure(f, mod_exec="rm -rf /"),
+    "policy unknown": lambda f: configure(f, mod_kv_policy="lose"),
+    "no base": lambda f: configure(f, base=None),
+    "base is a list": lambda f: configure(f, base=["llama"]),
+    "base is a path": lambda f: configure(f, base="../../etc/passwd"),
+    "other family": lambda f: base(f, model_type="mistral"),
+    "other depth": lambda f: base(f, num_hidden_layers=6),
+    "other width": lambda f: base(f, hidden_size=64),
+    "other weights": lambda f: base(f, probes=[0.5] * 32),
+    "probes are text": lambda f: base(f, probes=["a"] * 32),
+    "probes too few": lambda f: base(f, probes=[0.1]),
+    "probes are nested": lambda f: base(f, probes={"a": 1}),
+}
+
+
+def base(folder, **fields):
+    config = json.loads((folder / CONFIG).read_text())
+    configure(folder, base=config["base"] | fields)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("onto", ["dense", "routed"])
+def test_damage_is_one_line_and_leaves_the_model_as_it_was(damage, onto, saved):
+    folder, _ = saved
+    DAMAGE[damage](folder)
+    model = tiny_model("llama") if onto == "dense" else routed_model("llama", seed=0, threshold=0.4)
+    before, config = logits(model), model.config.to_dict()
+    with pytest.raises(UserError) as error:
+        load_routers(model, folder)
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    assert str(folder) in message
+    assert is_routed(model) == (onto == "routed")
+    assert torch.equal(logits(model), before) and model.config.to_dict() == config
+
+
+@pytest.mark.parametrize(
+    ("field", "routing"),
+    [
+        ("mod_layers", {"mod_layers": [0, 1, 2]}),
+        ("granularity", {"granularity": "mlp_sequence"}),
+        ("kv_policy", {"kv_policy": "drop"}),
+        ("router_pooling", {"router_pooling": "prompt"}),
+    ],
+)
+def test_a_model_routed_otherwise_is_refused(field, routing, saved):
+    folder, _ = saved
+    model = route(tiny_model(), **{"mod_layers": LAYERS, **routing})
+    with pytest.raises(UserError, match=field):
+        load_routers(model, folder)
+    load_routers(unroute(model), folder)
+
+
+def test_routers_of_another_seed_of_the_base_are_refused(saved):
+    folder, _ = saved
+    with pytest.raises(UserError, match="other weights"):
+        load_routers(tiny_model("llama", seed=1), folder)
+
+
+# ---------------------------------------------------------------- peft
+
+
+def test_lora_and_routers_train_save_and_reload(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = routed_model("llama", "attn_sequence+mlp_token")
+    start = {name: m.mod_router.weight.detach().clone() for name, m in routed_modules(model).items()}
+    adapters = dict(target_modules=["q_proj", "v_proj"], modules_to_save=["mod_router"])
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **adapters)).train()
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad and "mod_router" in name}
+    assert len(trained) == 6 and is_routed(wrapped)
+    ids, mask = random_batch(padding="right")
+    optimizer = torch.optim.SGD([p for p in wrapped.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(2):
+        with record_routing(wrapped) as log:
+            loss = wrapped(ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100)).loss
+        (loss + log.penalty(0.0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    wrapped.eval()
+    expected = logits(wrapped)
+    save_routers(wrapped, tmp_path / "routers")
+    state = load_file(tmp_path / "routers" / WEIGHTS)
+    assert len(state) == 6
+    for name, module in routed_modules(wrapped).items():
+        layer, part = name.split(".")
+        key = f"model.layers.{layer}.{'self_attn' if part == 'attn' else 'mlp'}.mod_router.weight"
+        live = [p for n, p in module.mod_router.named_parameters() if "original_module" not in n]
+        assert len(live) == 1 and torch.equal(state[key], live[0])
+        assert not torch.equal(state[key], start[name]), "it has learnt"
+        assert live[0].dtype == torch.float32
+    wrapped.save_pretrained(tmp_path / "adapter")
+
+    fresh = route(tiny_model(), mod_layers=LAYERS, granularity="attn_sequence+mlp_token")
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()), expected)
+
+    merged = wrapped.merge_and_unload()
+    assert is_routed(merged) and torch.allclose(logits(merged), expected, atol=1e-4)
+    again = load_routers(unroute(merged), tmp_path / "routers")
+    assert torch.allclose(logits(again), expected, atol=1e-4)
+
+
+def test_routers_load_into_a_wrapped_model(saved):
+    peft = pytest.importorskip("peft")
+    folder, model = saved
+    fresh = route(tiny_model(), mod_layers=LAYERS)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mod_router"])
+    wrapped = load_routers(peft.get_peft_model(fresh, config), folder)
+    assert torch.equal(logits(wrapped.eval()), logits(model))

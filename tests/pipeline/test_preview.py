@@ -1,0 +1,72 @@
+"""Preview: what is shown is what trains; lengths; the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.errors import UserError
+from utils.pipeline.preview import draw, load_tokenizer, measure, preview, read_rows
+
+ROWS = [
+    {
+        "dataset": "alpaca",
+        "id": "alpaca_0",
+        "messages": [{"role": "user", "content": "Copy AB"}, {"role": "assistant", "content": "AB é"}],
+    },
+    {"prompt": "Copy AB", "completion": "AB"},
+    {"messages": [{"role": "user", "content": "Copy " * 40}, {"role": "assistant", "content": "AB"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    folder = Path(__file__).resolve().parents[2] / "ckpt" / "tiny-llama-mod"
+    if not (folder / "tokenizer.json").exists():
+        pytest.skip("the tiny checkpoint is not here")
+    return folder
+
+
+def test_trained_text_is_marked(folder: Path):
+    shown = preview(ROWS, load_tokenizer(folder), 60, chat_template=False, colour=False)
+    assert "<|user|>\nCopy AB\n<|assistant|>\n⟦AB é</s>⟧\n" in shown
+    assert "Copy AB⟦ AB</s>⟧" in shown
+    assert "── alpaca alpaca_0: " in shown and "0 of 60 tokens carry loss" in shown
+    assert "\033[" in preview(ROWS, load_tokenizer(folder), 60, chat_template=False, colour=True)
+
+
+def test_lengths(folder: Path, tmp_path: Path):
+    tokenizer = load_tokenizer(folder)
+    lengths = measure(ROWS, tokenizer, 60, chat_template=False)
+    assert lengths.nothing_left == 1 and len(lengths.tokens) == 3 and (lengths.tokens > 60).sum() == 1
+    assert "nothing left to learn within 60 tokens: 1" in lengths.table()
+    assert "so cut: 1 (33.3%)" in lengths.table()
+    draw(lengths, tmp_path / "lengths.png", "title")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="no row"):
+        measure([], tokenizer, 60, chat_template=False)
+
+
+def test_command(folder: Path, tmp_path: Path, root: Path):
+    data = tmp_path / "mixed" / "data.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert [row for row in read_rows(data, 2)] == ROWS[:2]
+    entry = str(root / "entrypoints" / "data" / "preview_data.py")
+    command = [sys.executable, entry, "--tokenizer", str(folder), "--data_file", str(data), "--preview", "1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("──") == 1 and "rows 3," in done.stdout
+    assert (data.parent / "token_lengths.png").exists()
+    data.write_text('{"messages": 5}\n')
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "data.jsonl:1: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match="--tokenizer"):
+        load_tokenizer(tmp_path)
