@@ -55,7 +55,9 @@ def test_absent_sets_are_named(tmp_path: Path, root: Path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["alpaca", "slim_orca"]
     error = error_of(run(root, "reformat_datasets.py", *options, "--datasets", "alpaca", "meta_math_qa"))
     assert "meta_math_qa" in error and "alpaca," not in error
-    error = error_of(run(root, "mix_datasets.py", "--reformatted_dir", tmp_path / "out", "--save_path", tmp_path / "m"))
+    error = error_of(
+        run(root, "mix_datasets.py", "--reformatted_dir", tmp_path / "out", "--save_path", tmp_path / "m")
+    )
     assert "meta_math_qa" in error and "--portion" in error and not (tmp_path / "m").exists()
 
 
@@ -92,7 +94,9 @@ def test_too_many_rejects_exit_1(tmp_path: Path, root: Path):
 
 def test_a_source_elsewhere(tmp_path: Path, root: Path):
     place = write_rows(tmp_path / "mine" / "some", sample_rows("alpaca", 4), ".parquet")
-    done = run(root, "reformat_datasets.py", "--source", f"alpaca={place}", "--datasets", "alpaca", "--save_path", tmp_path)
+    done = run(
+        root, "reformat_datasets.py", "--source", f"alpaca={place}", "--datasets", "alpaca", "--save_path", tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert len(read_jsonl(tmp_path / "alpaca" / "data.jsonl")) == 4
 

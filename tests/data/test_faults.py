@@ -133,7 +133,9 @@ def test_a_line_of_50_mb_is_refused_in_little_memory(tmp_path: Path, root: Path)
     with (folder / "rows.jsonl").open("wb") as file:
         file.write((GOOD + b"\n") * 150)
         file.write(GOOD.replace(b"plain", "🙂é".encode() * 9_000_000) + b"\n" + GOOD + b"\n")
-    memory, done = peak_memory(root, "reformat_datasets.py", "--raw_data_root", folder.parent, "--save_path", tmp_path / "o")
+    memory, done = peak_memory(
+        root, "reformat_datasets.py", "--raw_data_root", folder.parent, "--save_path", tmp_path / "o"
+    )
     assert done == 0 and memory < 150e6
     (reject,) = read_jsonl(tmp_path / "o" / "alpaca" / "rejects.jsonl")
     assert reject["reason"] == "row_too_large" and reject["line"] == 151
@@ -195,7 +197,11 @@ def test_limits(tmp_path: Path):
     assert outcome.too_many and "2 of 100" in outcome.error and "--max_reject_rate 0.01" in outcome.error
     assert published_files(tmp_path / "d") == {"rejects.jsonl"}
     outcome = outcome_of("alpaca", path, tmp_path / "d", resume=True, max_reject_rate=0.02)
-    assert outcome.error is None and published_files(tmp_path / "d") == {"data.jsonl", "rejects.jsonl", "reformat.json"}
+    assert outcome.error is None and published_files(tmp_path / "d") == {
+        "data.jsonl",
+        "rejects.jsonl",
+        "reformat.json",
+    }
 
 
 def test_a_failed_set_does_not_hold_up_the_others(tmp_path: Path):

@@ -157,7 +157,10 @@ def test_rows_without_a_last_line_end_and_with_windows_line_ends(tmp_path: Path)
         ('{"messages": "x"}', "no list of turns"),
         ('{"messages": [{"role": "user"}]}', "message 0 has no text"),
         ('{"messages": [{"role": "user", "content": 1}]}', "message 0 has no text"),
-        ('{"messages": [{"role": "user", "content": ""}, {"role": "bot", "content": ""}]}', "message 1 has the role 'bot'"),
+        (
+            '{"messages": [{"role": "user", "content": ""}, {"role": "bot", "content": ""}]}',
+            "message 1 has the role 'bot'",
+        ),
     ],
 )
 def test_bad_rows_are_named_and_nothing_is_left(line: str, message: str, tmp_path: Path):

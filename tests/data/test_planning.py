@@ -12,7 +12,7 @@ from raw_data import sample_rows, write_rows
 
 from utils.data import planning
 from utils.data.blocks import Place
-from utils.data.containers import recognise, read_blocks
+from utils.data.containers import read_blocks, recognise
 from utils.data.planning import Unit, cut_file, plan_of, resumed_units, whole_files
 from utils.errors import UserError
 

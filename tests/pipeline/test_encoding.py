@@ -255,7 +255,11 @@ def test_default_template_as_chat_template(root):
 def test_templates_that_cannot_be_used(template: str):
     tokenizer = byte_level(False)
     tokenizer.chat_template = template
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     with pytest.raises(TemplateRefusal):
         encode_conversation(messages, tokenizer, 100, chat_template=True)
 

@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 from utils.model import RoutingLog, record_routing
 from utils.pipeline import checkpoints, engine_state
 from utils.pipeline.batching import StepOrder
-from utils.pipeline.engines import check_engine, enable_fsdp_on_cpu
+from utils.pipeline.engines import check_engine, check_wrapped, enable_fsdp_on_cpu
 from utils.pipeline.routing_statistics import RoutingStatistics
 
 
@@ -166,6 +166,7 @@ class RouterTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        check_wrapped(self.model_wrapped)
         if resume_from_checkpoint is not None:
             self._restore(Path(resume_from_checkpoint))
         return prepared

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
 
@@ -47,6 +50,8 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> bool:
         raise UserError("FSDP on CPUs is FSDP2: set fsdp_version: 2 in the accelerate config")
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = DistributedType.FSDP
+    # Every new AcceleratorState takes its values from here.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     return True
 
 
@@ -64,6 +69,13 @@ def check_engine(accelerator: Accelerator) -> None:
             f"{asked} was asked for and {accelerator.distributed_type.value} would run: start it with accelerate "
             "launch or scripts/finetune_mod.sh, also for one process"
         )
+
+
+def check_wrapped(model: nn.Module) -> None:
+    """UserError if a prepared model is not in the hands of the engine that was launched."""
+    expected = {"fsdp": FSDPModule, "ddp": DistributedDataParallel}.get(requested())
+    if expected is not None and not isinstance(model, expected):
+        raise UserError(f"{requested()} was launched, but the model is a bare {type(model).__name__}")
 
 
 def running(accelerator: Accelerator) -> str:

@@ -46,7 +46,9 @@ class StepMemory:
         offload = engine.endswith("offload")
         # A sharded layer is whole while it computes, and the next one is fetched meanwhile.
         shards = 0 if offload else self.weights / world
-        weights = shards + min(self.weights, 2 * self.largest_unit) if stage == 3 and world > 1 or offload else self.weights
+        weights = (
+            shards + min(self.weights, 2 * self.largest_unit) if stage == 3 and world > 1 or offload else self.weights
+        )
         # DDP and ZeRO-1 keep gradients and the buckets in which they travel.
         gradients = self.gradients / world if stage >= 2 else self.gradients * (2 if world > 1 else 1)
         optimizer = 0 if offload else self.optimizer / world if stage >= 1 else self.optimizer
