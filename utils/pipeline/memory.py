@@ -41,7 +41,7 @@ class StepMemory:
     largest_unit: int
 
     def per_process(self, engine: str, world: int) -> dict[str, float]:
-        """Bytes per process of an engine (``DDP``, ``ZeRO-1``, ``ZeRO-2``, ``ZeRO-3``, ``ZeRO-3 offload``, ``FSDP2``)."""
+        """Bytes per process of an engine: ``DDP``, ``ZeRO-1``, ``-2``, ``-3``, ``ZeRO-3 offload`` or ``FSDP2``."""
         stage = {"ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3, "ZeRO-3 offload": 3, "FSDP2": 3}.get(engine, 0)
         offload = engine.endswith("offload")
         # A sharded layer is whole while it computes, and the next one is fetched meanwhile.
