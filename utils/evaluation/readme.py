@@ -70,7 +70,8 @@ def science_block() -> str:
     return (
         "Recipe `budget` at a requested share of the routed work (six of twelve layers), seed 0, 64 held-out items\n"
         "of each of twelve tasks, exact match of greedy generation; *random*, *static* (best fixed mask of an\n"
-        "exhaustive search) and *oracle* (best mask and budget per task) at the same budget. All runs pool over the prompt.\n\n"
+        "exhaustive search) and *oracle* (best mask and budget per task) at the same budget. All runs pool over\n"
+        "the prompt.\n\n"
         f"{table}\n\n"
         "![One training, any budget](figures/main_dial.svg)\n\n"
         "One JSON per cell in `figures/experiments/main`; what is missing is run, and the tables are built, by\n"
