@@ -20,6 +20,7 @@ class Page:
     def __init__(self, profile: Path) -> None:
         self.profile, self.errors, self._number = profile, [], 0
         self.requests: list[str] = []
+        self._session: aiohttp.ClientSession | None = None
         self._loop = asyncio.new_event_loop()
 
     def __enter__(self) -> Page:
@@ -29,21 +30,29 @@ class Page:
         )
         for line in self._process.stderr:
             if line.startswith("DevTools listening on "):
-                self._loop.run_until_complete(self._connect(line.split("/")[2]))
+                try:
+                    self._loop.run_until_complete(self._connect(line.split("/")[2]))
+                except BaseException:
+                    self.__exit__()
+                    raise
                 return self
         raise RuntimeError("chromium did not start")
 
     def __exit__(self, *_: object) -> None:
-        self._loop.run_until_complete(self._session.close())
+        if self._session is not None:
+            self._loop.run_until_complete(self._session.close())
         self._loop.close()
         self._process.kill()
         self._process.wait()
         self._process.stderr.close()
 
     async def _connect(self, address: str) -> None:
-        self._session = aiohttp.ClientSession()
-        async with self._session.get(f"http://{address}/json/list") as answer:
-            [target] = [target for target in await answer.json() if target["type"] == "page"]
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60))
+        targets: list[dict[str, Any]] = []
+        while not targets:  # the first tab opens a moment after the port
+            async with self._session.get(f"http://{address}/json/list") as answer:
+                targets = [target for target in await answer.json() if target["type"] == "page"]
+        target = targets[0]
         self._socket = await self._session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0)
         for domain in ("Page", "Runtime", "Network"):
             await self._send(f"{domain}.enable")

@@ -44,7 +44,7 @@ class FakeHub:
                     hub.repos[name] = wanted.get("private", False)
                     return self.answer({"url": f"{hub.endpoint}/{name}", "id": name})
                 if "/preupload/" in self.path:
-                    files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(body)["files"]]
+                    files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
                     return self.answer({"files": files})
                 for line in filter(None, body.decode().split("\n")):
                     entry = json.loads(line)
