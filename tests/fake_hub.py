@@ -44,13 +44,18 @@ class FakeHub:
                     hub.repos[name] = wanted.get("private", False)
                     return self.answer({"url": f"{hub.endpoint}/{name}", "id": name})
                 if "/preupload/" in self.path:
-                    files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+                    files = [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in json.loads(body)["files"]
+                    ]
                     return self.answer({"files": files})
                 for line in filter(None, body.decode().split("\n")):
                     entry = json.loads(line)
                     if entry["key"] == "file":
                         hub.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-                return self.answer({"commitUrl": f"{hub.endpoint}/commit/1", "commitOid": "1" * 40, "success": True})
+                return self.answer(
+                    {"commitUrl": f"{hub.endpoint}/me/tiny/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+                )
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"

@@ -21,7 +21,7 @@ def upload(folder, repo_id, endpoint):
     }
     env = keep | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
     command = [sys.executable, str(Path(__file__).parents[1] / "hub_upload.py"), str(folder), repo_id, endpoint]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=150)
     return done.stdout.strip()
 
 
@@ -35,7 +35,7 @@ def export(tmp_path_factory, run, base):
 def test_every_file_arrives(export):
     with FakeHub() as hub:
         printed = upload(export, "me/tiny", hub.endpoint)
-        assert printed == f"{hub.endpoint}/commit/1", printed
+        assert printed == f"{hub.endpoint}/me/tiny/commit/{'1' * 40}", printed
         assert hub.repos == {"me/tiny": True} and hub.tokens == {"Bearer hf_test"}
         expected = {path.name: path.read_bytes() for path in export.iterdir()}
         assert {name: hub.files[name] for name in expected} == expected
