@@ -15,6 +15,7 @@ from pathlib import Path
 
 from utils.errors import cli
 from utils.pipeline.command_line import parse_command
+from utils.pipeline.dry_run import dry_run
 from utils.pipeline.interruption import Interruption
 from utils.pipeline.quiet import quieten
 from utils.pipeline.tuning import Preparation, run_tuning
@@ -31,6 +32,9 @@ def main() -> None:
     command = parse_command()
     for note in command.notes:
         logger.info(note)
+    if command.training.dry_run:
+        print(dry_run(command))
+        return
     preparation = Preparation(command)
     if command.training.check_inputs:
         return

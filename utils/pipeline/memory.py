@@ -41,14 +41,14 @@ class StepMemory:
     largest_unit: int
 
     def per_process(self, engine: str, world: int) -> dict[str, float]:
-        """Bytes per process of an engine: ``DDP``, ``ZeRO-1``, ``-2``, ``-3``, ``ZeRO-3 offload`` or ``FSDP2``."""
+        """Bytes per process: ``DDP``, ``ZeRO-1``, ``ZeRO-2``, ``ZeRO-3``, ``ZeRO-3 offload`` or ``FSDP2``."""
         stage = {"ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3, "ZeRO-3 offload": 3, "FSDP2": 3}.get(engine, 0)
         offload = engine.endswith("offload")
-        # A sharded layer is whole while it computes, and the next one is fetched meanwhile.
-        shards = 0 if offload else self.weights / world
-        weights = (
-            shards + min(self.weights, 2 * self.largest_unit) if stage == 3 and world > 1 or offload else self.weights
-        )
+        weights: float = self.weights
+        if offload or (stage == 3 and world > 1):
+            # A sharded layer is whole while it computes, and the next one is fetched meanwhile.
+            whole = min(self.weights, 2 * self.largest_unit)
+            weights = whole if offload else self.weights / world + whole
         # DDP and ZeRO-1 keep gradients and the buckets in which they travel.
         gradients = self.gradients / world if stage >= 2 else self.gradients * (2 if world > 1 else 1)
         optimizer = 0 if offload else self.optimizer / world if stage >= 1 else self.optimizer
