@@ -8,6 +8,6 @@ ensure_environment
 cd "$ROOT"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-ruff check .
-ruff format --check .
+ruff check entrypoints utils
+ruff format --check entrypoints utils
 exec python -m pytest --numprocesses "${PYTEST_WORKERS:-2}" --dist loadfile "$@"
