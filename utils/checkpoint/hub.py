@@ -38,6 +38,6 @@ def push_export(
         return api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message=message).commit_url
     except HFValidationError as error:
         raise UserError(f"--repo_id {repo_id}: {error}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{repo_id} was not uploaded: {reason}") from None
