@@ -41,7 +41,7 @@ class FakeHub:
                 if self.path == "/api/repos/create":
                     wanted = json.loads(body)
                     name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
-                    hub.repos[name] = wanted.get("private", False)
+                    hub.repos[name] = wanted.get("private", False) or wanted.get("visibility") == "private"
                     return self.answer({"url": f"{hub.endpoint}/{name}", "id": name})
                 if "/preupload/" in self.path:
                     files = [

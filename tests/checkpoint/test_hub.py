@@ -20,6 +20,7 @@ def upload(folder, repo_id, endpoint):
         name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     }
     env = keep | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
+    env["HF_ENDPOINT"] = endpoint
     command = [sys.executable, str(Path(__file__).parents[1] / "hub_upload.py"), str(folder), repo_id, endpoint]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=150)
     return done.stdout.strip()
