@@ -80,9 +80,9 @@ def test_a_conversation_continues_on_its_cache(family, granularity, policy):
     prompt, question = random_batch(2, 8, seed=4)[0], random_batch(2, 4, seed=5)[0]
     first = model.generate(prompt, **GREEDY, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, question], 1)
-    second = model.generate(
-        turn, past_key_values=first.past_key_values, **GREEDY, return_dict_in_generate=True, output_logits=True
-    )
+    options = dict(return_dict_in_generate=True, output_logits=True, past_key_values=first.past_key_values)
+    # Without a mask generate() would take the pad ids among the generated tokens for padding.
+    second = model.generate(turn, attention_mask=torch.ones_like(turn), **GREEDY, **options)
     assert second.sequences.shape[1] == turn.shape[1] + 8
     expected = recomputed(reference, prompt, second.sequences, granularity)[:, -8:]
     assert (torch.stack(second.logits, 1) - expected).abs().max() <= 1e-4
