@@ -6,16 +6,17 @@ Everything is made in ``<save_path>/<name>/.partial`` and moved to its final nam
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.data.containers import Container, recognise
+from utils.data.containers import recognise
 from utils.data.conversion import Stopped
 from utils.data.dataset_run import DatasetRun, Outcome
 from utils.data.planning import cut_file, whole_files
@@ -66,13 +67,16 @@ class _Schedule:
     ) -> None:
         self._runs, self._workers, self._settings = runs, workers, settings
         self._hashing = hashing
+        self._counts: dict[int, list[Future]] = {}
         self._hashes: dict[int, list[Future]] = {}
         self._waiting: dict[Future, tuple[int, int]] = {}
 
     def run(self) -> None:
         """Until every data set is published or has failed."""
-        for number in range(len(self._runs)):
-            self._try(number, lambda number=number: self._prepare(number))
+        # All files are counted before the first is converted, or counting would queue behind the conversion.
+        for step in (self._count, self._start):
+            for number in range(len(self._runs)):
+                self._try(number, step, number)
         total = [run.total for run in self._runs if not run.over]
         with tqdm(desc="reformat", unit=" rows", total=None if None in total else sum(total)) as bar:
             while self._waiting:
@@ -80,14 +84,16 @@ class _Schedule:
                 for future in done:
                     if future in self._waiting:
                         number, unit = self._waiting.pop(future)
-                        self._try(number, lambda f=future, n=number, u=unit: self._take(n, u, f))
+                        self._try(number, self._take, number, unit, future)
                 bar.update(sum(self._workers.board[1:]) - bar.n)
 
-    def _try(self, number: int, step) -> None:
-        """A step of one data set; if it fails, that is the data set's outcome."""
+    def _try(self, number: int, step: Callable, *arguments: object) -> None:
+        """A step of one data set, unless it has failed before; if it fails now, that is the data set's outcome."""
         run = self._runs[number]
+        if run.outcome.error:
+            return
         try:
-            step()
+            step(*arguments)
         except UserError as error:
             run.outcome.error = str(error)
         except BrokenProcessPool:
@@ -102,24 +108,27 @@ class _Schedule:
             future.cancel()
             del self._waiting[future]
 
-    def _prepare(self, number: int) -> None:
-        run = self._runs[number]
-        if self._settings.resume and run.published_before():
+    def _count(self, number: int) -> None:
+        run, settings = self._runs[number], self._settings
+        if settings.resume and run.published_before():
             return
         containers = [recognise(path) for path in run.source.files]
-        if not (self._settings.resume and run.resume(containers)):
-            run.start(self._units(containers))
-        board = self._workers.board
-        self._hashes[number] = [
-            self._hashing.submit(sha256_of, path, lambda: board[STOP]) for path in run.source.files
-        ]
-        self._submit(number)
+        if settings.resume and run.resume(containers):
+            return
+        if settings.workers == 1:
+            run.start(whole_files(containers))
+        else:
+            self._counts[number] = [self._workers.executor.submit(cut_file, container) for container in containers]
 
-    def _units(self, containers: list[Container]) -> list:
-        if self._settings.workers == 1:
-            return whole_files(containers)
-        counted = [self._workers.executor.submit(cut_file, container) for container in containers]
-        return [unit for future in counted for unit in future.result()]
+    def _start(self, number: int) -> None:
+        run, board = self._runs[number], self._workers.board
+        if number in self._counts:
+            run.start([unit for counted in self._counts[number] for unit in counted.result()])
+        if run.over:
+            return
+        stopped = partial(board.__getitem__, STOP)
+        self._hashes[number] = [self._hashing.submit(sha256_of, path, stopped) for path in run.source.files]
+        self._submit(number)
 
     def _submit(self, number: int) -> None:
         for task in self._runs[number].ready():
@@ -153,7 +162,7 @@ class _Schedule:
         self._submit(number)
 
 
-def sha256_of(path: Path, stopped) -> str:
+def sha256_of(path: Path, stopped: Callable[[], int]) -> str:
     """Of a file's bytes as they are on disk; raises Stopped when told to stop."""
     digest = hashlib.sha256()
     with reading(path), path.open("rb") as file:
