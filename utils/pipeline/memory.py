@@ -7,6 +7,7 @@ routed, what trains and what autograd keeps, without a formula that could age.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -101,13 +102,15 @@ def simulate_step(
     Raises:
         UserError: for a base that cannot be routed so.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         route(model, **{k: v for k, v in vars(routing_of(config, routing)).items() if v is not None})
         unit = largest_unit(model)
         model = mark_trainable(model, routing).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        move_to_cpu(model)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained)
         inputs = torch.zeros(batch, tokens, dtype=torch.long)
@@ -135,6 +138,21 @@ def simulate_step(
         activations=max(0, counter.peak - weights - gradients - moments),
         largest_unit=unit,
     )
+
+
+def move_to_cpu(model: nn.Module) -> None:
+    """Give a model on the meta device empty tensors on the CPU, whose kernels autograd and attention then choose."""
+    moved: dict[int, Tensor] = {}
+
+    def empty(tensor: Tensor) -> Tensor:
+        if id(tensor) not in moved:  # tied weights stay one
+            new = torch.empty_like(tensor, device="cpu")
+            moved[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        return moved[id(tensor)]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            held.update({name: empty(tensor) for name, tensor in held.items() if tensor is not None})
 
 
 def largest_unit(model: nn.Module) -> int:
