@@ -61,9 +61,13 @@ def select_rows(kwargs: dict[str, Any], rows: Tensor, batch: int) -> dict[str, A
     def take(value):
         if isinstance(value, tuple):
             return tuple(take(item) for item in value)
-        if not isinstance(value, Tensor) or value.shape[0] != batch:
+        if getattr(value, "shape", (None,))[0] != batch:
             return value
-        return value[rows.to(value.device)]
+        if isinstance(value, Tensor):
+            return value[rows.to(value.device)]
+        selected, whole = value[rows], value.mask_mod  # a block mask of flex attention: its rule counts rows, too
+        selected.mask_mod = lambda row, head, query, key: whole(rows[row], head, query, key)
+        return selected
 
     return {name: take(value) if name in (*POSITIONAL, "attention_mask") else value for name, value in kwargs.items()}
 

@@ -46,6 +46,12 @@ def find_module(model: PreTrainedModel, layer: int, part: str, kv_policy: str, l
             raise ValueError(
                 f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: it has no 'self_attn'"
             )
+        implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+        if level == "token" and implementation not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f"token-level attention routing needs attn_implementation 'sdpa' or 'eager', not {implementation!r}: "
+                "model.set_attn_implementation('sdpa')"
+            )
         seam = missing_seam(attention) if level == "token" and kv_policy == "keep" else None
         if seam:
             raise ValueError(

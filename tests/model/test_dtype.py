@@ -1,0 +1,178 @@
+"""Half-precision weights, autocast and attention implementations: as close to float32 as the dense model is."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import CASES, LAYERS, routed_model
+
+from utils.model import force_routing, record_routing, route, routed_modules
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def masks(model, rows, tokens):
+    """Decisions of every router for this batch, imposed so that two dtypes compute the same thing."""
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(layer, part, shape, past):
+        keys = (rows * tokens, 2) if part == "expert" else (rows,) if len(shape) == 1 else (rows, tokens)
+        if (layer, part) not in drawn:
+            drawn[layer, part] = torch.rand(keys, generator=generator) < 0.6
+        mask = drawn[layer, part]
+        if part == "expert":
+            return mask.view(rows, tokens, 2)[:, past : past + shape[0] // rows].reshape(shape)
+        return mask if len(shape) == 1 else mask[:, past : past + shape[1]]
+
+    drawn = {}
+    return draw
+
+
+def run(model, ids, mask, cached=False):
+    with torch.no_grad():
+        if not cached:
+            return model(ids, attention_mask=mask, use_cache=False).logits.float()
+        parts, cache = [], None
+        for start, end in ((0, 8), (8, 11), (11, 12)):
+            out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            parts.append(out.logits.float())
+            cache = out.past_key_values
+        return torch.cat(parts, 1)
+
+
+@functools.cache
+def dense_error(family, dtype):
+    """How far the dense model in this dtype is from float32: the yardstick."""
+    ids, mask = random_batch(padding="left")
+    exact, rounded = run(tiny_model(family), ids, mask), run(tiny_model(family).to(dtype), ids, mask)
+    return (exact - rounded)[mask.bool()].abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_half_precision_deviates_as_the_dense_model_does(family, granularity, policy, attn, dtype):
+    ids, mask = random_batch(padding="left")
+    exact = routed_model(family, granularity, attn, kv_policy=policy)
+    rounded = copy.deepcopy(exact).to(dtype)
+    yardstick = dense_error(family, dtype)
+    for cached in (False, True):
+        with force_routing(exact, masks(exact, *ids.shape)):
+            expected = run(exact, ids, mask, cached)
+        with force_routing(rounded, masks(rounded, *ids.shape)):
+            actual = run(rounded, ids, mask, cached)
+        assert 0 < (expected - actual)[mask.bool()].abs().max().item() <= 3 * yardstick
+    with record_routing(rounded) as log:
+        own = run(rounded, ids, mask)
+        out = rounded.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.isfinite(own[mask.bool()]).all() and out.shape[1] == 16
+    assert 0 < log.capacity()["total"] < 1
+    assert all(score.dtype == torch.float32 for score in log.scores.values())
+    assert all(module.mod_router.weight.dtype == torch.float32 for module in routed_modules(rounded).values())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
+def test_training_in_half_precision_has_the_values_of_evaluation(family, granularity, policy, dtype):
+    """Under mixed decisions, to rounding: packed and whole matrix products round differently."""
+    model = routed_model(family, granularity, kv_policy=policy).to(dtype)
+    ids, mask = random_batch(padding="right")
+    with force_routing(model, masks(model, *ids.shape)):
+        expected = run(model, ids, mask)
+        model.train()
+        actual = model(ids, attention_mask=mask).logits
+    assert (actual.float() - expected)[mask.bool()].abs().max() <= 3 * dense_error(family, dtype)
+    loss = model(ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100)).loss
+    loss.backward()
+    for module in routed_modules(model).values():
+        gradient = module.mod_router.weight.grad
+        assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_deviates_as_the_dense_model_does(family, granularity, policy, training):
+    ids, mask = random_batch(padding="left")
+    model = routed_model(family, granularity, kv_policy=policy).train(training)
+    dense = tiny_model(family).train(training)
+    real = mask.bool()
+
+    def logits(one, autocast):
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return one(ids, attention_mask=mask).logits.float().detach()
+
+    yardstick = (logits(dense, True) - logits(dense, False))[real].abs().max()
+    with force_routing(model, masks(model, *ids.shape)):
+        difference = (logits(model, True) - logits(model, False))[real].abs().max()
+        if not training:
+            with torch.autocast("cpu", torch.bfloat16):
+                cached = run(model, ids, mask, cached=True)
+            assert (cached - logits(model, False))[real].abs().max() <= 3 * yardstick
+    assert 0 < difference <= 3 * yardstick
+
+
+def test_scores_are_float32_under_autocast():
+    """A product in bfloat16 has 8 bits: half of a batch would sit on the threshold."""
+    module = routed_modules(routed_model())["1.attn"]
+    hidden = torch.randn(4, 32)
+    expected = hidden @ module.mod_router.weight.T
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.mod_router(hidden).dtype == torch.float32
+        assert torch.allclose(module.mod_router(hidden), expected, atol=1e-6)
+        half = module.mod_router(hidden.bfloat16())
+    assert torch.allclose(half, hidden.bfloat16().float() @ module.mod_router.weight.T, atol=1e-6)
+
+
+def test_keeping_all_is_the_dense_model_in_half_precision_too():
+    ids, mask = random_batch(padding="left")
+    for dtype in HALF:
+        dense = tiny_model().to(dtype)
+        expected = run(dense, ids, mask)
+        for granularity in ("attn_sequence", "attn_token", "mlp_token", "block_sequence"):
+            model = route(copy.deepcopy(dense), mod_layers=LAYERS, granularity=granularity)
+            assert torch.equal(run(model, ids, mask)[mask.bool()], expected[mask.bool()])
+
+
+# ---------------------------------------------------------------- flex attention
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token", "attn_token+mlp_token"])
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+def test_token_level_attention_needs_a_mask_that_it_can_pack(granularity, policy):
+    model = tiny_model()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="'sdpa' or 'eager', not 'flex_attention'") as error:
+        route(model, mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    assert "\n" not in str(error.value)
+    late = routed_model("llama", granularity, kv_policy=policy)
+    late.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="'sdpa' or 'eager', not 'flex_attention'"), torch.no_grad():
+        late(random_batch()[0])
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence", "mlp_sequence", "mlp_token"])
+def test_flex_attention_serves_whole_sequences(granularity, monkeypatch):
+    """Uncompiled, which is slow but the same arithmetic; rows of a block mask are selected with the batch."""
+    from torch.nn.attention import flex_attention as flex
+
+    from transformers.integrations import flex_attention as integration
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", lambda *args, **kwargs: eager(flex, *args, **kwargs))
+    model = routed_model("llama", granularity)
+    ids, mask = random_batch(4, 12, padding="left")
+    expected = run(model, ids, mask)
+    cached = run(model, ids, mask, cached=True)
+    model.set_attn_implementation("flex_attention")
+    with record_routing(model) as log:
+        actual = run(model, ids, mask)
+    assert 0 < log.capacity()["total"] < 1
+    assert (actual - expected)[mask.bool()].abs().max() <= 1e-4
+    assert (run(model, ids, mask, cached=True) - cached)[mask.bool()].abs().max() <= 1e-4
+
+
+def eager(flex, query, key, value, training=False, **kwargs):
+    return flex.flex_attention(query, key, value, **kwargs)
