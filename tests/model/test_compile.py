@@ -1,4 +1,4 @@
-"""torch.compile: the dense parts become graphs, routed modules break them once each, and nothing compiles for ever."""
+"""torch.compile: the dense parts become graphs, a routed module adds a fixed few, and nothing compiles for ever."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import LAYERS, routed_model
-
-from utils.model import route
 
 CASES = [
     ("attn_sequence", "keep"),
@@ -45,7 +43,7 @@ def _clean():
 
 
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
-def test_about_one_break_per_routed_module(granularity, policy):
+def test_a_routed_module_breaks_the_graph_a_fixed_number_of_times(granularity, policy):
     model = routed_model("llama", granularity, kv_policy=policy)
     ids, mask = random_batch(4, 12, padding="left")
     with torch.no_grad():
@@ -56,8 +54,8 @@ def test_about_one_break_per_routed_module(granularity, policy):
     actual = compiled(ids, attention_mask=mask, use_cache=False).logits
     assert torch.allclose(actual[mask.bool()], expected[mask.bool()], atol=1e-4)
     modules = len(LAYERS) * (1 + granularity.count("+"))
-    print(granularity, policy, "graphs", compiled.graphs, "dense", dense.graphs)
-    assert compiled.graphs <= dense.graphs + 2 * modules + 2
+    # Before the module, up to its decision (read on the host: shapes depend on it), what it runs, what comes after.
+    assert dense.graphs == 1 and compiled.graphs <= 1 + 4 * modules
 
 
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
@@ -74,5 +72,4 @@ def test_decoding_stops_compiling(granularity, policy):
         if expected is not None:
             assert torch.allclose(logits[:, 0], expected[:, step], atol=1e-4)
         graphs.append(compiled.graphs)
-    print(granularity, policy, graphs)
     assert graphs[-1] == graphs[-5], "the last steps must run what is compiled"

@@ -126,8 +126,10 @@ class RowCacheLayer(HeldDecisions):
             super(HeldDecisions, self).crop(-removed)
         elif hasattr(self, "cumulative_length"):
             self.cumulative_length -= removed
-        if removed == self.mod_length:
+        if removed == self.mod_length:  # the next pass decides anew, and may store other rows
             self.mod_rows = None
+            if self.is_initialized:
+                self.keys, self.values = self.keys.new_empty(0), self.values.new_empty(0)
 
 
 class RaggedCacheLayer(HeldDecisions):
@@ -156,6 +158,13 @@ class RaggedCacheLayer(HeldDecisions):
             self.mod_index[row] = torch.cat([self.mod_index[row], index])
         else:  # a clone, or the slice would keep the whole padded batch alive
             self.mod_keys[row], self.mod_values[row], self.mod_index[row] = keys.clone(), values.clone(), index
+
+    def mod_stale(self, row: int) -> int:
+        """How many stored tokens of a row have left the sliding window: none, unless the past is recorded."""
+        window = getattr(self, "sliding_window", None)
+        if window is None or not self.record_past:
+            return 0
+        return int((self.mod_index[row] < self.mod_length - window + 1).sum())
 
     def mod_open_rows(self, rows: int, device: torch.device) -> None:
         """Make room for ``rows`` rows at the first pass."""

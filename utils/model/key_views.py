@@ -55,6 +55,7 @@ class KeptKeys:
         self.layer, self.past = layer, past
         self.packing: Packing | None = None
         self.with_past = False
+        self.stale: dict[int, int] = {}
 
     def open(self, packing: Packing, mask: Tensor | None, tokens: int) -> Tensor | None:
         """Expect these queries; returns their mask ``[r, 1, q, keys]`` over stored and new keys (None: causal).
@@ -65,7 +66,8 @@ class KeptKeys:
         self.packing = packing
         index = [row[:count] + self.past for row, count in zip(packing.index, packing.counts, strict=True)]
         if self.layer is not None and self.past:
-            stored = [self.layer.mod_index[row] for row in packing.row_list]
+            self.stale = {row: self.layer.mod_stale(row) for row in packing.row_list}
+            stored = [self.layer.mod_index[row][self.stale[row] :] for row in packing.row_list]
             self.with_past = any(row.numel() for row in stored)
             index = [torch.cat(pair) for pair in zip(stored, index, strict=True)]
         ragged = len({row.numel() for row in index}) > 1
@@ -87,8 +89,13 @@ class KeptKeys:
             layer.mod_append(row, keys[slot, :, :count], values[slot, :, :count], index)
         if not self.with_past:
             return keys, values
-        rows = packing.row_list
-        if len(rows) == 1:
-            return layer.mod_keys[rows[0]][None], layer.mod_values[rows[0]][None]
-        joined = ([stored[row].transpose(0, 1) for row in rows] for stored in (layer.mod_keys, layer.mod_values))
-        return tuple(pad_sequence(states, batch_first=True).transpose(1, 2) for states in joined)
+        both = (
+            [states[row][:, self.stale[row] :] for row in packing.row_list]
+            for states in (layer.mod_keys, layer.mod_values)
+        )
+        if len(packing.row_list) == 1:
+            return tuple(rows[0][None] for rows in both)
+        return tuple(
+            pad_sequence([states.transpose(0, 1) for states in rows], batch_first=True).transpose(1, 2)
+            for rows in both
+        )

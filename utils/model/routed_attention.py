@@ -43,6 +43,8 @@ class RoutedAttending(Routed):
         call = self.mod_call()
         features = self.mod_features(hidden_states)
         keep, logits = self.mod_decide(features, call)
+        if self.mod_level == "token":
+            self._check_implementation()
         if call.training:
             if self.mod_level == "token" and self.mod_kv_policy == "drop":
                 kwargs = {**kwargs, "attention_mask": self._mask_skipped_keys(keep, hidden_states, kwargs)}
@@ -71,7 +73,7 @@ class RoutedAttending(Routed):
                 layer.mod_advance(tokens)
             return residual
         output = self.mod_run(hidden_states[rows], select_rows(kwargs, rows, batch))
-        return residual.index_copy_(0, rows, output)
+        return residual.index_copy_(0, rows, output.to(residual.dtype))
 
     def _run_tokens(
         self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int], kwargs: dict
@@ -133,14 +135,18 @@ class RoutedAttending(Routed):
             return self._mask_type(mask & offered, hidden_states)
         return mask.masked_fill(~offered, torch.finfo(mask.dtype).min)
 
-    def _mask_type(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
-        """A bool mask as this module's attention implementation reads it."""
+    def _check_implementation(self) -> None:
+        """ValueError for an attention whose masks cannot be packed."""
         implementation = self.mod_attention().config._attn_implementation
         if implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"layer {self.mod_layer}: token-level attention routing needs attn_implementation 'sdpa' or 'eager', "
                 f"not {implementation!r}"
             )
+
+    def _mask_type(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
+        """A bool mask as this module's attention implementation reads it."""
+        implementation = self.mod_attention().config._attn_implementation
         if mask is None or mask.dtype != torch.bool or implementation == "sdpa":
             return mask
         return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(

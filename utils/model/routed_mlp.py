@@ -39,5 +39,5 @@ class RoutedMLP(Routed):
         if index.shape[0]:
             taken = states[index] if states.dim() == 3 else states[index][None]
             done = super().forward(taken, *args, **kwargs)
-            output[index] = done if states.dim() == 3 else done[0]
+            output[index] = (done if states.dim() == 3 else done[0]).to(output.dtype)
         return output
