@@ -14,7 +14,10 @@ import pytest
 import zstandard
 
 from utils.data import workers
+from utils.data.dataset_run import Outcome
 from utils.data.formats import FORMATS
+from utils.data.reformat import Settings, reformat
+from utils.data.sources import source_of
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -99,6 +102,23 @@ def sample_rows(name: str, count: int) -> list[dict]:
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}] * (1 + number % 3)
             rows.append({"id": f"r{number}", "conversations": turns})
     return rows
+
+
+GOOD = json.dumps(sample_rows("alpaca", 1)[0]).encode()
+"""A line that alpaca accepts."""
+
+NO_LIMIT = {"max_reject_rate": 1.0}
+
+
+def outcome_of(name: str, place: Path, save_path: Path, **options: object) -> Outcome:
+    """What became of one data set, converted in this process."""
+    (outcome,) = reformat([source_of(name, place)], save_path, Settings(**options))
+    return outcome
+
+
+def published_files(save_path: Path) -> set[str]:
+    """Names of the files that a run left under their final names."""
+    return {path.name for path in save_path.rglob("*") if path.is_file() and ".partial" not in path.parts}
 
 
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,34 +1,16 @@
-"""Damaged input, failing disks: one clear line or a counted reject, and nothing half-written."""
+"""Damaged input: one clear line or a counted reject, and nothing half-written."""
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
-import os
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from raw_data import in_threads, read_jsonl, sample_rows, write_rows
+from raw_data import GOOD, NO_LIMIT, in_threads, outcome_of, published_files, read_jsonl, sample_rows, write_rows
 
-from utils.data import conversion, lines
 from utils.data.reformat import Settings, reformat
 from utils.data.sources import source_of
-
-GOOD = json.dumps(sample_rows("alpaca", 1)[0]).encode()
-NO_LIMIT = {"max_reject_rate": 1.0}
-
-
-def outcome_of(name: str, place: Path, save_path: Path, **settings):
-    (outcome,) = reformat([source_of(name, place)], save_path, Settings(**settings))
-    return outcome
-
-
-def published_files(save_path: Path) -> set[str]:
-    return {path.name for path in save_path.rglob("*") if path.is_file() and ".partial" not in path.parts}
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".arrow", ".json"])
@@ -100,6 +82,15 @@ def test_bad_lines_are_counted_with_their_place(line: bytes, reason: str, tmp_pa
     assert report["rows"] == 4 and report["accepted"] == 2 and report["left_out"] == {reason: 2}
 
 
+def test_a_bad_first_line_that_looks_like_an_array(tmp_path: Path, convert):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"[1, 2]\n" + GOOD + b"\n\n[]\n")
+    folder = convert("alpaca", path, **NO_LIMIT)
+    assert [row["id"] for row in read_jsonl(folder / "data.jsonl")] == ["alpaca_1"]
+    rejects = [(row["line"], row["reason"]) for row in read_jsonl(folder / "rejects.jsonl")]
+    assert rejects == [(1, "not_an_object"), (4, "not_an_object")]
+
+
 def test_bad_elements_of_an_array_are_counted_with_their_line(tmp_path: Path, convert):
     path = tmp_path / "rows.json"
     path.write_bytes(b"[\n" + b",\n".join([GOOD, b"5", GOOD.replace(b"plain", b"pl\xffin"), b"null", GOOD]) + b"\n]")
@@ -125,44 +116,6 @@ def test_rejects_show_the_row(tmp_path: Path, convert):
     assert json.loads(rejects[1]["text"]) == {"instruction": "\ud800"}
     assert rejects[2]["text"] == "\\xff{"
     assert json.loads(rejects[3]["text"])["instruction"] == "i"
-
-
-def test_a_line_of_50_mb_is_refused_in_little_memory(tmp_path: Path, root: Path):
-    folder = tmp_path / "raw" / "alpaca"
-    folder.mkdir(parents=True)
-    with (folder / "rows.jsonl").open("wb") as file:
-        file.write((GOOD + b"\n") * 150)
-        file.write(GOOD.replace(b"plain", "🙂é".encode() * 9_000_000) + b"\n" + GOOD + b"\n")
-    memory, done = peak_memory(
-        root, "reformat_datasets.py", "--raw_data_root", folder.parent, "--save_path", tmp_path / "o"
-    )
-    assert done == 0 and memory < 150e6
-    (reject,) = read_jsonl(tmp_path / "o" / "alpaca" / "rejects.jsonl")
-    assert reject["reason"] == "row_too_large" and reject["line"] == 151
-    assert len((tmp_path / "o" / "alpaca" / "data.jsonl").read_bytes().splitlines()) == 151
-
-
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz", ".parquet"])
-def test_memory_does_not_depend_on_the_size(ending: str, tmp_path: Path, root: Path):
-    """100 MB of rows; pyarrow, which tables need, is 60 MB itself. The mix of them is made in as little."""
-    row = {"query": "why? " * 100, "response": "because " * 120}
-    write_rows(tmp_path / "raw" / "meta_math_qa" / "rows", [row] * 66_000, ending)
-    options = ("--raw_data_root", tmp_path / "raw", "--workers", "1", "--save_path", tmp_path / "out")
-    memory, done = peak_memory(root, "reformat_datasets.py", *options)
-    assert done == 0 and memory < (250e6 if ending == ".parquet" else 100e6)
-    if ending == ".jsonl":
-        others = ("vicuna_sharegpt=0", "evol_instruct=0", "slim_orca=0", "evol_code_alpaca=0", "meta_math_qa=1.5")
-        options = ("--reformatted_dir", tmp_path / "out", "--save_path", tmp_path / "mixed", "--dedup", "--portion")
-        memory, done = peak_memory(root, "mix_datasets.py", *options, *others)
-        assert done == 0 and memory < 200e6
-
-
-def peak_memory(root: Path, entry: str, *options: object) -> tuple[int, int]:
-    """Bytes at most resident in the process of a command, and its exit code."""
-    command = [sys.executable, str(root / "entrypoints" / "data" / entry), *map(str, options)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    return used.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)
 
 
 def test_empty_and_missing_input(tmp_path: Path):
@@ -221,77 +174,6 @@ def test_an_earlier_result_outlives_a_failed_run(tmp_path: Path, convert):
     path.write_bytes(path.read_bytes()[:-9])
     assert outcome_of("alpaca", path, folder.parent).error
     assert (folder / "data.jsonl").read_bytes() == before
-
-
-def test_output_that_cannot_be_written(tmp_path: Path):
-    path = write_rows(tmp_path / "rows", sample_rows("alpaca", 10), ".json")
-    (tmp_path / "file").write_text("")
-    outcome = outcome_of("alpaca", path, tmp_path / "file")
-    assert "cannot be written" in outcome.error and str(tmp_path / "file") in outcome.error
-    if os.geteuid():
-        (tmp_path / "locked").mkdir(mode=0o500)
-        assert "Permission denied" in outcome_of("alpaca", path, tmp_path / "locked").error
-
-
-def test_a_full_disk_during_the_conversion(tmp_path: Path, monkeypatch):
-    path = write_rows(tmp_path / "rows", sample_rows("alpaca", 500), ".json")
-    reopened = conversion._reopened
-
-    class Full:
-        """A file on a disk with room for 9 kB."""
-
-        def __init__(self, file):
-            self.file, self.left = file, 9000
-
-        def write(self, data: bytes) -> None:
-            self.left -= len(data)
-            if self.left < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
-            self.file.write(data)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def flush(self):
-            self.file.flush()
-
-    monkeypatch.setattr(lines, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr("utils.data.array.BLOCK_BYTES", 1000)
-    monkeypatch.setattr(conversion, "_reopened", lambda *args: Full(reopened(*args)))
-    outcome = outcome_of("alpaca", path, tmp_path / "out")
-    assert "No space left" in outcome.error and "00000.data" in outcome.error
-    assert published_files(tmp_path / "out") == set()
-    monkeypatch.undo()
-    assert outcome_of("alpaca", path, tmp_path / "out", resume=True).accepted == 500
-
-
-@pytest.mark.parametrize("entry", ["reformat_datasets.py", "mix_datasets.py"])
-def test_no_more_room_for_a_file(entry: str, tmp_path: Path, root: Path, convert):
-    """The system refuses to let a file grow, as on a full disk; the command says so and leaves nothing."""
-    path = write_rows(tmp_path / "raw" / "alpaca", sample_rows("alpaca", 3000), ".json")
-    convert("alpaca", path, tmp_path / "whole")
-    options = {
-        "reformat_datasets.py": ["--raw_data_root", tmp_path / "raw", "--workers", "1"],
-        "mix_datasets.py": [
-            *("--reformatted_dir", tmp_path / "whole", "--portion", "alpaca=1", "vicuna_sharegpt=0"),
-            *("evol_instruct=0", "slim_orca=0", "meta_math_qa=0", "evol_code_alpaca=0"),
-        ],
-    }[entry]
-    command = [sys.executable, root / "entrypoints" / "data" / entry, *options, "--save_path", tmp_path / "out"]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(errors) == 1 and "File too large" in errors[0], done.stderr
-    assert published_files(tmp_path / "out") == set()
-    if entry == "mix_datasets.py":
-        assert not (tmp_path / "out" / ".partial").exists()
 
 
 def test_settings_are_checked():

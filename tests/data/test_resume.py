@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from raw_data import in_threads, sample_rows, write_rows
 
@@ -36,7 +36,9 @@ def some_bad_rows(name: str, count: int) -> list[dict]:
     return rows
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
+@example(ending=".parquet", checkpoint=1, kills=[10], garbage=b"\x00").via("killed with all rows done")
+@example(ending=".json", checkpoint=1, kills=[3, 12, 12], garbage=b"").via("killed behind the end of the array")
 @given(
     ending=st.sampled_from([".json", ".jsonl", ".jsonl.gz", ".json.zst", ".parquet", ".arrow"]),
     checkpoint=st.integers(1, 3000),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -79,12 +80,17 @@ def word_piece() -> PreTrainedTokenizerFast:
     return wrapped(tokenizer, unk_token="<unk>", cls_token="<cls>", sep_token="<sep>")
 
 
-def bytes_of(token: str) -> bytes:
-    """Bytes of a byte-level token: the printable characters that stand for them, in the order of the standard."""
+@cache
+def byte_letters() -> dict[str, int]:
+    """The bytes that printable characters stand for in byte-level tokens, in the order of the standard."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-    return bytes(table[letter] for letter in token)
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def bytes_of(token: str) -> bytes:
+    """Bytes of a byte-level token."""
+    return bytes(byte_letters()[letter] for letter in token)
 
 
 def firsts(tokens: list[str], text: str, kind: str) -> list[int | None]:
@@ -223,7 +229,7 @@ def test_own_chat_template():
     assert trained == " a\nfox <|im_end|>a dog<|im_end|>"
     first = encode_conversation(messages[1:], tokenizer, 1000, chat_template=True)
     trained = tokenizer.decode([label for label in first["labels"] if label != IGNORE_INDEX])
-    assert trained == "a\nfox <|im_end|>a dog<|im_end|>"
+    assert trained == " a\nfox <|im_end|>a dog<|im_end|>"
 
 
 def test_default_template_as_chat_template(root):
@@ -231,7 +237,7 @@ def test_default_template_as_chat_template(root):
     tokenizer = byte_level(False)
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}"
-        "{% if m['role'] == 'assistant' %}</s>{% endif %}\n{% endfor %}"
+        "{% if m['role'] == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
     draw = random.Random(5)

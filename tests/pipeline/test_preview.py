@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -51,20 +51,24 @@ def test_lengths(folder: Path, tmp_path: Path):
         measure([], tokenizer, 60, chat_template=False)
 
 
-def test_command(folder: Path, tmp_path: Path, root: Path):
+def test_command(folder: Path, tmp_path: Path, root: Path, monkeypatch, capsys):
     data = tmp_path / "mixed" / "data.jsonl"
     data.parent.mkdir()
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert [row for row in read_rows(data, 2)] == ROWS[:2]
     entry = str(root / "entrypoints" / "data" / "preview_data.py")
-    command = [sys.executable, entry, "--tokenizer", str(folder), "--data_file", str(data), "--preview", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("──") == 1 and "rows 3," in done.stdout
+    argv = [entry, "--tokenizer", str(folder), "--data_file", str(data), "--preview", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(entry, run_name="__main__")
+    shown = capsys.readouterr().out
+    assert shown.count("──") == 1 and "rows 3," in shown
     assert (data.parent / "token_lengths.png").exists()
     data.write_text('{"messages": 5}\n')
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "data.jsonl:1: " in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(entry, run_name="__main__")
+    assert stopped.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and "data.jsonl:1: " in error
 
 
 def test_a_tokenizer_that_is_not_there(tmp_path: Path):

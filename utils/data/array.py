@@ -43,8 +43,9 @@ def separator_of(head: bytes) -> bytes:
 
 
 class ArrayReader:
-    """Blocks of a stream that holds one array and stands at ``start``: at its beginning, or behind a comma.
+    """Blocks of a stream that holds one array, from ``start``: its beginning, behind a comma, or behind its end.
 
+    Unless at the beginning, the stream stands at the byte before ``start``, which tells the last two apart.
     ``separator`` is that of :func:`separator_of`. A stream that is not the ``last`` part of the array ends behind a
     comma. :meth:`blocks` raises :class:`UserError` with ``name`` and line where the array is broken, truncated or
     followed by something else.
@@ -60,6 +61,8 @@ class ArrayReader:
         """All rows from here on."""
         if self._place.offset == 0:
             self._open()
+        else:
+            self._closed = self._stream.read(1) == b"]"
         while not self._closed:
             self._fill(BLOCK_BYTES)
             if self._exhausted and not self._last and not self._data.strip(SPACE):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.data.array import ArrayReader, separator_of
-from utils.data.blocks import BOM, SPACE, Block, Place
+from utils.data.blocks import BOM, SPACE, Block, Place, Unreadable, parse_slowly
 from utils.data.lines import line_blocks
 from utils.data.streams import compression_of, open_bytes, reading
 from utils.errors import UserError
@@ -49,9 +49,15 @@ def recognise(path: Path) -> Container:
     text = head.removeprefix(BOM).lstrip(SPACE)
     if not text:
         raise UserError(f"{path} is empty" if len(head) < HEAD_BYTES else f"{path} starts with 1 MiB of white space")
-    if text.startswith(b"["):
+    if text.startswith(b"[") and not _is_lines(text):
         return Container(path, ARRAY, compressed, separator_of(head))
     return Container(path, LINES, compressed, b"\n")
+
+
+def _is_lines(text: bytes) -> bool:
+    """Whether what begins with a bracket is lines, the first one a faulty row: the first two are JSON values."""
+    lines = [line for line in text.split(b"\n") if line.strip(SPACE)][:2]
+    return len(lines) == 2 and not any(isinstance(parse_slowly(line), Unreadable) for line in lines)
 
 
 def read_blocks(
@@ -68,8 +74,10 @@ def read_blocks(
 
             yield from table_blocks(path, container.kind == PARQUET, columns, start, stop)
             return
-        with open_bytes(path, start.offset, stop) as stream:
-            if container.kind == LINES:
+        if container.kind == LINES:
+            with open_bytes(path, start.offset, stop) as stream:
                 yield from line_blocks(stream, start)
-            else:
-                yield from ArrayReader(stream, start, str(path), container.separator, stop is None).blocks()
+            return
+        # From the byte before, which tells whether the array goes on.
+        with open_bytes(path, max(0, start.offset - 1), stop) as stream:
+            yield from ArrayReader(stream, start, str(path), container.separator, stop is None).blocks()

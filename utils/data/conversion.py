@@ -82,12 +82,12 @@ def convert(task: Task, progress: Callable[[int], None]) -> State:
     """
     state = load_state(task) or State(task.unit.start)
     progress(state.rows)
-    if state.done:
-        return state
     known = FORMATS[task.name]
     with ExitStack() as stack:
         stack.enter_context(writing(task.folder))
         data, rejects = (stack.enter_context(_reopened(task, kind, state)) for kind in ("data", "rejects"))
+        if state.done:
+            return state
         saved = state.data_size
         for block in read_blocks(task.unit.container, known.columns, state.place, task.unit.stop):
             good, bad = convert_block(known, block, task.first_row + state.rows, task.shown, state)

@@ -85,6 +85,8 @@ class DatasetRun:
             self.outcome = Outcome(self.source.name, report["rows"], report["accepted"], report["left_out"], True)
         except (OSError, ValueError, KeyError, TypeError):
             return False
+        # A run that is killed while it tidies up leaves the rest to this one.
+        shutil.rmtree(self.partial, ignore_errors=True)
         return True
 
     def resume(self, containers: Sequence[Container]) -> bool:

@@ -101,8 +101,9 @@ class _Counter:
             self._emit(self._base + found + self._lead)
             limit = self._start.offset + UNIT_BYTES
         self._count(data, len(data))
-        self._count_lines(data, len(data))
         keep = max(0, len(data) - len(self._separator))
+        # What is kept may hold the next cut, whose lines are those before it: not counted yet.
+        self._count_lines(data, keep)
         self._data, self._base = data[keep:], self._base + keep
         return True
 
@@ -123,8 +124,10 @@ class _Counter:
         self._counted = max(self._counted, self._base + end - len(self._separator) + 1)
 
     def _count_lines(self, data: bytes, end: int) -> None:
-        self._lines += data.count(b"\n", self._lines_to - self._base, end)
-        self._lines_to = self._base + end
+        begin = self._lines_to - self._base
+        if end > begin:
+            self._lines += data.count(b"\n", begin, end)
+            self._lines_to = self._base + end
 
     def _emit(self, cut: int) -> None:
         self._units.append(Unit(self._container, self._start, cut, self._rows))

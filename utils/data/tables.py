@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from utils.data.blocks import Block, Place, Unreadable
+from utils.errors import UserError
 
 BATCH_ROWS = 256
 READ_BUFFER = 1 << 20
 
 
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn what pyarrow says of data that it cannot make sense of into a :class:`UserError` that names the file.
+
+    It also raises OSError for them, which :func:`utils.data.streams.reading` takes care of.
+    """
+    try:
+        yield
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is truncated or damaged: {reason}; fetch the file again") from None
+
+
 def parquet_groups(path: Path) -> list[int]:
     """Rows of each row group."""
-    with pq.ParquetFile(path) as file:
+    with _decoding(path), pq.ParquetFile(path) as file:
         return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
 
 
 def arrow_rows(path: Path) -> int:
     """Rows of an Arrow file."""
-    return sum(batch.num_rows for batch in _arrow_batches(path))
+    with _decoding(path):
+        return sum(batch.num_rows for batch in _arrow_batches(path))
 
 
 def table_blocks(path: Path, parquet: bool, columns: Sequence[str], start: Place, stop: int | None) -> Iterator[Block]:
@@ -30,6 +46,11 @@ def table_blocks(path: Path, parquet: bool, columns: Sequence[str], start: Place
 
     The line of a row is its number in the file, from 1.
     """
+    with _decoding(path):
+        yield from _blocks(path, parquet, columns, start, stop)
+
+
+def _blocks(path: Path, parquet: bool, columns: Sequence[str], start: Place, stop: int | None) -> Iterator[Block]:
     batches = _parquet_batches(path, columns, start.offset) if parquet else _arrow_batches(path)
     before = _groups_before(path, start.offset)[1] if parquet else 0
     for batch in batches:

@@ -20,6 +20,9 @@ from utils.errors import UserError
 IGNORE_INDEX = -100
 GENERATION_PROMPT = "<|assistant|>\n"
 
+_MARK = "\ue000answer\ue000"
+"""Text that no template writes and no conversation holds: private use characters."""
+
 Message = Mapping[str, str]
 Piece = tuple[str, bool]
 """Text, and whether it carries loss."""
@@ -155,8 +158,8 @@ def _template_pieces(messages: Sequence[Message], tokenizer: PreTrainedTokenizer
         after = _rendered(messages[: number + 1], tokenizer).rstrip()
         if number:
             before = _rendered(messages[:number], tokenizer, add_generation_prompt=True)
-        else:  # templates render no empty conversation
-            before = after[: max(0, after.find(message["content"].strip()))]
+        else:  # templates render no empty conversation, so a mark stands for the answer
+            before = _rendered([{**message, "content": _MARK}], tokenizer).partition(_MARK)[0]
         if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
             raise TemplateRefusal(
                 f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} writes this conversation "

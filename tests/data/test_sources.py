@@ -1,0 +1,93 @@
+"""Where a data set is: files, folders as people and the hub lay them out, hub ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from raw_data import read_jsonl, sample_rows, write_rows
+
+from utils.data.sources import locate, source_of
+from utils.errors import UserError
+
+
+def test_layouts_of_the_hub(tmp_path: Path, convert):
+    """data/train-0000N-of-0000M.parquet beside other splits, a card and metadata; several shards keep their order."""
+    rows = sample_rows("alpaca", 30)
+    folder = tmp_path / "alpaca"
+    for shard in range(3):
+        write_rows(folder / "data" / f"train-0000{shard}-of-00003", rows[10 * shard :][:10], ".parquet")
+    write_rows(folder / "data" / "test-00000-of-00001", sample_rows("alpaca", 3), ".parquet")
+    (folder / "README.md").write_text("card")
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.json").write_text("{}")
+    data = read_jsonl(convert("alpaca", folder) / "data.jsonl")
+    assert [row["id"] for row in data] == [f"alpaca_{number}" for number in range(30)]
+    assert [row["messages"][1]["content"] for row in data] == [row["output"] for row in rows]
+
+
+def test_snapshot_of_a_hub_cache(tmp_path: Path):
+    folder = tmp_path / "datasets--tatsu-lab--alpaca"
+    for commit in ("aaa", "bbb"):
+        write_rows(folder / "snapshots" / commit / "rows", sample_rows("alpaca", 1), ".json")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("bbb")
+    assert [path.parent.name for path in source_of("alpaca", folder).files] == ["bbb"]
+
+
+def test_published_name_wins_and_doubtful_folders_are_refused(tmp_path: Path):
+    rows = sample_rows("vicuna_sharegpt", 2)
+    folder = tmp_path / "vicuna_sharegpt"
+    write_rows(folder / "HTML_cleaned_raw_dataset" / "part1", rows, ".json")
+    write_rows(folder / "ShareGPT_V3_unfiltered_cleaned_split", rows, ".json")
+    assert len(source_of("vicuna_sharegpt", folder).files) == 2
+    exact = write_rows(folder / "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry", rows, ".json.gz")
+    assert source_of("vicuna_sharegpt", folder).files == (exact,)
+    write_rows(folder / "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry", rows, ".json")
+    with pytest.raises(UserError, match="same data twice"):
+        source_of("vicuna_sharegpt", folder)
+    mixed = tmp_path / "mixed"
+    write_rows(mixed / "a", rows, ".json")
+    write_rows(mixed / "a", rows, ".parquet")
+    with pytest.raises(UserError, match="json and parquet"):
+        source_of("slim_orca", mixed)
+
+
+def test_places_without_data(tmp_path: Path):
+    for place, message in (
+        (tmp_path, "no data file"),
+        (tmp_path / "absent", "no file, no folder"),
+        ("a/b/c", "no hub id"),
+    ):
+        with pytest.raises(UserError, match=message):
+            source_of("alpaca", place)
+    write_rows(tmp_path / "held" / "test", sample_rows("alpaca", 1), ".jsonl")
+    with pytest.raises(UserError, match="only test or validation"):
+        source_of("alpaca", tmp_path / "held")
+
+
+def test_files_and_folders_under_the_root(tmp_path: Path):
+    assert locate("alpaca", tmp_path) is None
+    packed = write_rows(tmp_path / "alpaca", [], ".jsonl.zst")
+    assert locate("alpaca", tmp_path) == packed
+    (tmp_path / "alpaca").mkdir()
+    assert locate("alpaca", tmp_path) == tmp_path / "alpaca"
+
+
+def test_hub_ids_go_through_datasets(tmp_path: Path, monkeypatch, convert):
+    """A local folder stands for the hub, which ``load_dataset`` reads in the same way."""
+    import datasets
+
+    rows = sample_rows("meta_math_qa", 20)
+    write_rows(tmp_path / "meta-math" / "MetaMathQA" / "MetaMathQA-395K", rows, ".json")
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda hub_id, split: load(str(tmp_path / hub_id), split=split, cache_dir=str(tmp_path / "cache")),
+    )
+    folder = convert("meta_math_qa", "meta-math/MetaMathQA")
+    assert [row["messages"][0]["content"] for row in read_jsonl(folder / "data.jsonl")] == [r["query"] for r in rows]
+    with pytest.raises(UserError, match="nobody/nothing cannot be loaded from the hub"):
+        source_of("meta_math_qa", "nobody/nothing")
