@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: ROOT, and a virtual environment in .venv that holds requirements.txt.
 # PYTHON=/path/to/python picks the interpreter, VENV=/path another environment.
 

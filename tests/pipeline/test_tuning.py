@@ -126,7 +126,8 @@ def test_a_missed_target_is_told_once(parts, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="utils"):
         tiny_tuning.tune(parts, tmp_path / "run", target_capacity=0.95, max_steps=1)
     told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("utils")]
-    assert len(told) == 1 and told[0].startswith("reached capacity 0.") and "target 0.95" in told[0]
+    assert len(told) == 1 and told[0].startswith("reached capacity 0."), told
+    assert "target 0.95" in told[0] and "--recipe budget (RECIPE=budget)" in told[0]
 
 
 def test_lora_trains_and_saves_adapters_with_the_routers(parts, tmp_path):

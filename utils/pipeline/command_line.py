@@ -16,6 +16,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_availa
 
 from utils.errors import UserError
 from utils.pipeline.arguments import DataArguments, ModelArguments, RoutingArguments, TuningArguments
+from utils.pipeline.engines import keep_schedule
 from utils.pipeline.recipes import DEFAULTS, RECIPES
 
 RENAMED = {
@@ -110,6 +111,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     try:
         training = TuningArguments(**{f.name: values[f.name] for f in dataclasses.fields(TuningArguments) if f.init})
         problems += training.problems()
+        notes += keep_schedule(training.deepspeed_plugin)
     except (ValueError, ImportError) as error:
         problems.append(" ".join(str(error).split()))
     if problems:
@@ -172,11 +174,9 @@ def _set_precision(model: ModelArguments, routing: RoutingArguments, values: dic
     keeps float32 weights, whose small updates bfloat16 would round away, and computes under autocast.
     """
     gpu = torch.cuda.is_available() and not values["use_cpu"]
-    half = (
-        values["bf16"]
-        or model.dtype == "bfloat16"
-        or (model.dtype == "auto" and gpu and is_torch_bf16_gpu_available())
-    )
+    # A plan is one for GPUs, also where it is made on a laptop.
+    fast = values["dry_run"] or (gpu and is_torch_bf16_gpu_available())
+    half = values["bf16"] or model.dtype == "bfloat16" or (model.dtype == "auto" and fast)
     half = half and model.dtype != "float32" and not values["fp16"]
     values["bf16"] = (half and routing.trains == "full") or (values["bf16"] and model.dtype == "float32")
     model.dtype = "bfloat16" if half and routing.trains != "full" else "float32"

@@ -45,7 +45,7 @@ def dry_run(command: Command) -> str:
         "",
         "GB per GPU at the longest micro-batch, 1 GB of it for CUDA and communication; shorter rows need less.",
     ]
-    asked = _engine_of(training.accelerate_config)
+    asked = engine_of(training.accelerate_config)
     if asked and training.num_processes:
         total = memory.per_process(asked, training.num_processes)["total"]
         lines.append(f"chosen: {asked} on {training.num_processes} process(es), {total / 1e9:.1f} GB each")
@@ -83,7 +83,7 @@ def _table(memory: StepMemory, worlds: list[int]) -> list[str]:
     return lines
 
 
-def _engine_of(config: str | None) -> str | None:
+def engine_of(config: str | None) -> str | None:
     """The engine that an accelerate config names, by its file name and content."""
     if config is None:
         return None

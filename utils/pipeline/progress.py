@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from tqdm import tqdm
@@ -40,8 +41,9 @@ class CompactPrinter(PrinterCallback):
 
 
 def use_compact_progress(trainer: Trainer) -> None:
-    """Replace the Trainer's own display."""
+    """Replace the Trainer's own display: a bar on a terminal, lines alone in a file."""
     for callback in list(trainer.callback_handler.callbacks):
         if isinstance(callback, (ProgressCallback, PrinterCallback)):
             trainer.remove_callback(type(callback))
-    trainer.add_callback(CompactPrinter if trainer.args.disable_tqdm else CompactProgress)
+    plain = trainer.args.disable_tqdm or not sys.stderr.isatty()
+    trainer.add_callback(CompactPrinter if plain else CompactProgress)

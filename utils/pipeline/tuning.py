@@ -211,11 +211,16 @@ def finish(job: TuningJob, tuned: TunedRun) -> None:
         }
         write_results(output, record, tuned.history)
         if reached is not None and abs(reached - routing.target_capacity) > _TOLERANCE:
-            logger.warning(
-                f"reached capacity {reached:.3f}, target {routing.target_capacity:g}: recipe '{routing.recipe}' does "
-                "not bind the budget; change --gradient_scale or the recipe, or report the reached value"
-            )
+            logger.warning(missed_target(reached, routing.target_capacity, routing.recipe))
     tuned.trainer.barrier()
+
+
+def missed_target(reached: float, target: float, recipe: str) -> str:
+    """What to tell a user whose routers run more or less than was asked for."""
+    told = f"reached capacity {reached:.3f}, target {target:g}"
+    if recipe == "paper":
+        return f"{told}: recipe 'paper' does not hold a run to its target; --recipe budget (RECIPE=budget) does"
+    return f"{told}: report the reached value; more data to calibrate on brings it closer (MAX_TRAIN_SAMPLES)"
 
 
 def write_trained(job: TuningJob, tuned: TunedRun, weights: dict[str, torch.Tensor]) -> None:
