@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,11 +170,12 @@ class _Variant:
         self.cache: Any = None
         self.kv_bytes = 0
 
+    def forced(self) -> AbstractContextManager[None]:
+        """Impose the masks: around what is timed, not within it."""
+        return nullcontext() if self.masks is None else force_routing(self.model, self.masks)
+
     def forward(self, ids: Tensor, cache: Any = None, use_cache: bool = True):
-        if self.masks is None:
-            return self.model(input_ids=ids, past_key_values=cache, use_cache=use_cache, logits_to_keep=1)
-        with force_routing(self.model, self.masks):
-            return self.model(input_ids=ids, past_key_values=cache, use_cache=use_cache, logits_to_keep=1)
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=use_cache, logits_to_keep=1)
 
     def prepare(self) -> None:
         """Fill the cache that decoding starts from."""
@@ -204,10 +206,7 @@ class _Variant:
         return {"flops": flops, "kv_bytes": held, "peak_bytes": peak}
 
     def _flops(self, inputs: dict[str, Any]) -> int:
-        if self.masks is None:
-            return count_flops(self.model, inputs, use_cache="past_key_values" in inputs)
-        with force_routing(self.model, self.masks):
-            return count_flops(self.model, inputs, use_cache="past_key_values" in inputs)
+        return count_flops(self.model, inputs, use_cache="past_key_values" in inputs)
 
 
 @torch.no_grad()
@@ -239,11 +238,13 @@ def benchmark(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel 
         masks = {key: mask.to(dense.device) for key, mask in masks.items()}
         variants.append(_Variant(f"routed@{capacity}", routed, ids, setting, masks))
     for variant in variants:
-        variant.static = measure(variant)
+        with variant.forced():
+            variant.static = measure(variant)
     for number in range(setting.repeats + 1):
         turn = number % len(variants)
         for variant in variants[turn:] + variants[:turn]:
-            seconds = _timed(lambda v=variant, n=number: v.step(n), ids.device)
+            with variant.forced():
+                seconds = _timed(lambda v=variant, n=number: v.step(n), ids.device)
             if number:
                 variant.times.append(seconds)
     dense_variant, floor_variant, *rest = variants

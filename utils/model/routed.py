@@ -98,6 +98,8 @@ class Routed:
 
 def row_counts(keep: Tensor, real: Tensor | None) -> list[int] | None:
     """Kept tokens per row of ``keep [b, t]``, or None when every real token is kept (one host sync)."""
+    if keep.numel() == 1:  # decoding one sequence; what is decoded is real
+        return None if keep.item() else [0]
     if real is None:
         counts = keep.sum(1).tolist()
         return None if sum(counts) == keep.numel() else counts

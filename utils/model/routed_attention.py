@@ -43,8 +43,6 @@ class RoutedAttending(Routed):
         call = self.mod_call()
         features = self.mod_features(hidden_states)
         keep, logits = self.mod_decide(features, call)
-        if self.mod_level == "token":
-            self._check_implementation()
         if call.training:
             if self.mod_level == "token" and self.mod_kv_policy == "drop":
                 kwargs = {**kwargs, "attention_mask": self._mask_skipped_keys(keep, hidden_states, kwargs)}
@@ -72,7 +70,7 @@ class RoutedAttending(Routed):
             if layer is not None:
                 layer.mod_advance(tokens)
             return residual
-        output = self.mod_run(hidden_states[rows], select_rows(kwargs, rows, batch))
+        output = self.mod_run(hidden_states.index_select(0, rows), select_rows(kwargs, rows, batch))
         return residual.index_copy_(0, rows, output.to(residual.dtype))
 
     def _run_tokens(
@@ -86,6 +84,7 @@ class RoutedAttending(Routed):
                 states = project_kv(self.mod_attention(), features, kwargs["position_embeddings"])
                 cache.update(*states, self.mod_layer)
             return output
+        self._check_implementation()
         order = keep.flatten().to(torch.uint8).argsort(stable=True)
         skipped = order[: keep.numel() - sum(counts)]
         positions = flat_positions(kwargs["position_embeddings"], skipped, tokens)
@@ -112,6 +111,7 @@ class RoutedAttending(Routed):
         if layer is not None:
             layer.mod_open_rows(batch, keep.device)
         if any(counts):
+            self._check_implementation()
             packing = pack(keep, counts)
             packed = select_tokens(kwargs, packing)
             mask = view.open(packing, kwargs.get("attention_mask"), tokens)
@@ -125,6 +125,7 @@ class RoutedAttending(Routed):
 
     def _mask_skipped_keys(self, keep: Tensor, hidden_states: Tensor, kwargs: dict) -> Tensor:
         """The module's mask without the keys of skipped tokens; a token always sees itself."""
+        self._check_implementation()
         tokens = keep.shape[1]
         own = torch.eye(tokens, dtype=torch.bool, device=keep.device)
         offered = (keep[:, None, :] | own)[:, None]

@@ -11,34 +11,41 @@ from .routed import Routed
 from .routed_attention import RoutedAttending
 
 
-class RoutedLayer:
-    """A decoder layer with routed children.
+class CarriesCall:
+    """A decoder layer that takes the pass along.
 
     Gradient checkpointing runs ``forward`` again in the backward pass, in another thread and after the model's own
-    forward has ended: the pass therefore travels as an argument, not as state.
+    forward has ended: in training the pass therefore travels as an argument, not as state.
     """
 
     def __call__(self, *args, **kwargs):
-        """Hand the current pass to ``forward``."""
-        return super().__call__(*args, routing=current_call(), **kwargs)
+        """Hand the current pass to ``forward`` where it may run again."""
+        call = current_call()
+        if call is not None and call.training:
+            kwargs["routing"] = call
+        return super().__call__(*args, **kwargs)
+
+
+class RoutedLayer(CarriesCall):
+    """A decoder layer with routed children."""
 
     def forward(self, hidden_states: Tensor, *args, routing: RoutingCall | None = None, **kwargs) -> Tensor:
         """The layer, ``[b, t, d] → [b, t, d]``."""
+        if routing is None:
+            return super().forward(hidden_states, *args, **kwargs)
         with routing_call(routing):
             return super().forward(hidden_states, *args, **kwargs)
 
 
-class RoutedBlock(RoutedAttending):
+class RoutedBlock(CarriesCall, RoutedAttending):
     """A decoder layer that runs for kept sequences or tokens only; skipped ones pass through unchanged."""
 
     mod_part = "block"
 
-    def __call__(self, *args, **kwargs):
-        """Hand the current pass to ``forward``."""
-        return super().__call__(*args, routing=current_call(), **kwargs)
-
     def forward(self, hidden_states: Tensor, *, routing: RoutingCall | None = None, **kwargs) -> Tensor:
         """``x + m·F(x)`` for ``hidden_states [b, t, d]``."""
+        if routing is None:
+            return self.mod_forward(hidden_states, kwargs)
         with routing_call(routing):
             return self.mod_forward(hidden_states, kwargs)
 

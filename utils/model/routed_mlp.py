@@ -25,6 +25,8 @@ class RoutedMLP(Routed):
             counts = row_counts(keep, call.real)
             if counts is None:
                 return super().forward(hidden_states, *args, **kwargs)
+            if not any(counts):
+                return torch.zeros_like(hidden_states)
             flat = hidden_states.flatten(0, 1)
             index = keep.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(counts)]
             return self._run(flat, index, *args, **kwargs).view_as(hidden_states)
@@ -37,7 +39,7 @@ class RoutedMLP(Routed):
         """The module on ``states[index]``, zeros elsewhere; a flat list of tokens ``[n, d]`` runs as one row."""
         output = torch.zeros_like(states)
         if index.shape[0]:
-            taken = states[index] if states.dim() == 3 else states[index][None]
-            done = super().forward(taken, *args, **kwargs)
-            output[index] = (done if states.dim() == 3 else done[0]).to(output.dtype)
+            taken = states.index_select(0, index)
+            done = super().forward(taken if states.dim() == 3 else taken[None], *args, **kwargs)
+            output.index_copy_(0, index, done.view_as(taken).to(output.dtype))
         return output
