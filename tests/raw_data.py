@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +20,8 @@ from utils.data.formats import FORMATS
 from utils.data.reformat import Settings, reformat
 from utils.data.sources import source_of
 
-SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+SHARED = Path(os.environ.get("REAL_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+"""Real data sets, as ``raw/<name>/`` and ``raw_alt/<name>…/``; where there are none, their tests are skipped."""
 
 
 def published(name: str, rows: Iterable[dict]) -> list[dict]:

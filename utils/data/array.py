@@ -88,8 +88,8 @@ class ArrayReader:
             self._exhausted = not chunk
 
     def _advance(self, count: int) -> None:
-        passed, self._data = self._data[:count], self._data[count:]
-        self._place = Place(self._place.offset + count, self._place.line + passed.count(b"\n"))
+        self._place = Place(self._place.offset + count, self._place.line + self._data.count(b"\n", 0, count))
+        self._data = self._data[count:]
 
     def _close(self, bracket: int) -> None:
         self._advance(bracket + 1)
@@ -111,9 +111,9 @@ class ArrayReader:
 
     def _bulk(self) -> Block | None:
         for cut in self._cuts():
-            body = self._data[:cut]
+            body = b"".join((b"[", memoryview(self._data)[:cut], b"]"))
             try:
-                rows = orjson.loads(b"[" + body + b"]")
+                rows = orjson.loads(body)
             except orjson.JSONDecodeError:
                 continue
             if not rows:
@@ -198,11 +198,11 @@ def _checked_bytes(raw: str, value: object) -> object:
 
 
 def _lines(body: bytes, before: int) -> Callable[[int], int]:
-    """The line of each row of a parsed block, looked for only when somebody asks."""
+    """The line of each row of a parsed block in its brackets, looked for only when somebody asks."""
 
     @cache
     def numbers() -> list[int]:
-        text = body.decode("utf-8") + "]"
+        text = body.decode("utf-8")[1:]
         return [before + 1 + text.count("\n", 0, begin) for _, begin, _ in _elements(text)]
 
     return lambda row: numbers()[row]

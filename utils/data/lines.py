@@ -22,33 +22,33 @@ def line_blocks(stream: BinaryIO, start: Place) -> Iterator[Block]:
             chunk, place = chunk[len(BOM) :], Place(len(BOM), 0)
         if not chunk:
             break
-        cut = chunk.rfind(b"\n") + 1
-        if not cut:
+        # Only the first and the last line of a chunk are ever copied whole: this loop sees every byte of the input.
+        lines = chunk.split(b"\n")
+        if len(lines) == 1:
             rest += chunk
             if len(rest) > MAX_ROW_BYTES:
                 block, rest = _skip_line(stream, len(rest), place)
                 place = block.after
                 yield block
             continue
-        block = _block(rest + chunk[:cut], place)
-        place, rest = block.after, chunk[cut:]
+        after = Place(place.offset + len(rest) + len(chunk) - len(lines[-1]), place.line + len(lines) - 1)
+        lines[0], rest = rest + lines[0], lines.pop()
+        block = _block(lines, place.line, after)
+        place = after
         if block.rows:
             yield block
     if rest.strip(SPACE):
-        yield _block(rest, place)
+        yield _block([rest], place.line, Place(place.offset + len(rest), place.line + 1))
 
 
-def _block(data: bytes, start: Place) -> Block:
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
-    after = Place(start.offset + len(data), start.line + len(lines))
+def _block(lines: list[bytes], before: int, after: Place) -> Block:
+    """The rows of whole lines, of which ``before`` precede them."""
     try:
-        return Block(list(map(orjson.loads, lines)), after, lambda row: start.line + row + 1)
+        return Block(list(map(orjson.loads, lines)), after, lambda row: before + row + 1)
     except orjson.JSONDecodeError:
         pass
     rows, numbers = [], []
-    for number, line in enumerate(lines, start.line + 1):
+    for number, line in enumerate(lines, before + 1):
         if line.strip(SPACE):
             rows.append(_parse(line))
             numbers.append(number)

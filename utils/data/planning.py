@@ -8,6 +8,7 @@ files are cut at row ends, counting the separators; the count is checked when th
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ VERSION = 1
 UNIT_BYTES = 64 << 20
 UNIT_ROWS = 1 << 16
 READ_BYTES = 1 << 20
-BLANK_LINE = (b"\n\n", b"\n\r", b"\n ", b"\n\t")
+BLANK_LINE = re.compile(rb"\n[\n\r \t]")
 """What every blank line but a first one leads to; lines that start with white space are taken for one, too."""
 
 
@@ -92,7 +93,7 @@ class _Counter:
     def add(self, chunk: bytes) -> bool:
         """Take a chunk; False if the text has blank lines, so that separators do not count its rows."""
         data = self._data + chunk
-        if self._container.kind == LINES and (any(map(data.__contains__, BLANK_LINE)) or self._starts_blank(data)):
+        if self._container.kind == LINES and (BLANK_LINE.search(data) or self._starts_blank(data)):
             return False
         limit = self._start.offset + UNIT_BYTES
         while self._cut and (found := data.find(self._separator, max(0, limit - self._base))) >= 0:
@@ -120,12 +121,15 @@ class _Counter:
 
     def _count(self, data: bytes, end: int) -> None:
         begin = max(0, self._counted - self._base)
-        self._rows += data.count(self._separator, begin, end)
+        found = data.count(self._separator, begin, end)
+        self._rows += found
+        if self._container.kind == LINES:
+            self._lines += found
         self._counted = max(self._counted, self._base + end - len(self._separator) + 1)
 
     def _count_lines(self, data: bytes, end: int) -> None:
         begin = self._lines_to - self._base
-        if end > begin:
+        if end > begin and self._container.kind != LINES:
             self._lines += data.count(b"\n", begin, end)
             self._lines_to = self._base + end
 
