@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,8 +13,12 @@ import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed() -> Iterator[None]:
     torch.manual_seed(0)
+    yield
+    disabled = not torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert not disabled, "this test left autograd disabled; every later test in this process would train nothing"
 
 
 @pytest.fixture

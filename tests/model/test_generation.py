@@ -47,13 +47,13 @@ def test_interleaved_generations_do_not_disturb_each_other(granularity, policy):
     model, _ = pair("llama", granularity, policy)
     prompts = [random_batch(2, 7, seed=1)[0], random_batch(1, 5, seed=2)[0], random_batch(3, 6, seed=3)[0]]
 
+    @torch.no_grad()  # as a decorator: a block around yield would be left in another order than entered, and stay on
     def steps(ids):
-        with torch.no_grad():
-            out = model(ids, use_cache=True)
-            for _ in range(5):
-                token = out.logits[:, -1:].argmax(-1)
-                yield out.logits[:, -1]
-                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(ids, use_cache=True)
+        for _ in range(5):
+            token = out.logits[:, -1:].argmax(-1)
+            yield out.logits[:, -1]
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
 
     alone = [list(steps(ids)) for ids in prompts]
     interleaved = list(zip(*[steps(ids) for ids in prompts], strict=True))
