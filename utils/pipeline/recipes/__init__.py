@@ -10,7 +10,13 @@ RECIPES = {"paper": "utils.pipeline.recipes.paper", "budget": "utils.pipeline.re
 """Name on the command line → module."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "budget": {"router_pooling": "prompt", "learning_rate": 1e-3, "gradient_scale": 0.1},
+    "budget": {
+        "router_pooling": "prompt",
+        "learning_rate": 5e-3,
+        "gradient_scale": 0.1,
+        "global_batch_size": 32,
+        "num_train_epochs": 3.0,
+    },
 }
 """Where a recipe's defaults differ from the published ones; a flag that is given counts for every recipe."""
 

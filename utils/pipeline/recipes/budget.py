@@ -1,8 +1,8 @@
 """The ``budget`` recipe: routers that spend a requested capacity where it pays, and a dial for every other capacity.
 
 Sequence level: inputs are run under many masks, forward only, and routers are fitted to the value of the masks
-(:mod:`budget_search`, :mod:`budget_policy`). Token level: the straight-through gradient trains the routers at a low
-capacity (:class:`~utils.pipeline.customized_trainer.RouterTrainer`). Both end in thresholds calibrated so that the
+(:mod:`budget_search`, :mod:`budget_policy`). Token level: the straight-through gradient trains the routers to keep the
+dense model's predictions at many budgets (:mod:`budget_training`). Both end in thresholds calibrated so that the
 requested share of the routed work runs, and in a dial that reaches any other share without training.
 """
 
@@ -25,13 +25,14 @@ from utils.pipeline.job import TunedRun, TuningJob
 from utils.pipeline.progress import use_compact_progress
 from utils.pipeline.recipes.budget_policy import FitSettings, fit
 from utils.pipeline.recipes.budget_search import Explored, explore
+from utils.pipeline.recipes.budget_training import BudgetTrainer
 from utils.pipeline.routing_statistics import CAPACITY, layer_key
 
 SEARCH_INPUTS = 2048
 MAX_MASKS = 64
 FIT_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-TRAINED_CAPACITY = 0.25
-"""Token level: the target of the penalty. Routers trained at a low capacity rank tokens well for all higher ones."""
+INITIAL_WEIGHT = 1e-3
+"""Token level: deviation of the weights to start from. At zero every score ties, and the first step learns nothing."""
 CALIBRATION_TOKENS = 12_000
 _ROWS = 8
 _CALIBRATION_ROWS = 64
@@ -106,7 +107,7 @@ def _search_and_fit(job: TuningJob) -> TunedRun:
     install_policy(model, policy.weight)
     names = list(routed_modules(model))
     dial = {"capacity": policy.budgets, "logit": dict(zip(names, policy.logit.tolist(), strict=True))}
-    trainer = _trainer(job)
+    trainer = RouterTrainer(**_shared(job), gradient_scale=job.command.routing.gradient_scale)
     history = [{"step": 0, "inputs": len(rows), "masks": explored.masks.shape[1]}]
     return TunedRun(trainer=trainer, history=history, extra={"dial": dial})
 
@@ -130,26 +131,35 @@ def _gathered(explored: Explored, world: int) -> Explored:
 
 
 def _train(job: TuningJob) -> TunedRun:
-    trainer = _trainer(job)
+    training, routing = job.command.training, job.command.routing
+    if training.fp16:
+        raise UserError("recipe 'budget' at token level reads gradients, which fp16 scales: use --bf16 or float32")
+    generator = torch.Generator().manual_seed(training.seed)
+    for module in routed_modules(job.model).values():
+        weight = module.mod_router.weight
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.data.copy_((INITIAL_WEIGHT * noise).to(weight.device))
+    trainer = BudgetTrainer(**_shared(job), price=routing.gradient_scale, distil=routing.trains == "routers")
     use_compact_progress(trainer)
     trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))
     stopped = job.interruption.signal is not None
     return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=stopped)
 
 
-def _trainer(job: TuningJob) -> RouterTrainer:
-    training, routing = job.command.training, job.command.routing
-    return RouterTrainer(
-        model=job.model,
-        args=training,
-        train_dataset=job.data.rows,
-        data_collator=Collator(job.tokenizer),
-        callbacks=[StopOnSignal(job.interruption)],
-        target_capacity=min(TRAINED_CAPACITY, routing.target_capacity),
-        gradient_scale=routing.gradient_scale,
-        order=StepOrder(job.data.lengths, training.global_batch_size, training.seed, job.command.data.length_grouping),
-        identity=job.identity,
-    )
+def _shared(job: TuningJob) -> dict[str, Any]:
+    training = job.command.training
+    return {
+        "model": job.model,
+        "args": training,
+        "train_dataset": job.data.rows,
+        "data_collator": Collator(job.tokenizer),
+        "callbacks": [StopOnSignal(job.interruption)],
+        "target_capacity": job.command.routing.target_capacity,
+        "order": StepOrder(
+            job.data.lengths, training.global_batch_size, training.seed, job.command.data.length_grouping
+        ),
+        "identity": job.identity,
+    }
 
 
 # ---- data
