@@ -89,17 +89,16 @@ class Plan:
         return self.recipes[recipe].get("recipe") == "budget"
 
     def cells(self) -> Iterator[Cell]:
-        """All cells, the most telling first: one seed of everything, then controls, then the other seeds."""
+        """All cells, the most telling first: the grid on every seed, then controls, then the dial and costs."""
         yield Cell("dense")
         yield Cell("masks")
-        for place, seed in enumerate(self.seeds):
+        for seed in self.seeds:
             yield from self._of_seed(seed)
-            if place == 0:
-                yield from (Cell("static", recipe=method, granularity=part) for part, method in self.statics.items())
-                for entry in self.extra:
-                    yield Cell("tune", entry["recipe"], entry["granularity"], seed)
-                    yield Cell("score", entry["recipe"], entry["granularity"], seed, OWN)
-                yield from self._dial(seed)
+        yield from (Cell("static", recipe=method, granularity=part) for part, method in self.statics.items())
+        for entry in self.extra:
+            yield Cell("tune", entry["recipe"], entry["granularity"], self.seeds[0])
+            yield Cell("score", entry["recipe"], entry["granularity"], self.seeds[0], OWN)
+        yield from self._dial(self.seeds[0])
         yield from self._costs(self.seeds[0])
 
     def _of_seed(self, seed: int) -> Iterator[Cell]:
