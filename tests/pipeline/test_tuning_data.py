@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 from transformers import AutoTokenizer
 
 from utils.errors import UserError
-from utils.pipeline.encoding import encode_conversation
+from utils.pipeline import tuning_data
+from utils.pipeline.encoding import encode_conversation, encode_row
 from utils.pipeline.tuning_data import check_file, encode_file
 
 GOOD = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]}
@@ -81,3 +83,27 @@ def test_a_changed_file_of_the_same_size_is_not_taken_from_the_cache(tmp_path, t
     after = encode_file(check_file(path, 0), tokenizer, 64)
     assert before.raw.sha256 != after.raw.sha256
     assert before.rows[0]["input_ids"] != after.rows[0]["input_ids"]
+
+
+def test_the_same_rows_are_encoded_once_wherever_they_are(tmp_path, tokenizer, monkeypatch):
+    """Per tokenizer, length and template; by content, not by name."""
+    calls = []
+
+    def counted(row, *arguments):
+        calls.append(row)
+        return encode_row(row, *arguments)
+
+    monkeypatch.setattr(tuning_data, "encode_row", counted)
+    rows = [{**GOOD, "id": f"{tmp_path} {number}"} for number in range(2)]  # rows that no other test has
+    first = encode_file(check_file(write(tmp_path / "a.jsonl", *rows), 0), tokenizer, 64)
+    assert len(calls) == 2
+    again = encode_file(check_file(write(tmp_path / "b.jsonl", *rows), 0), tokenizer, 64)
+    assert len(calls) == 2 and again.rows.to_list() == first.rows.to_list()
+    encode_file(check_file(tmp_path / "b.jsonl", 0), tokenizer, 63)
+    assert len(calls) == 4
+    encode_file(check_file(tmp_path / "b.jsonl", 1), tokenizer, 64)
+    assert len(calls) == 5
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["blue"])
+    encode_file(check_file(tmp_path / "b.jsonl", 0), other, 64)
+    assert len(calls) == 7

@@ -68,19 +68,22 @@ def encode_file(
     chat_template: bool = False,
     processes: int | None = None,
 ) -> TrainingData:
-    """Encode a checked file; rows without a token that carries loss are left out. UserError if none is left."""
-    key = [_TEMPLATE, raw.sha256, raw.rows, _tokenizer_hash(tokenizer, chat_template), max_length, chat_template]
-    fingerprint = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    """Encode a checked file; rows without a token that carries loss are left out. UserError if none is left.
+
+    The same rows are encoded once for a tokenizer and length, wherever the file is: the cache is keyed by content.
+    """
     rows = Dataset.from_generator(
         _lines,
         features=Features({"line": Value("string")}),
-        gen_kwargs={"path": str(raw.path), "limit": raw.rows, "sha256": raw.sha256},
+        gen_kwargs={"path": str(raw.path), "limit": raw.rows},
+        fingerprint=_fingerprint(raw.sha256, raw.rows),
     )
+    key = (raw.sha256, raw.rows, _tokenizer_hash(tokenizer, chat_template), max_length, chat_template)
     encoded = rows.map(
         partial(_encode, tokenizer=tokenizer, max_length=max_length, chat_template=chat_template),
         remove_columns=rows.column_names,
         num_proc=processes if processes and processes < raw.rows else None,
-        new_fingerprint=fingerprint,
+        new_fingerprint=_fingerprint(*key),
         desc="encode",
     )
     usable = [number for number, learnt in enumerate(encoded["learnt"]) if learnt]
@@ -93,8 +96,12 @@ def encode_file(
     return TrainingData(kept.remove_columns(["learnt", "cut"]), unusable, sum(encoded["cut"]), raw)
 
 
-def _lines(path: str, limit: int, sha256: str) -> Iterator[dict[str, str]]:
-    """Rows for ``datasets``, whose cache is keyed by the arguments: the hash makes a changed file a new entry."""
+def _fingerprint(*key: object) -> str:
+    """What ``datasets`` caches a result under."""
+    return hashlib.sha256(json.dumps([_TEMPLATE, *key]).encode()).hexdigest()[:32]
+
+
+def _lines(path: str, limit: int) -> Iterator[dict[str, str]]:
     for _, line in islice(lines_of(Path(path)), limit):
         yield {"line": line.decode()}
 
