@@ -10,6 +10,7 @@ from typing import Any
 
 from utils.evaluation.report import summary_table
 from utils.evaluation.results import cost_table
+from utils.evaluation.speed_limits import limits_table
 from utils.evaluation.tables import Table
 from utils.pipeline.base_checkpoint import results_table
 
@@ -64,6 +65,17 @@ def speed_block() -> str:
     )
 
 
+def limits_block() -> str:
+    """Speed-up limits of Llama-3-8B on a GPU."""
+    result = _json("figures/speed_limits.json")
+    accelerator = result["accelerator"]
+    return (
+        f"Llama-3-8B in bfloat16, 16 of 32 layers routed, capacity 0.5, {accelerator['name']}\n"
+        f"({accelerator['operations'] / 1e12:.0f} TFLOP/s, {accelerator['bandwidth'] / 1e12:.1f} TB/s):\n\n"
+        f"{limits_table(result['rows'], 'llama3-8b').markdown()}\n\n`{result['command']}`"
+    )
+
+
 def science_block() -> str:
     """The experiment's own summary."""
     table = (ROOT / "figures/main_results.md").read_text().strip()
@@ -83,6 +95,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_block,
     "base": base_block,
     "speed": speed_block,
+    "limits": limits_block,
     "science": science_block,
 }
 
