@@ -8,6 +8,6 @@ ensure_environment
 cd "$ROOT"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-ruff check entrypoints utils
-ruff format --check entrypoints utils
+ruff check .
+ruff format --check .
 exec python -m pytest --numprocesses "${PYTEST_WORKERS:-2}" --dist loadfile "$@"
