@@ -12,53 +12,6 @@ from utils.evaluation.results import cost_table, files_table, headline, score_ta
 from utils.evaluation.tables import Table, with_error
 
 
-def evaluation(score, capacity=None):
-    meter = {"t_gen": {"seconds": 1.5, "requests": 2}, "t_mc": {"seconds": 0.5, "requests": 8}}
-    if capacity is not None:
-        meter["t_gen"]["capacity"] = {"total": capacity, "3": capacity}
-    return {
-        "scores": {
-            "t_gen": {"exact_match,none": score, "exact_match_stderr,none": 0.01},
-            "u_gen": {"exact_match,none": score / 2},
-            "t_mc": {"acc,none": 0.9, "acc_norm,none": 0.8},
-            "t_text": {"word_perplexity,none": 12.5},
-            "g": {"exact_match,none": score * 0.75},
-        },
-        "groups": ["g"],
-        "meter": meter,
-        "model": {"routing": {"mod_router_pooling": "sequence"}},
-        "provenance": {"date": "today", "device": "CPU", "git_commit": "abc", "versions": {"lm_eval": "0"}},
-    }
-
-
-@pytest.fixture
-def comparison():
-    times = {"seconds_dense": 2.0, "seconds_routed": 1.0, "time_ratio": 0.51}
-    static = {"kept": [3, 5], "search_loss": 1.25, "search_method": "exhaustive"}
-    return {
-        "systems": [
-            {"name": "dense", "capacity": 1.0, "flops_share": 1.0, "evaluation": evaluation(0.8)},
-            {"name": "tuned", "capacity": 0.4, "flops_share": 0.7, "evaluation": evaluation(0.7, 0.4)},
-            {"name": "static 2/4", "capacity": 0.5, "flops_share": 0.75, "evaluation": evaluation(0.6), **static},
-        ],
-        "cost": {
-            "flops_dense": 2e9,
-            "flops_routed": 1.4e9,
-            "flops_share": 0.7,
-            "kv_bytes_dense": 4000,
-            "kv_bytes_routed": 3000,
-            "kv_share": 0.75,
-            "capacity": {"total": 0.4},
-            "prefill": times,
-            "generate": times,
-            "new_tokens": 16,
-            "prompts": 9,
-            "repeats": 5,
-        },
-        "plan": {"limit": None},
-    }
-
-
 def test_score_table(comparison):
     rows = {row[0]: row[1:] for row in score_table(comparison).rows}
     assert rows["t_gen"] == ["exact_match", "0.800 ± 0.010", "0.700 ± 0.010", "0.600 ± 0.010", 0.4]
@@ -82,9 +35,9 @@ def test_cost_table(comparison):
     assert rows["KV cache after the prompts, KB"] == [4.0, 3.0, 0.75]
 
 
-def test_files_table_takes_results_of_different_tasks():
-    dense = {"name": "dense", **evaluation(0.8)}
-    tuned = {"name": "tuned", **evaluation(0.7, 0.4)}
+def test_files_table_takes_results_of_different_tasks(evaluated):
+    dense = {"name": "dense", **evaluated(0.8)}
+    tuned = {"name": "tuned", **evaluated(0.7, 0.4)}
     del tuned["scores"]["t_mc"]
     rows = {row[0]: row[1:] for row in files_table([dense, tuned]).rows}
     assert rows["t_gen"] == ["exact_match", "0.800 ± 0.010", "0.700 ± 0.010", None, 0.4]

@@ -35,9 +35,10 @@ def evaluate(
     """Score ``model`` on lm-eval tasks or groups and return a plain, JSON-ready dict (None on ranks other than 0).
 
     Keys: ``scores`` (``{task or group: {"metric,filter": value}}`` as lm-eval reports), ``groups`` (their names),
-    ``samples`` (documents per task), ``task_versions``, ``meter`` (capacity and seconds per task), ``model`` (routing
-    fields, ``router_pooling`` among them), ``settings`` and ``provenance``. ``under`` is a context entered around the
-    evaluation, for example ``force_routing(model, mask)``. Raises :class:`UserError` for a task that does not exist.
+    ``samples`` (documents per task), ``task_versions``, ``meter`` (capacity and seconds per task, over all processes
+    that were launched together), ``model`` (routing fields, ``router_pooling`` among them), ``settings`` and
+    ``provenance``. ``under`` is a context entered around the evaluation, for example ``force_routing(model, mask)``.
+    Raises :class:`UserError` for a task that does not exist.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = task_manager(tasks, include_path, metadata)
@@ -53,6 +54,7 @@ def evaluate(
             log_samples=False,
             bootstrap_iters=1000,
         )
+    meter = lm.gathered_meter()
     if found is None:
         return None
     return {
@@ -60,7 +62,7 @@ def evaluate(
         "groups": sorted(found.get("groups", {})),
         "samples": {task: count["effective"] for task, count in found["n-samples"].items()},
         "task_versions": found["versions"],
-        "meter": lm.meter,
+        "meter": meter,
         "model": describe(model),
         "settings": {"batch_size": batch_size, "limit": limit, "num_fewshot": num_fewshot},
         "provenance": provenance(),
