@@ -25,7 +25,7 @@ def _decoding(path: Path) -> Iterator[None]:
     try:
         yield
     except pa.ArrowException as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300].rstrip(".")
         raise UserError(f"{path} is truncated or damaged: {reason}; fetch the file again") from None
 
 
