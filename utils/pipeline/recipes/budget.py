@@ -135,10 +135,10 @@ def _train(job: TuningJob) -> TunedRun:
     if training.fp16:
         raise UserError("recipe 'budget' at token level reads gradients, which fp16 scales: use --bf16 or float32")
     generator = torch.Generator().manual_seed(training.seed)
-    for module in routed_modules(job.model).values():
-        weight = module.mod_router.weight
+    for weight in (module.mod_router.weight.data for module in routed_modules(job.model).values()):
         noise = torch.randn(weight.shape, generator=generator)
-        weight.data.copy_((INITIAL_WEIGHT * noise).to(weight.device))
+        if not weight.any():  # else a run that goes on from trained routers
+            weight.copy_((INITIAL_WEIGHT * noise).to(weight.device))
     trainer = BudgetTrainer(**_shared(job), price=routing.gradient_scale, distil=routing.trains == "routers")
     use_compact_progress(trainer)
     trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))

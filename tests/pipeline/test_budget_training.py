@@ -1,0 +1,69 @@
+"""Token level of ``--recipe budget``: thresholds give the drawn budget, the price finds the mean benefit, resuming."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import tiny_tuning
+import torch
+from tiny_models import random_batch, tiny_model
+
+from utils.errors import UserError
+from utils.model import record_routing, route, routed_modules
+from utils.pipeline.recipes.budget_training import BUDGETS, Price, share_threshold
+
+SETTINGS = {"recipe": "budget", "granularity": "attn_token", "router_dir": None, "gradient_scale": 0.1}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.9])
+def test_a_share_of_the_logits_reaches_the_threshold(share):
+    """Routers weigh alike however many rows or tokens each saw."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(1000, generator=generator), torch.randn(4000, generator=generator) + 1]
+    threshold = share_threshold(logits, share)
+    reached = sum(float((part >= threshold).float().mean()) for part in logits) / 2
+    assert reached == pytest.approx(share, abs=2e-3)
+
+
+def test_price_becomes_the_mean_benefit_of_capacity():
+    """A loss of ``-0.6`` per unit of mean capacity: from any start the price ends there, and the gradient is gone."""
+    torch.manual_seed(0)
+    model = route(tiny_model("llama", num_hidden_layers=5), mod_n=3, granularity="attn_token").train()
+    routers = [module.mod_router for module in routed_modules(model).values()]
+    for router in routers:
+        torch.nn.init.normal_(router.weight, std=0.1)
+    ids, mask = random_batch(rows=4, tokens=12)
+    price = Price(2.0)
+    for _ in range(40):
+        model.zero_grad()
+        with record_routing(model) as log:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        price.watch(log)
+        mean = torch.stack([record.capacity() for records in log.records.values() for record in records]).mean()
+        (price.value * mean - 0.6 * mean).backward()
+        price.on_step_end(None, None, None)
+    assert float(price.value) == pytest.approx(0.6, abs=0.02)
+    assert all(router.weight.grad.abs().max() < 1e-2 for router in routers)
+
+
+def test_training_runs_at_the_drawn_budgets_and_resumes_with_the_same_bits(parts, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    tiny_tuning.tune(parts, whole, **SETTINGS)
+    later = [line["capacity"] for line in tiny_tuning.history(whole)[1:]]
+    # Thresholds come from a dense pass, the log from the routed one, and few tokens make a micro-batch.
+    assert later and all(BUDGETS[0] - 0.05 <= capacity <= BUDGETS[1] + 0.1 for capacity in later)
+    run.mkdir()
+    shutil.copytree(whole / "checkpoint-4", run / "checkpoint-4")
+    tiny_tuning.tune(parts, run, resume_from_checkpoint="auto", **SETTINGS)
+    assert (run / "router.safetensors").read_bytes() == (whole / "router.safetensors").read_bytes()
+
+
+def test_fp16_is_refused(parts, tmp_path):
+    with pytest.raises(UserError, match="fp16"):
+        command = tiny_tuning.command(parts, tmp_path / "run", **SETTINGS)
+        command.training.fp16 = True
+        from utils.pipeline.interruption import Interruption
+        from utils.pipeline.tuning import Preparation, run_tuning
+
+        run_tuning(Preparation(command), Interruption())
