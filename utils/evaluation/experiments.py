@@ -213,7 +213,7 @@ class Laboratory:
         elif capacity == MATCH:
             capacity = self.read(self.published(cell))["conversations"]["total"]
         model = load_tuned(self.base, self.run_folder(cell), capacity, "float32")
-        full = cell.capacity not in self.plan.dial or cell.capacity in self.plan.budgets
+        full = cell.capacity == OWN or cell.capacity in self.plan.budgets  # else generation alone
         return {"requested": capacity, "conversations": self._reached(model), **self._scores(model, full=full)}
 
     @torch.no_grad()
