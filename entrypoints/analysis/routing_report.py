@@ -12,17 +12,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from utils.checkpoint.run_folder import base_of, data_of, read_run
 from utils.errors import UserError, cli
-from utils.evaluation.models import default_device, load_tokenizer, load_tuned, precision
+from utils.evaluation.models import load_export, load_tokenizer, load_tuned
 from utils.evaluation.output import write_json, write_text
 from utils.evaluation.provenance import provenance
 from utils.evaluation.routing_page import routing_figure, routing_page
 from utils.evaluation.routing_trace import collect, dial_curve, threshold_sweep
 from utils.evaluation.rows import labelled_batches, read_rows
-from utils.model import is_routed
 from utils.model.saving import read_router_config, thresholds_for
 
 DIAL = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -58,12 +57,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Path]:
     if args.run:
         base = base_of(args.run, args.base)
         return load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype), base
-    if not (args.model / "config.json").is_file():
-        raise UserError(f"{args.model} is no checkpoint folder; export a run first")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=precision(args.dtype), use_safetensors=True)
-    if not is_routed(model):
-        raise UserError(f"{args.model} is not routed: its config names no mod_layers")
-    return model.to(default_device()).eval(), args.model
+    return load_export(args.model, args.dtype), args.model
 
 
 def jsonl_files(paths: list[Path]) -> list[Path]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from utils.checkpoint.run_folder import base_of
 from utils.errors import UserError, cli
 from utils.evaluation.chatting import answer
-from utils.evaluation.models import default_device, load_tokenizer, load_tuned, precision
-from utils.model import is_routed, set_thresholds
+from utils.evaluation.models import load_export, load_tokenizer, load_tuned
+from utils.model import set_thresholds
 from utils.model.saving import read_router_config, thresholds_for
 
 HELP = __doc__.strip().splitlines()[-1]
@@ -46,12 +46,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Path]:
     if args.run:
         base = base_of(args.run, args.base)
         return load_tuned(base, args.run, dtype=args.dtype), base
-    if not (args.model / "config.json").is_file():
-        raise UserError(f"{args.model} is no checkpoint folder; export a run first")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=precision(args.dtype), use_safetensors=True)
-    if not is_routed(model):
-        raise UserError(f"{args.model} is not routed: its config names no mod_layers")
-    return model.to(default_device()).eval(), args.model
+    return load_export(args.model, args.dtype), args.model
 
 
 class Chat:

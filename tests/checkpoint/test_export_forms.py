@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from tiny_models import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,23 +18,6 @@ from utils.checkpoint.run_folder import base_of, data_of
 from utils.errors import UserError
 from utils.evaluation.models import load_tuned
 from utils.model import load_routers
-
-
-@pytest.fixture(scope="module")
-def lora_run(tmp_path_factory, run, base):
-    """A run with LoRA, as the tuning entrypoint leaves it: routers beside ``adapter/``; and its logits."""
-    folder = tmp_path_factory.mktemp("lora") / "run"
-    shutil.copytree(run, folder)
-    model = load_routers(AutoModelForCausalLM.from_pretrained(base), run)
-    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["mod_router"], task_type="CAUSAL_LM")
-    tuned = get_peft_model(model, config).eval()
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    tuned.save_pretrained(folder / "adapter")
-    ids, mask = random_batch(rows=6, padding="left")
-    return folder, tuned(ids, attention_mask=mask).logits
 
 
 @torch.no_grad()

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.checkpoint.base import dense_config
 from utils.checkpoint.export_full import link_routed, routed_skeleton
-from utils.checkpoint.links import new_folder
+from utils.checkpoint.links import new_folder, tensor_names
 from utils.errors import UserError
 from utils.model import load_routers
 from utils.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights
@@ -39,11 +41,7 @@ def export_peft(run: Path, base: Path, output: Path, card: str, overwrite: bool 
     Raises :class:`UserError` for a run without a LoRA adapter.
     """
     source = run / ADAPTER
-    for name in ADAPTER_FILES:
-        if not (source / name).is_file():
-            raise UserError(
-                f"{source / name}: no such file; the peft form needs a run that was tuned with --lora True"
-            )
+    check_adapter(source)
     with new_folder(output, overwrite, ADAPTER_FILES[0]) as staged:
         report = link_routed(run, base, staged / "base", card)
         config = json.loads((source / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
@@ -55,10 +53,23 @@ def export_peft(run: Path, base: Path, output: Path, card: str, overwrite: bool 
     return {"links": report["links"], "bytes_added": report["bytes_added"] + own}
 
 
+def check_adapter(folder: Path) -> None:
+    """:class:`UserError` unless ``folder`` holds a LoRA adapter as safetensors (a pickle beside it is never read)."""
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file; a LoRA adapter comes from a run tuned with --lora True")
+    path = folder / ADAPTER_FILES[1]
+    for name in tensor_names(path):
+        with safe_open(path, framework="pt") as file:
+            if not bool(torch.isfinite(file.get_tensor(name)).all()):
+                raise UserError(f"{path}: {name} holds values that are not finite; save it anew")
+
+
 def export_merged(run: Path, base: Path, output: Path, card: str, overwrite: bool = False) -> dict[str, Any]:
     """LoRA merged into a full copy of the weights: one folder without peft, as large as the base."""
     if not (run / ADAPTER).is_dir():
         raise UserError(f"{run / ADAPTER}: no such folder; only a run that was tuned with --lora True can be merged")
+    check_adapter(run / ADAPTER)
     routed_skeleton(run, base)
     model = AutoModelForCausalLM.from_pretrained(base, config=dense_config(base), dtype="auto", use_safetensors=True)
     merged = PeftModel.from_pretrained(load_routers(model, run), run / ADAPTER).merge_and_unload()

@@ -44,7 +44,7 @@ def export_full(run: Path, base: Path, output: Path, card: str, overwrite: bool 
         raise UserError(f"{run} tuned LoRA as well: use --form peft, or --form merged for a full copy of the weights")
     if (run / "model").is_dir():  # all weights were tuned: they are the base of this export
         return link_routed(run, run / "model", output, card, overwrite)
-    _check_probes(run, base)
+    check_probes(run, base)
     return link_routed(run, base, output, card, overwrite)
 
 
@@ -88,6 +88,16 @@ def routed_skeleton(run: Path, base: Path) -> PreTrainedModel:
     return model
 
 
+def check_fit(run: Path, base: Path) -> None:
+    """:class:`UserError` unless the routers of ``run`` are sound and belong to the weights of ``base``; nothing is
+    loaded but the routers.
+    """
+    check_probes(run, base)
+    config = dense_config(base)
+    with torch.device("meta"):
+        load_routers(AutoModelForCausalLM.from_config(config), run)
+
+
 def shard_name(file: Path) -> str:
     """Name of a base shard in the export: a lone ``model.safetensors`` would be preferred to the index."""
     return "base.safetensors" if file.name == WEIGHTS else file.name
@@ -99,7 +109,7 @@ def router_keys(run: Path) -> list[str]:
         return list(file.keys())
 
 
-def _check_probes(run: Path, base: Path) -> None:
+def check_probes(run: Path, base: Path) -> None:
     """Compare a few values of the base with those of the one that the routers were trained on."""
     saved, here = (read_router_config(run).get("base") or {}).get("probes"), base_probes(base)
     if not saved or not here:

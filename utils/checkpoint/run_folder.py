@@ -9,6 +9,8 @@ from typing import Any
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+PARTS = ("arguments", "base", "data")
+"""Entries of ``run.json`` that hold further entries."""
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -22,6 +24,9 @@ def read_run(run: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object")
+    content = {name: value for name, value in content.items() if value is not None}
+    if odd := [name for name in PARTS if not isinstance(content.get(name, {}), dict)]:
+        raise UserError(f"{path}: expected JSON objects under {', '.join(odd)}")
     return content
 
 
@@ -33,7 +38,8 @@ def base_of(run: Path, given: Path | None = None) -> Path:
     record = read_run(run)
     named, folder_name = record.get("base", {}).get("path"), record.get("arguments", {}).get("folder_name")
     candidates = [given] if given else [Path(named)] if named else []
-    if not given and folder_name:  # the repository may have moved since
+    # The repository may have moved since. A name with a path in it is none that this repository wrote.
+    if not given and isinstance(folder_name, str) and Path(folder_name).name == folder_name != "..":
         candidates.append(ROOT / "ckpt" / folder_name)
     for folder in candidates:
         if (folder / "config.json").is_file():

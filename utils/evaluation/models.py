@@ -10,11 +10,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.checkpoint.base import dense_config
-from utils.checkpoint.export_forms import ADAPTER
+from utils.checkpoint.export_forms import ADAPTER, check_adapter
+from utils.checkpoint.export_full import check_fit, router_keys
 from utils.checkpoint.links import weight_map
 from utils.errors import UserError
-from utils.model import is_routed, load_routers, set_thresholds
-from utils.model.saving import read_router_config, thresholds_for
+from utils.model import is_routed, load_routers, routed_modules, set_thresholds
+from utils.model.saving import WEIGHTS_NAME, read_router_config, thresholds_for
 
 
 def load_dense(base: Path, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
@@ -37,20 +38,56 @@ def load_tuned(
     if (run / "model").is_dir():
         return _load_fully_tuned(run, capacity, dtype, device)
     model = load_routers(load_dense(base, dtype, device), run, capacity=capacity)
-    if (run / ADAPTER).is_dir():
-        model = PeftModel.from_pretrained(model, run / ADAPTER).get_base_model()
+    return with_lora(model, run / ADAPTER) if (run / ADAPTER).is_dir() else model.eval()
+
+
+def load_export(folder: Path, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+    """An export (full, merged or peft form) in evaluation mode, with this repository's code, never the folder's own.
+
+    Raises :class:`UserError` for what ``weight_map`` refuses, routers that do not fit the weights beside them, values
+    that are not finite, or a checkpoint without routing.
+    """
+    if (folder / "adapter_config.json").is_file() and (folder / "base").is_dir():
+        return with_lora(load_export(folder / "base", dtype, device), folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no checkpoint folder; export a run first")
+    files = weight_map(folder)
+    if (folder / WEIGHTS_NAME).is_file():
+        check_fit(folder, folder)
+        if unnamed := [key for key in router_keys(folder) if key not in files]:
+            raise UserError(f"{folder}: the weight index leaves out {', '.join(unnamed)[:300]}; export it anew")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision(dtype), use_safetensors=True)
+    if not is_routed(model):
+        raise UserError(f"{folder} is not routed: its config names no mod_layers")
+    _check_finite(model, folder)
+    return model.to(device or default_device()).eval()
+
+
+def with_lora(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The routed model with the LoRA adapter, and the routers, of a peft folder; :class:`UserError` if damaged."""
+    check_adapter(folder)
+    try:
+        model = PeftModel.from_pretrained(model, folder).get_base_model()
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: the adapter does not fit this base ({reason})") from None
+    _check_finite(model, folder)
     return model.eval()
+
+
+def _check_finite(model: PreTrainedModel, folder: Path) -> None:
+    for name, module in routed_modules(model).items():
+        for weight in module.mod_router.parameters():
+            if not bool(torch.isfinite(weight).all()):
+                raise UserError(f"{folder}: the router {name} holds values that are not finite; export it anew")
 
 
 def _load_fully_tuned(run: Path, capacity: float | None, dtype: str, device: str | None) -> PreTrainedModel:
     """All weights were tuned: ``model/`` holds them with their routers."""
-    weight_map(run / "model")
-    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype=precision(dtype), use_safetensors=True)
-    if not is_routed(model):
-        raise UserError(f"{run / 'model'}: its class cannot carry routers (Llama, Mistral and Qwen2 can)")
+    model = load_export(run / "model", dtype, device)
     if capacity is not None:
         set_thresholds(model, thresholds_for(read_router_config(run), capacity, run))
-    return model.to(device or default_device()).eval()
+    return model
 
 
 def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:

@@ -1,0 +1,124 @@
+"""Our own commands on an export: the same numbers as the run, and nothing tampered with is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import write_base
+from tiny_models import random_batch
+
+from utils.checkpoint.export_forms import export_merged, export_peft
+from utils.checkpoint.export_full import export_full
+from utils.checkpoint.run_folder import base_of, read_run
+from utils.errors import UserError
+from utils.evaluation.models import load_export, load_tuned
+
+
+@torch.no_grad()
+def logits(model):
+    ids, mask = random_batch(rows=6, padding="left")
+    return model.eval()(ids, attention_mask=mask).logits
+
+
+@pytest.fixture
+def export(tmp_path, run, base):
+    export_full(run, base, tmp_path / "full", "card")
+    return tmp_path / "full"
+
+
+def refused(folder, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_export(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_form_gives_the_numbers_of_the_run(tmp_path, export, lora_run, run, base):
+    torch.testing.assert_close(logits(load_export(export)), logits(load_tuned(base, run)), atol=0, rtol=0)
+    folder, expected = lora_run
+    export_peft(folder, base, tmp_path / "peft", "card")
+    torch.testing.assert_close(logits(load_export(tmp_path / "peft")), expected, atol=1e-6, rtol=0)
+    export_merged(folder, base, tmp_path / "merged", "card")
+    torch.testing.assert_close(logits(load_export(tmp_path / "merged")), expected, atol=2e-5, rtol=0)
+
+
+def test_tampered_routers_are_refused(export):
+    path = export / "router.safetensors"
+    good = load_file(path)
+    name = next(iter(good))
+    for tensors, message in (
+        ({**good, name: torch.full_like(good[name], float("nan"))}, "no finite floats"),
+        ({**good, name: torch.zeros(1, 7)}, "shape"),
+        ({**good, "model.layers.0.extra": torch.zeros(1)}, "extra"),
+        ({key: value for key, value in good.items() if key != name}, name),
+    ):
+        save_file(tensors, path)
+        refused(export, message)
+    path.write_bytes(b"\x80\x04pickle")
+    refused(export, "not a valid safetensors")
+
+
+def test_an_index_cannot_leave_routers_out_or_lead_elsewhere(export):
+    path = export / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    router = next(name for name in index["weight_map"] if "mod_router" in name)
+    files = {key: file for key, file in index["weight_map"].items() if key != router}
+    path.write_text(json.dumps({**index, "weight_map": files}))
+    refused(export, f"leaves out {router}")
+    path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], router: "../router.safetensors"}}))
+    refused(export, "refusing to follow")
+
+
+def test_weights_of_another_base_are_refused(tmp_path, export):
+    other = write_base(tmp_path / "other", max_shard_size="100KB", seed=5)
+    for shard in other.glob("*.safetensors"):
+        (export / shard.name).unlink()
+        shutil.copyfile(shard, export / shard.name)
+    refused(export, "other weights")
+
+
+def test_dense_and_absent_checkpoints_are_named(tmp_path, base):
+    refused(base, "not routed")
+    refused(tmp_path, "no checkpoint folder")
+
+
+def test_a_pickled_or_broken_adapter_is_never_read(tmp_path, lora_run, base):
+    run = tmp_path / "run"
+    shutil.copytree(lora_run[0], run)
+    path = run / "adapter" / "adapter_model.safetensors"
+    good = load_file(path)
+    name = next(key for key in good if "mod_router" in key)
+    for tensors, message in (
+        ({**good, name: torch.full_like(good[name], float("inf"))}, "not finite"),
+        ({**good, name: torch.zeros(1, 7)}, "does not fit"),
+    ):
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=message):
+            load_tuned(base, run)
+    torch.save(good, run / "adapter" / "adapter_model.bin")  # what peft would fall back to
+    path.unlink()
+    for load in (lambda: load_tuned(base, run), lambda: export_merged(run, base, tmp_path / "merged", "card")):
+        with pytest.raises(UserError, match=r"adapter_model\.safetensors: no such file"):
+            load()
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "..", "/etc", 7])
+def test_a_run_cannot_name_a_base_outside_ckpt(tmp_path, name, monkeypatch):
+    monkeypatch.setattr("utils.checkpoint.run_folder.ROOT", tmp_path / "root")
+    for folder in (tmp_path / "elsewhere", tmp_path / "root", tmp_path / "root" / "ckpt" / "base"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": {"folder_name": name}}))
+    with pytest.raises(UserError, match="--base"):
+        base_of(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": {"folder_name": "base"}}))
+    assert base_of(tmp_path) == tmp_path / "root" / "ckpt" / "base"
+
+
+def test_a_damaged_run_record_is_one_line(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": [], "data": None}))
+    with pytest.raises(UserError, match="objects under arguments"):
+        read_run(tmp_path)
