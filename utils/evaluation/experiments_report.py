@@ -157,7 +157,8 @@ def _row(plan: Plan, cells: _Cells, granularity: str, budget: float, recipe: str
         row["oracle"], row["static"] = oracle, static
         room = oracle - static
         row["whole_answer"] = over(_optional("conversations", "whole_answer"))
-        row["recovered"] = round((row["whole_answer"]["mean"] - static) / room, 3) if room > 0 else None
+        found = row["whole_answer"]
+        row["recovered"] = round((found["mean"] - static) / room, 3) if found and room > 0 else None
     return row
 
 

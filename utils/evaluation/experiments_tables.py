@@ -11,18 +11,22 @@ Json = dict[str, Any]
 
 def markdown(main: Json) -> str:
     """The main table, for reading."""
-    header = ["granularity", "budget", "capacity", "exact match", "choices", "ppl", "random", "static", "oracle"]
+    header = ["granularity", "budget", "capacity", "of prompt", "of answer", "exact match", "choices", "ppl"]
+    header += ["random", "static", "oracle", "recovered"]
     rows = [
         [
             row["granularity"],
             row["budget"],
             _show(row["capacity"]),
+            _show(row["capacity_prompt"]) if row["capacity_generated"] else None,
+            _show(row["capacity_generated"]),
             _show(row["exact_match"]),
             _show(row["choices"]),
             _show(row["perplexity"]),
             _show(row["random"]),
             row["static"],
             row.get("oracle"),
+            row.get("recovered"),
         ]
         for row in main["rows"]
     ]
