@@ -83,9 +83,9 @@ def science_block() -> str:
     return (
         f"Recipe `budget` at a requested share of the routed work (six of twelve layers), mean ± deviation of seeds\n"
         f"{seeds}, 64 held-out items of each of twelve tasks, exact match of greedy generation. *Of prompt* and *of\n"
-        "answer*: the shares executed on the tokens of either (token level). *Random*, *static* (best fixed mask of a\n"
-        "search on other inputs) and *oracle* (best mask and budget per task, chosen on the same inputs) stand at the\n"
-        "same budget; *recovered* is the share of the way from static to oracle. All runs pool over the prompt.\n\n"
+        "answer*: the shares executed on their tokens (token level). *Random*, *static* (best fixed mask of a search\n"
+        "on other inputs) and *oracle* (best mask and budget per task, chosen on the same inputs) stand at the same\n"
+        "budget; *recovered* is the share of the way from static to oracle. All runs pool over the prompt.\n\n"
         f"{table}\n\n"
         "![One training, any budget](figures/main_dial.svg)\n\n"
         "One JSON per cell in `figures/experiments/main`; what is missing is run, and the tables are built, by\n"
