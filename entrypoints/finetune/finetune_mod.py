@@ -16,6 +16,7 @@ from pathlib import Path
 from utils.errors import cli
 from utils.pipeline.command_line import parse_command
 from utils.pipeline.dry_run import dry_run
+from utils.pipeline.engines import lost_contact
 from utils.pipeline.interruption import Interruption
 from utils.pipeline.quiet import quieten
 from utils.pipeline.tuning import Preparation, run_tuning
@@ -37,8 +38,18 @@ def main() -> None:
         return
     preparation = Preparation(command)
     if command.training.check_inputs:
+        preparation.check_checkpoint()
         return
-    tuned = run_tuning(preparation, interruption)
+    try:
+        tuned = run_tuning(preparation, interruption)
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        logger.error(
+            f"process {RANK} lost contact with one that ended or hangs, see there ({reason}); then RESUME=auto"
+        )
+        raise SystemExit(1) from None
     if tuned.interrupted:
         logger.info(f"interrupted after step {tuned.trainer.state.global_step}; continue with RESUME=auto")
         raise SystemExit(interruption.exit_code)

@@ -8,6 +8,7 @@ import pytest
 
 from utils.errors import UserError
 from utils.pipeline import checkpoints
+from utils.pipeline.run_folder import clear_folder
 
 IDENTITY = {"base": "abc", "granularity": "attn_sequence", "mod_n": 3, "betas": [0.9, 0.999]}
 
@@ -96,3 +97,13 @@ def test_writing_a_step_again_replaces_it(tmp_path):
     folder = write(tmp_path, 1, {**IDENTITY, "mod_n": 5})
     assert json.loads((folder / "manifest.json").read_text())["identity"]["mod_n"] == 5
     assert checkpoints.find_fault(folder) is None
+
+
+def test_a_damaged_newest_one_does_not_count_among_those_kept(tmp_path):
+    """Saved out of turn on a signal, damaged, and newer than the next that the resumed run saves."""
+    write(tmp_path, 10)
+    truncate(write(tmp_path, 17) / "weights.bin")
+    clear_folder(tmp_path, keep_checkpoints=True)
+    write(tmp_path, 15)
+    checkpoints.rotate(tmp_path, 1)
+    assert checkpoints.newest_complete(tmp_path) == (tmp_path / "checkpoint-15", [])

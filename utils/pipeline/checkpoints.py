@@ -77,7 +77,7 @@ def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
         fault = find_fault(folder)
         if fault is None:
             return folder, skipped
-        skipped.append(f"{folder.name} is incomplete ({fault}) and is skipped")
+        skipped.append(f"{folder.name} is incomplete ({fault}): skipped and removed")
     return None, skipped
 
 

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
 
+_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "watchdog")
+
 
 def _asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
@@ -91,6 +93,12 @@ def check_wrapped(model: nn.Module) -> None:
     expected = {"fsdp": FSDPModule, "ddp": DistributedDataParallel}.get(requested())
     if expected is not None and not isinstance(model, expected):
         raise UserError(f"{requested()} was launched, but the model is a bare {type(model).__name__}")
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that another process has gone or hangs, rather than what went wrong in this one."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return several and any(sign in str(error).lower() for sign in _LOST)
 
 
 def running(accelerator: Accelerator) -> str:

@@ -49,9 +49,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, interruption: Interruption) -> None:
         self.interruption = interruption
-        # A group of its own on the CPU: asking costs no synchronisation with the GPU.
-        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self.group = dist.new_group(backend="gloo") if distributed else None
+        self.group: dist.ProcessGroup | None = None
         self.saved_step = 0
 
     def _agree(self, state: TrainerState, control: TrainerControl) -> TrainerControl:
@@ -67,7 +65,10 @@ class StopOnSignal(TrainerCallback):
         return control
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        """From here a signal waits for the micro-batch under way."""
+        """From here a signal waits for the micro-batch under way. Collective."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # A group of its own on the CPU: asking costs no synchronisation with the GPU.
+            self.group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
         self.interruption.training = True
         self.saved_step = state.global_step
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.pipeline.arguments import ROOT
-from utils.pipeline.checkpoints import checkpoints, remove, sweep
+from utils.pipeline.checkpoints import checkpoints, find_fault, remove, sweep
 from utils.pipeline.command_line import Command
 from utils.pipeline.routing_statistics import CAPACITY
 
@@ -77,9 +77,11 @@ def clear_folder(folder: Path, keep_checkpoints: bool) -> None:
     """Delete what an earlier run left, and what a killed one left half-written; nothing else in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
-    if not keep_checkpoints:
-        for _, path in checkpoints(folder):
-            remove(path)
+    for _, path in checkpoints(folder):
+        # A damaged one that stayed the newest would count among those that rotation keeps.
+        if keep_checkpoints and find_fault(path) is None:
+            break
+        remove(path)
     for name in RESULTS:
         path = folder / name
         if keep_checkpoints and name == "tensorboard":

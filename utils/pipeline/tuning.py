@@ -60,6 +60,14 @@ class Preparation:
         self.raw: RawData = check_file(command.data.path, command.data.max_train_samples)
         StepOrder([0] * self.raw.rows, training.global_batch_size, training.seed)
 
+    def check_checkpoint(self) -> None:
+        """UserError if the checkpoint to continue belongs to another run, as far as one process can tell."""
+        folder, _ = checkpoints.chosen(self.command.training.resume_from_checkpoint, self.output)
+        if folder is not None:
+            identity = self.identity()
+            del identity["deepspeed"]  # known to the launched processes
+            checkpoints.check_identity(folder, identity)
+
     def identity(self) -> dict[str, Any]:
         """What a run must share with a checkpoint to continue it to the same result."""
         routing, training = self.command.routing, self.command.training
