@@ -143,6 +143,7 @@ def _row(plan: Plan, cells: _Cells, granularity: str, budget: float, recipe: str
         "worst_capacity_error": _worst(plan, cells, recipe, granularity, budget),
         "capacity_prompt": over(_optional("generation", "capacity", "prompt")),
         "capacity_generated": over(_optional("generation", "capacity", "generated")),
+        "capacity_by_task": {task: over(_optional("generation", "capacity_by_task", task)) for task in plan.tasks},
         "exact_match": over(exact),
         "choices": over(_optional("choices", "average")),
         "perplexity": over(_optional("text", "perplexity")),

@@ -50,6 +50,8 @@ def markdown(main: Json) -> str:
             for row in main["others"]
         ]
         parts.append(Table(["control", "part", "capacity", "exact match", "choices"], rows).markdown())
+    if main["rows"]:
+        parts += ["Which inputs get depth: share executed by task, prompt and answer.", _by_task(main["rows"])]
     dense = main["dense"]
     first = "Nothing scored yet."
     if dense is not None:
@@ -58,6 +60,16 @@ def markdown(main: Json) -> str:
             f"Dense: exact match {score:.3f}, choices {dense['choices']:.3f}, perplexity {dense['perplexity']:.2f}."
         )
     return "\n\n".join([first, *parts]) + "\n"
+
+
+def _by_task(rows: list[Json]) -> str:
+    lowest = min(row["budget"] for row in rows)
+    tasks = list(rows[0]["capacity_by_task"])
+    found = []
+    for row in (row for row in rows if row["budget"] == lowest):
+        shares = [row["capacity_by_task"][task] for task in tasks]
+        found.append([row["granularity"], row["budget"], *(None if s is None else f"{s['mean']:.2f}" for s in shares)])
+    return Table(["granularity", "budget", *tasks], found).markdown()
 
 
 def _show(value: Json | None) -> str | None:
