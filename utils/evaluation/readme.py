@@ -76,6 +76,32 @@ def limits_block() -> str:
     )
 
 
+def training_block() -> str:
+    """What a tuning step costs beside full tuning, and beside gradients through every layer."""
+    found = _json("figures/training_cost.json")
+    names = {"routers": "routers", "forced": "routers, gradients forced through every layer", "full": "everything"}
+    rows = [[text, found[mode]["seconds"], found[mode]["step_bytes"] / 1e6] for mode, text in names.items()]
+    shape, ratio = found["shape"], found["routers_to_full"]
+    return (
+        f"{shape['routed']} of {shape['layers']} layers routed, {shape['granularity']}, batch "
+        f"{shape['batch'][0]} × {shape['batch'][1]} tokens; the three take turns in one process:\n\n"
+        f"{Table(['what trains', 'seconds per step', 'MB held'], rows).markdown()}\n\n"
+        f"Router-tuning takes {ratio['time']:.2f} of the time and {ratio['step']:.2f} of the memory of full tuning. "
+        f"`{found['command']}`"
+    )
+
+
+def kills_block() -> str:
+    """How often a killed run ended as an undisturbed one."""
+    found = _json("figures/kill_and_resume.json")
+    engines = ", ".join(sorted({record["engine"] for record in found["records"]}))
+    return (
+        f"{found['kills']} SIGKILLs at random moments, of one process or of all, under {engines} on\n"
+        f"{found['processes']} processes: {found['same_bits_at_the_end']} of {found['kills']} resumed runs end with the "
+        f"bits of an undisturbed run.\n`{found['command']}`"
+    )
+
+
 def science_block() -> str:
     """The experiment's own summary."""
     table = (ROOT / "figures/main_results.md").read_text().strip()
@@ -98,6 +124,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "base": base_block,
     "speed": speed_block,
     "limits": limits_block,
+    "training": training_block,
+    "kills": kills_block,
     "science": science_block,
 }
 
