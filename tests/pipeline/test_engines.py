@@ -30,8 +30,15 @@ CONFIGS = {
     "DeepSpeed ZeRO-3": "configs/accelerate/deepspeed_zero3.yaml",
 }
 ENGINES = list(CONFIGS)
+SHARDING = [engine for engine in ENGINES if engine not in ("DDP", "DeepSpeed ZeRO-1")]
 LORA = {"lora": True, "lora_r": 2, "lora_dropout": 0.2, "num_train_epochs": 1, "router_dir": None}
+LORA["lora_target_modules"] = "q_proj,down_proj"  # ZeRO-3 pays for each module
 HALF = {"bf16": True, "num_train_epochs": 1}
+# Sections with which a DeepSpeed config would silently replace the command line's optimizer and schedule.
+OWN_SCHEDULE = {
+    "optimizer": {"type": "AdamW", "params": {"lr": 1.0, "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 1.0, "warmup_num_steps": 100}},
+}
 
 
 def folder_of(engine: str, kind: str) -> str:
@@ -40,7 +47,7 @@ def folder_of(engine: str, kind: str) -> str:
 
 @pytest.fixture(scope="module")
 def runs(parts, tmp_path_factory) -> Path:
-    """Folder with one run per engine and kind: plain, resumed from step 3, LoRA, bfloat16."""
+    """Folder with one run per engine and kind: plain, resumed from step 3, LoRA, LoRA resumed, bfloat16."""
     folder = tmp_path_factory.mktemp("engines")
     plan = []
     for engine, config in CONFIGS.items():
@@ -53,7 +60,19 @@ def runs(parts, tmp_path_factory) -> Path:
         item("plain")
         item("resumed", [(whole / "checkpoint-3", resumed / "checkpoint-3")], resume_from_checkpoint="auto")
         item("lora", **LORA)
+        lora, lora_resumed = folder / folder_of(engine, "lora"), folder / folder_of(engine, "lora-resumed")
+        copied = [(lora / "checkpoint-1", lora_resumed / "checkpoint-1")]
+        if engine in SHARDING:
+            item("lora-resumed", copied, resume_from_checkpoint="auto", **LORA)
         item("half", **HALF)
+    zero2 = (ROOT / CONFIGS["DeepSpeed ZeRO-2"]).read_text()
+    settings = json.loads((ROOT / "configs/deepspeed/zero2.json").read_text()) | OWN_SCHEDULE
+    (folder / "own_schedule.json").write_text(json.dumps(settings))
+    (folder / "own_schedule.yaml").write_text(
+        zero2.replace("configs/deepspeed/zero2.json", str(folder / "own_schedule.json"))
+    )
+    arguments = tiny_tuning.arguments(parts, folder / "own-schedule")
+    plan.append({"config": str(folder / "own_schedule.yaml"), "arguments": arguments})
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
@@ -111,6 +130,19 @@ def test_resuming_ends_with_the_same_bits(runs, engine):
     assert (whole / "router.safetensors").read_bytes() == (resumed / "router.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("engine", SHARDING)
+def test_resumed_adapters_end_with_the_same_bits(runs, engine):
+    whole, resumed = runs / folder_of(engine, "lora"), runs / folder_of(engine, "lora-resumed")
+    for name in ("adapter/adapter_model.safetensors", "router.safetensors"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+
+
+def test_the_command_line_decides_the_schedule_not_the_deepspeed_config(runs, finished):
+    assert_close(runs / "own-schedule" / "router.safetensors", finished / "router.safetensors", 1e-5)
+    rates = [[line["learning_rate"] for line in tiny_tuning.history(run)] for run in (runs / "own-schedule", finished)]
+    assert rates[0] == pytest.approx(rates[1])
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_checkpoints_hold_what_trains(runs, finished, engine):
     folder = runs / folder_of(engine, "plain") / "checkpoint-6"
@@ -148,4 +180,4 @@ def test_lora_and_routers_equal_one_process_and_reload(runs, alone, parts, engin
 
 def test_the_log_of_all_runs_is_short(runs):
     lines = (runs / "log.txt").read_text().splitlines()
-    assert len(lines) < 20 * len(ENGINES) * 4, "\n".join(lines[:200])
+    assert len(lines) < 20 * (len(ENGINES) * 5 + 1), "\n".join(lines[:200])
