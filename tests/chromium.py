@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from utils.evaluation.page_picture import FLAGS, PROGRAM
 
 
 class Page:
@@ -24,10 +23,8 @@ class Page:
         self._loop = asyncio.new_event_loop()
 
     def __enter__(self) -> Page:
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0"]
-        self._process = subprocess.Popen(
-            [PROGRAM, *flags, f"--user-data-dir={self.profile}", "about:blank"], stderr=subprocess.PIPE, text=True
-        )
+        flags = [*FLAGS, "--remote-debugging-port=0", f"--user-data-dir={self.profile}"]
+        self._process = subprocess.Popen([PROGRAM, *flags, "about:blank"], stderr=subprocess.PIPE, text=True)
         for line in self._process.stderr:
             if line.startswith("DevTools listening on "):
                 try:

@@ -1,28 +1,33 @@
-"""A Python environment with the same packages but without this repository, as a user of an export has it."""
+"""A Python environment with torch, transformers, peft and lm-eval alone, as a user of an export has it."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
-import sysconfig
 import venv
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+
+from packaging.requirements import Requirement
+
+PACKAGES = ("torch", "transformers", "peft", "lm-eval[hf]")
 
 
 class IsolatedPython:
-    """A virtual environment that sees the site-packages of the running one, but not its editable installs.
+    """A virtual environment with :data:`PACKAGES` and what they require, by links to the installed files.
 
-    A ``.pth`` file adds the packages' folder as a plain path, so the ``.pth`` files inside that folder, by which
-    ``pip install -e .`` works, are not read; ``-I`` drops PYTHONPATH and the working directory.
+    Nothing else is there: not this repository (``pip install -e .`` works by a file that is not linked), nor what it
+    alone requires. ``-I`` drops PYTHONPATH and the working directory.
     """
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder, with_pip=False, symlinks=True)
         self.python = folder / "bin" / "python"
-        packages = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
         [site] = folder.glob("lib/python*/site-packages")
-        (site / "packages.pth").write_text("\n".join(sorted(packages)) + "\n")
+        for name in sorted(closure(PACKAGES)):
+            link_distribution(name, site)
         self.home = folder
 
     def run(self, *arguments: str, cwd: Path) -> str:
@@ -36,3 +41,32 @@ class IsolatedPython:
             sys.stderr.write(done.stderr)
             raise subprocess.CalledProcessError(done.returncode, arguments, done.stdout, done.stderr)
         return done.stdout
+
+
+def closure(packages: tuple[str, ...]) -> set[str]:
+    """Names of the installed distributions that these and their requirements need."""
+    found, seen, waiting = set(), set(), [Requirement(text) for text in packages]
+    while waiting:
+        wanted = waiting.pop()
+        name, extras = re.sub(r"[-_.]+", "-", wanted.name).lower(), {"", *wanted.extras}
+        if (name, *sorted(extras)) in seen:
+            continue
+        seen.add((name, *sorted(extras)))
+        try:
+            required = distribution(name).requires or []
+        except PackageNotFoundError:  # of an optional extra, or built into another distribution
+            continue
+        found.add(name)
+        for line in map(Requirement, required):
+            if line.marker is None or any(line.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(line)
+    return found
+
+
+def link_distribution(name: str, site: Path) -> None:
+    """Make what an installed distribution has in its site-packages importable from ``site``."""
+    files = distribution(name).files or []
+    for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
+        source, target = Path(distribution(name).locate_file(top)).resolve(), site / top
+        if source.suffix != ".pth" and source.exists() and not target.exists():
+            target.symlink_to(source)

@@ -2,7 +2,8 @@
 
     python entrypoints/analysis/routing_report.py --run trained_models/tiny-llama-mod/... --prompts data/sample/heldout
     python entrypoints/analysis/routing_report.py --model exports/tiny --prompts prompts.jsonl --output report.html
-PROMPTS are JSONL files with messages, or a folder of them; per file a seeded sample is shown.
+PROMPTS are JSONL files with messages, or a folder of them; per file a seeded sample is shown. With --picture FILE.png
+Chromium takes a picture of the page.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from utils.checkpoint.run_folder import base_of, data_of, read_run
 from utils.errors import UserError, cli
 from utils.evaluation.models import load_export, load_tokenizer, load_tuned
 from utils.evaluation.output import write_json, write_text
+from utils.evaluation.page_picture import PROGRAM, take_picture
 from utils.evaluation.provenance import provenance
 from utils.evaluation.routing_page import routing_figure, routing_page
 from utils.evaluation.routing_trace import collect, dial_curve, threshold_sweep
@@ -42,6 +44,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--output", type=Path, help="HTML file (default: routing_report.html in the run or model)")
+    parser.add_argument("--picture", type=Path, help="PNG of the page")
+    parser.add_argument("--picture_prompt", type=int, default=1, help="number of the prompt on show in the picture")
     args = parser.parse_args()
     if (args.run is None) == (args.model is None):
         raise UserError("name what to show: --run (a tuning run) or --model (an export)")
@@ -49,6 +53,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError("--capacity turns the dial of a run: use --run")
     if args.per_file < 1 or args.max_new_tokens < 1:
         raise UserError("--per_file and --max_new_tokens must be at least 1")
+    if args.picture and (PROGRAM is None or args.picture.suffix != ".png"):
+        raise UserError("--picture needs a name that ends in .png, and Chromium (Debian: apt-get install chromium)")
     return args
 
 
@@ -90,6 +96,8 @@ def main() -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     files = jsonl_files(args.prompts)
     rows = [row for file in files for row in read_rows(file, args.per_file)]
+    if args.picture and not 1 <= args.picture_prompt <= len(rows):
+        raise UserError(f"--picture_prompt {args.picture_prompt}: the page has prompts 1 to {len(rows)}")
     data = collect(model, tokenizer, rows, args.max_new_tokens)
     data["dial"] = []
     if args.dial_rows:
@@ -103,11 +111,15 @@ def main() -> None:
     data["training"] = json.loads(history.read_text()) if history and history.is_file() else None
     data["metadata"] = metadata(args, model)
     output = args.output or (args.run or args.model) / "routing_report.html"
-    title = f"Routing of {(args.run or args.model).resolve().name}"
+    title = (
+        f"Routing of {(tokenizer_folder if args.run else args.model).resolve().name}, {model.config.mod_granularity}"
+    )
     write_text(output, routing_page(data, title))
     write_json(output.with_suffix(".json"), data)
     figure = routing_figure(data, output.with_suffix(".png"))
     print(f"{output}\n{figure}")
+    if args.picture:
+        print(take_picture(output, args.picture, args.picture_prompt - 1))
 
 
 if __name__ == "__main__":

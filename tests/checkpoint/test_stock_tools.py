@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 from isolated_environment import IsolatedPython
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from utils.checkpoint.export_forms import export_merged, export_peft
 from utils.checkpoint.export_full import export_full
 from utils.evaluation.harness import TASK_CONFIGS, evaluate
-from utils.model import load_routers
+from utils.evaluation.models import load_tuned
 
 TASKS = ["mod_copy_gen", "mod_math_mc", "mod_story_text"]
 PROMPTS = [
@@ -20,34 +21,39 @@ PROMPTS = [
     "<|user|>\nSort.\nInput: CAB\n",
 ]
 
-SCORES = """
-import json, sys
+OUTSIDE = """
+import json, sys, torch
 from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-folder, configs, tasks = sys.argv[1], sys.argv[2], sys.argv[3].split(",")
-found = {}
-for size in (1, 16):
-    result = simple_evaluate(
-        model="hf", model_args=f"pretrained={folder},trust_remote_code=True,dtype=float32", tasks=tasks, limit=6,
-        batch_size=size, device="cpu", bootstrap_iters=0,
-        task_manager=TaskManager(include_path=configs, include_defaults=False),
-    )
-    found[size] = result["results"]
-print("RESULT" + json.dumps(found, default=str))
-"""
-
-MODEL = """
-import sys, torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-folder, prompts = sys.argv[1], torch.load(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-logits = [model(**tokenizer(p, return_tensors="pt", return_token_type_ids=False)).logits.detach() for p in prompts]
-greedy = model.generate(**batch, do_sample=False, max_new_tokens=12)
-talk = pipeline("text-generation", model=model, tokenizer=tokenizer)
-chat = talk([{"role": "user", "content": "Add 12 and 3."}], do_sample=False, max_new_tokens=6)
-torch.save({"logits": logits, "greedy": greedy, "chat": chat[0]["generated_text"][-1]["content"]}, sys.argv[3])
+forms, prompts, configs, tasks, target = json.loads(sys.argv[1]), torch.load(sys.argv[2]), *sys.argv[3:6]
+found = {}
+for form, (folder, adapter) in forms.items():
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules"), type(model)
+    model = PeftModel.from_pretrained(model, adapter).eval() if adapter else model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    one = [tokenizer(p, return_tensors="pt", return_token_type_ids=False) for p in prompts]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    talk = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    chat = talk([{"role": "user", "content": "Add 12 and 3."}], do_sample=False, max_new_tokens=6)
+    found[form] = {
+        "logits": [model(**row).logits.detach() for row in one],
+        "greedy": model.generate(**batch, do_sample=False, max_new_tokens=12),
+        "chat": chat[0]["generated_text"][-1]["content"],
+        "scores": {},
+    }
+    for size in (1, 4, 16):
+        options = f"pretrained={folder},trust_remote_code=True,dtype=float32" + (f",peft={adapter}" if adapter else "")
+        result = simple_evaluate(
+            model="hf", model_args=options, tasks=tasks.split(","), limit=6, batch_size=size, device="cpu",
+            bootstrap_iters=0, task_manager=TaskManager(include_path=configs, include_defaults=False),
+        )
+        found[form]["scores"][size] = json.dumps(result["results"], default=str)
+assert "utils" not in sys.modules
+torch.save(found, target)
 """
 
 
@@ -57,23 +63,44 @@ def outside(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory, run, base):
-    folder = tmp_path_factory.mktemp("exports") / "full"
-    export_full(run, base, folder, "card")
-    return folder
+def forms(tmp_path_factory, run, lora_run, base):
+    """``{form: (folder of the weights, folder of the adapter or None)}``: all that stock tools can load."""
+    folder = tmp_path_factory.mktemp("exports")
+    export_full(run, base, folder / "full", "card")
+    export_peft(lora_run[0], base, folder / "peft", "card")
+    export_merged(lora_run[0], base, folder / "merged", "card")
+    paths = {"full": ("full", None), "peft": ("peft/base", "peft"), "merged": ("merged", None)}
+    return {form: [part and str(folder / part) for part in parts] for form, parts in paths.items()}
 
 
 @pytest.fixture(scope="module")
-def routed(base, run):
-    return load_routers(AutoModelForCausalLM.from_pretrained(base), run).eval()
+def inside(base, run, lora_run):
+    """The same models in this process."""
+    tuned = load_tuned(base, lora_run[0])
+    return {"full": load_tuned(base, run), "peft": tuned, "merged": tuned}
 
 
 @pytest.fixture(scope="module")
-def in_process(base, routed):
-    result = evaluate(routed, AutoTokenizer.from_pretrained(base), TASKS, batch_size=4, limit=6)
-    capacity = result["meter"]["mod_math_mc"]["capacity"]["total"]
-    assert 0 < capacity < 1, "the routers must skip something, or the comparison shows nothing"
-    return {task: result["scores"][task] for task in TASKS}
+def scores(base, inside):
+    """In process, batch size 3: ``{form: {task: {metric: value}}}``."""
+    found = {}
+    for form, model in inside.items():
+        result = evaluate(model, AutoTokenizer.from_pretrained(base), TASKS, batch_size=3, limit=6)
+        capacity = result["meter"]["mod_math_mc"]["capacity"]["total"]
+        assert 0 < capacity < 1, "the routers must skip something, or the comparison shows nothing"
+        found[form] = {task: result["scores"][task] for task in TASKS}
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(outside, forms, tmp_path_factory):
+    """What the environment without this repository computes from every form, in one process."""
+    folder = tmp_path_factory.mktemp("found")
+    (folder / "outside.py").write_text(OUTSIDE)
+    torch.save(PROMPTS, folder / "prompts.pt")
+    arguments = [json.dumps(forms), "prompts.pt", str(TASK_CONFIGS), ",".join(TASKS), "out.pt"]
+    outside.run("outside.py", *arguments, cwd=folder)
+    return torch.load(folder / "out.pt")
 
 
 def plain(scores):
@@ -82,43 +109,39 @@ def plain(scores):
 
 def test_the_repository_is_absent_there(outside, tmp_path):
     code = (
-        "import importlib.util as u; import lm_eval, transformers; "
-        "assert u.find_spec('utils') is None and u.find_spec('entrypoints') is None"
+        "import importlib.util as u; assert all(map(u.find_spec, ('torch', 'transformers', 'peft', 'lm_eval'))); "
+        "print([name for name in ('utils', 'entrypoints', 'deepspeed', 'orjson') if u.find_spec(name)])"
     )
-    outside.run("-c", code, cwd=tmp_path)
+    assert outside.run("-c", code, cwd=tmp_path).strip().endswith("[]")
 
 
-def test_stock_command_line_gives_the_scores_of_the_process(outside, export, in_process, tmp_path):
+def test_stock_command_line_gives_the_scores_of_the_process(outside, forms, scores, tmp_path):
     arguments = ["-m", "lm_eval", "--model", "hf", "--tasks", ",".join(TASKS), "--limit", "6", "--device", "cpu"]
-    arguments += ["--model_args", f"pretrained={export},trust_remote_code=True,dtype=float32", "--batch_size", "4"]
-    arguments += ["--include_path", str(TASK_CONFIGS), "--output_path", str(tmp_path / "out")]
+    arguments += ["--model_args", f"pretrained={forms['full'][0]},trust_remote_code=True,dtype=float32"]
+    arguments += ["--batch_size", "4", "--include_path", str(TASK_CONFIGS), "--output_path", str(tmp_path / "out")]
     outside.run(*arguments, cwd=tmp_path)
     [path] = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(path.read_text())["results"]
     for task in TASKS:
-        assert plain(found[task]) == pytest.approx(plain(in_process[task]), rel=1e-5)
+        assert plain(found[task]) == pytest.approx(plain(scores["full"][task]), rel=1e-5)
 
 
-def test_scores_do_not_depend_on_the_batch_size(outside, export, in_process, tmp_path):
-    (tmp_path / "scores.py").write_text(SCORES)
-    out = outside.run("scores.py", str(export), str(TASK_CONFIGS), ",".join(TASKS), cwd=tmp_path)
-    found = json.loads(out.split("RESULT")[1])
-    for size in ("1", "16"):
+@pytest.mark.parametrize("form", ["full", "peft", "merged"])
+def test_scores_do_not_depend_on_the_batch_size(found, scores, form):
+    for size in (1, 4, 16):
+        there = json.loads(found[form]["scores"][size])
         for task in TASKS:
-            assert plain(found[size][task]) == pytest.approx(plain(in_process[task]), rel=1e-5)
+            assert plain(there[task]) == pytest.approx(plain(scores[form][task]), rel=1e-5), (size, task)
 
 
 @torch.no_grad()
-def test_logits_and_greedy_text_equal_those_of_the_process(outside, export, routed, base, tmp_path):
-    (tmp_path / "model.py").write_text(MODEL)
-    torch.save(PROMPTS, tmp_path / "prompts.pt")
-    outside.run("model.py", str(export), "prompts.pt", "out.pt", cwd=tmp_path)
-    found = torch.load(tmp_path / "out.pt")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    for prompt, logits in zip(PROMPTS, found["logits"], strict=True):
-        torch.testing.assert_close(routed(**tokenizer(prompt, return_tensors="pt")).logits, logits, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("form", ["full", "peft", "merged"])
+def test_logits_and_greedy_text_equal_those_of_the_process(found, inside, form, base):
+    there, here, tokenizer = found[form], inside[form], AutoTokenizer.from_pretrained(base)
+    for prompt, logits in zip(PROMPTS, there["logits"], strict=True):
+        torch.testing.assert_close(here(**tokenizer(prompt, return_tensors="pt")).logits, logits, atol=1e-5, rtol=0)
     batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    assert torch.equal(routed.generate(**batch, do_sample=False, max_new_tokens=12), found["greedy"])
+    assert torch.equal(here.generate(**batch, do_sample=False, max_new_tokens=12), there["greedy"])
     first = tokenizer(PROMPTS[0], return_tensors="pt")
-    answer = routed.generate(**first, do_sample=False, max_new_tokens=6)[0, first["input_ids"].shape[1] :]
-    assert found["chat"] == tokenizer.decode(answer, skip_special_tokens=True)
+    answer = here.generate(**first, do_sample=False, max_new_tokens=6)[0, first["input_ids"].shape[1] :]
+    assert there["chat"] == tokenizer.decode(answer, skip_special_tokens=True)

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("aiohttp")
 from chromium import PROGRAM, Page  # noqa: E402
 
+from utils.evaluation.page_picture import take_picture  # noqa: E402
 from utils.evaluation.routing_page import routing_page  # noqa: E402
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium here (Debian: apt-get install chromium)")
@@ -149,3 +150,10 @@ def test_screenshot_has_the_size_of_the_window(page):
     picture = page.screenshot()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", picture[16:24]) == (1200, 900)
     assert len(picture) > 10_000
+
+
+def test_a_picture_of_another_prompt_differs(page, tmp_path):
+    html = page.profile.parent / "report.html"
+    pictures = [take_picture(html, tmp_path / f"{n}.png", n, (600, 700)).read_bytes() for n in (0, 1)]
+    assert all(struct.unpack(">II", picture[16:24]) == (600, 700) for picture in pictures)
+    assert pictures[0] != pictures[1] and min(map(len, pictures)) > 10_000
