@@ -95,10 +95,11 @@ def kills_block() -> str:
     """How often a killed run ended as an undisturbed one."""
     found = _json("figures/kill_and_resume.json")
     engines = ", ".join(sorted({record["engine"] for record in found["records"]}))
+    kills, same = found["kills"], found["same_bits_at_the_end"]
     return (
-        f"{found['kills']} SIGKILLs at random moments, of one process or of all, under {engines} on\n"
-        f"{found['processes']} processes: {found['same_bits_at_the_end']} of {found['kills']} resumed runs end with the "
-        f"bits of an undisturbed run.\n`{found['command']}`"
+        f"{kills} SIGKILLs at random moments, of one process or of all, under {engines} on\n"
+        f"{found['processes']} processes: {same} of {kills} resumed runs end with the bits of an undisturbed run.\n"
+        f"`{found['command']}`"
     )
 
 
