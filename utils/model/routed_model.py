@@ -191,6 +191,13 @@ class RoutedCausalLM:
             cache.mod_prompt_tokens = input_ids.shape[1]
         return super()._assisted_decoding(input_ids, *args, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, and with it ``generate_batch``: pages hold keys of every token and a row holds many requests."""
+        raise ValueError(
+            "a routed model does not run in continuous batching (paged cache): call generate() on a batch, which "
+            "skips for real, or unroute(model) to serve the dense one"
+        )
+
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         plain = getattr(cls, "forward", None)
