@@ -3,7 +3,7 @@
     python entrypoints/analysis/benchmark_data.py --gigabytes 2 --scratch /tmp --output figures/benchmark_data.json
 Makes a JSONL file in the shape of slim_orca and a JSON array in the shape of vicuna_sharegpt, converts each with one
 and with two workers, mixes the result, and removes everything again. Wall time is that of the whole command, from
-start to exit, the least of three runs; processor time is given too, because it depends less on what else the machine
+start to exit, the least of some runs; processor time is given too, because it depends less on what else the machine
 does. ``times_plain``: rows per second beside the plain loop's, on the wall and per second of a processor.
 """
 
@@ -31,9 +31,6 @@ from utils.errors import UserError, cli
 ROOT = Path(__file__).resolve().parents[2]
 POOL_ROWS = 2000
 POLL_SECONDS = 0.05
-REPEATS = 3
-"""Of each measurement, since other work on the machine only ever slows one down."""
-
 BASELINE_SHARE = 4
 """The plain loop gets every fourth part of the rows: it holds an array of 2 GB in memory five times over."""
 
@@ -88,9 +85,12 @@ def write_raw(kind: str, path: Path, size: int) -> int:
     return count
 
 
-def measured(command: list[str]) -> dict:
-    """The fastest of some runs of a command, with the largest memory of any; see :func:`measured_once`."""
-    runs = [measured_once(command) for _ in range(REPEATS)]
+def measured(command: list[str], repeats: int) -> dict:
+    """The fastest of some runs of a command, with the largest memory of any; see :func:`measured_once`.
+
+    Other work on the machine only ever slows a run down.
+    """
+    runs = [measured_once(command) for _ in range(repeats)]
     return {**min(runs, key=lambda run: run["wall_s"]), "peak_mb": max(run["peak_mb"] for run in runs)}
 
 
@@ -144,7 +144,7 @@ def rate(result: dict, rows: int, size: int) -> dict:
     }
 
 
-def benchmark(kind: str, size: int, scratch: Path) -> dict:
+def benchmark(kind: str, size: int, scratch: Path, repeats: int) -> dict:
     """All measurements of one kind of file."""
     name, file = SETS[kind]
     raw, out = scratch / "raw", scratch / "reformatted"
@@ -152,27 +152,31 @@ def benchmark(kind: str, size: int, scratch: Path) -> dict:
     source.parent.mkdir(parents=True)
     small = scratch / f"small.{kind}"
     small_rows = write_raw(kind, small, size // BASELINE_SHARE)
-    plain = measured([sys.executable, "-c", PLAIN_LOOP, str(small), str(scratch / "plain.jsonl"), kind])
+    plain = measured([sys.executable, "-c", PLAIN_LOOP, str(small), str(scratch / "plain.jsonl"), kind], repeats)
     result = {"plain_json_loop": rate(plain, small_rows, small.stat().st_size)}
     (scratch / "plain.jsonl").unlink()
     small.unlink()
     rows = write_raw(kind, source, size)
     bytes_ = source.stat().st_size
     copy = scratch / "copy"
-    result["copy_to_disk"] = rate(measured(["sh", "-c", f"cp {shlex.quote(str(source))} {copy}"]), rows, bytes_)
+    result["copy_to_disk"] = rate(
+        measured(["sh", "-c", f"cp {shlex.quote(str(source))} {copy}"], repeats), rows, bytes_
+    )
     result["copy_to_disk_and_sync"] = rate(
-        measured(["sh", "-c", f"rm -f {copy}; cp {shlex.quote(str(source))} {copy} && sync {copy}"]), rows, bytes_
+        measured(["sh", "-c", f"rm -f {copy}; cp {shlex.quote(str(source))} {copy} && sync {copy}"], repeats),
+        rows,
+        bytes_,
     )
     copy.unlink()
     entry = [sys.executable, "entrypoints/data/reformat_datasets.py", "--raw_data_root", str(raw), "--datasets", name]
     for workers in (1, 2):
-        run = measured([*entry, "--save_path", str(out), "--workers", str(workers)])
+        run = measured([*entry, "--save_path", str(out), "--workers", str(workers)], repeats)
         result[f"reformat_{workers}_workers"] = rate(run, rows, bytes_)
     made = (out / name / "data.jsonl").stat().st_size
     mix = [sys.executable, "entrypoints/data/mix_datasets.py", "--reformatted_dir", str(out)]
     others = [f"{other}=0" for other in ("evol_instruct", "meta_math_qa", "evol_code_alpaca", *_others(name))]
     command = [*mix, "--save_path", str(scratch / "mixed"), "--portion", f"{name}=1", *others, "--dedup"]
-    result["mix_dedup"] = rate(measured(command), rows, made)
+    result["mix_dedup"] = rate(measured(command, repeats), rows, made)
     base = result["plain_json_loop"]
     for key in ("reformat_1_workers", "reformat_2_workers"):
         result[key]["times_plain_wall"] = round(result[key]["rows_per_s"] / base["rows_per_s"], 2)
@@ -214,21 +218,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of each raw file")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="needs five times as much")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each command, of which the fastest counts")
     parser.add_argument("--output", type=Path, default=ROOT / "figures" / "benchmark_data.json")
     args = parser.parse_args()
     size = int(args.gigabytes * 1e9)
     if size < 1 << 20:
         raise UserError(f"--gigabytes {args.gigabytes} is too little to measure")
+    if args.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, not {args.repeats}")
     if shutil.disk_usage(args.scratch).free < 5 * size:
         raise UserError(f"--scratch {args.scratch} has less than {5 * args.gigabytes:g} GB free")
     result = {
-        "command": f"python entrypoints/analysis/benchmark_data.py --gigabytes {args.gigabytes:g}",
+        "command": "python entrypoints/analysis/benchmark_data.py"
+        f" --gigabytes {args.gigabytes:g} --repeats {args.repeats}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
     }
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
         for kind in SETS:
-            result[kind] = benchmark(kind, size, Path(folder))
+            result[kind] = benchmark(kind, size, Path(folder), args.repeats)
+    result["machine"]["load_after"] = round(os.getloadavg()[0], 1)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))

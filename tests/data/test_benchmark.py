@@ -12,8 +12,7 @@ import pytest
 @pytest.mark.parametrize("kind", ["jsonl", "array"])
 def test_one_kind_of_file(kind: str, tmp_path: Path, root: Path):
     script = runpy.run_path(str(root / "entrypoints" / "analysis" / "benchmark_data.py"))
-    script["measured"].__globals__["REPEATS"] = 1
-    result = script["benchmark"](kind, 300_000, tmp_path)
+    result = script["benchmark"](kind, 300_000, tmp_path, 1)
     assert 300_000 <= result["bytes"] < 330_000 and result["rows"] > 20
     for name in ("plain_json_loop", "copy_to_disk", "reformat_1_workers", "reformat_2_workers", "mix_dedup"):
         assert result[name]["rows_per_s"] > 0 and result[name]["peak_mb"] < 300
