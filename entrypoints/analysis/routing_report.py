@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from utils.checkpoint.run_folder import base_of, data_of, read_run
 from utils.errors import UserError, cli
-from utils.evaluation.models import load_export, load_tokenizer, load_tuned
+from utils.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
 from utils.evaluation.output import write_json, write_text
 from utils.evaluation.page_picture import PROGRAM, take_picture
 from utils.evaluation.provenance import provenance
@@ -63,7 +63,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Path]:
     if args.run:
         base = base_of(args.run, args.base)
         return load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype), base
-    return load_export(args.model, args.dtype), args.model
+    return load_export(args.model, args.dtype), weights_folder(args.model)
 
 
 def jsonl_files(paths: list[Path]) -> list[Path]:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TextStreamer
 from utils.checkpoint.run_folder import base_of
 from utils.errors import UserError, cli
 from utils.evaluation.chatting import answer
-from utils.evaluation.models import load_export, load_tokenizer, load_tuned
+from utils.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
 from utils.model import set_thresholds
 from utils.model.saving import read_router_config, thresholds_for
 
@@ -46,7 +46,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Path]:
     if args.run:
         base = base_of(args.run, args.base)
         return load_tuned(base, args.run, dtype=args.dtype), base
-    return load_export(args.model, args.dtype), args.model
+    return load_export(args.model, args.dtype), weights_folder(args.model)
 
 
 class Chat:
@@ -55,7 +55,7 @@ class Chat:
     def __init__(self, args: argparse.Namespace) -> None:
         self.model, folder = load(args)
         self.tokenizer = load_tokenizer(folder)
-        self.folder: Path = args.run or args.model
+        self.folder: Path = args.run or folder
         self.own = self.model.config.mod_threshold
         self.compare, self.limit = args.compare, args.max_new_tokens
         self.start = [{"role": "system", "content": args.system}] if args.system else []

@@ -15,7 +15,8 @@ from utils.checkpoint.export_forms import export_merged, export_peft
 from utils.checkpoint.export_full import export_full
 from utils.checkpoint.run_folder import base_of, read_run
 from utils.errors import UserError
-from utils.evaluation.models import load_export, load_tuned
+from utils.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
+from utils.model.saving import read_router_config
 
 
 @torch.no_grad()
@@ -41,6 +42,9 @@ def test_every_form_gives_the_numbers_of_the_run(tmp_path, export, lora_run, run
     folder, expected = lora_run
     export_peft(folder, base, tmp_path / "peft", "card")
     torch.testing.assert_close(logits(load_export(tmp_path / "peft")), expected, atol=1e-6, rtol=0)
+    inside = weights_folder(tmp_path / "peft")
+    assert load_tokenizer(inside)("A1") == load_tokenizer(base)("A1") and read_router_config(inside)["mod_layers"]
+    assert weights_folder(export) == export
     export_merged(folder, base, tmp_path / "merged", "card")
     torch.testing.assert_close(logits(load_export(tmp_path / "merged")), expected, atol=2e-5, rtol=0)
 

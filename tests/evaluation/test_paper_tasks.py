@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+from pathlib import Path
 
+import datasets
+import lm_eval.tasks
 import pytest
 import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from paper_rows import write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from utils.evaluation.harness import TASK_CONFIGS, evaluate, task_manager
+from utils.evaluation.harness import TASK_CONFIGS, evaluate
 from utils.evaluation.models import load_dense
 
 PAPER = TASK_CONFIGS / "paper"
@@ -36,12 +42,17 @@ def sources():
     return module
 
 
+def mmlu_subjects():
+    """As lm-eval names them, one file each."""
+    folder = Path(lm_eval.tasks.__file__).parent / "mmlu" / "default"
+    return sorted(path.stem.removeprefix("mmlu_") for path in folder.glob("mmlu_*.yaml"))
+
+
 @pytest.fixture(scope="module")
-def eval_data():
-    folder = TASK_CONFIGS.parents[2] / "shared" / "data" / "eval"
-    if not folder.is_dir():
-        pytest.skip("no local copies of the paper's tasks beside the repository")
-    return folder
+def eval_data(tmp_path_factory):
+    """Rows in the hub's columns: those of ``MOD_EVAL_DATA``, where it names a copy of the real ones, else made up."""
+    given = os.environ.get("MOD_EVAL_DATA")
+    return Path(given) if given else write_rows(tmp_path_factory.mktemp("eval"), mmlu_subjects())
 
 
 def write(folder, split, rows):
@@ -77,16 +88,32 @@ def test_a_few_shot_row_is_never_scored(sources, tmp_path, monkeypatch):
     assert found["train"]["n"] == [0, 1, 2, 3, 4] and found["test"]["n"] == [5, 6, 7, 8]
 
 
-def test_dense_scores_equal_stock_lm_eval_on_the_unrouted_base(base, eval_data):
-    metadata = {"data_root": str(eval_data)}
-    ours = evaluate(load_dense(base), AutoTokenizer.from_pretrained(base), ["mod_paper"], limit=1, metadata=metadata)
-    lm = HFLM(pretrained=LlamaForCausalLM.from_pretrained(base), tokenizer=AutoTokenizer.from_pretrained(base))
-    manager = task_manager(["mod_paper"], TASK_CONFIGS, metadata)
-    stock = simple_evaluate(model=lm, tasks=["mod_paper"], limit=1, task_manager=manager, bootstrap_iters=0)
-    tasks = [name for name in stock["results"] if name in stock["n-samples"]]
-    assert len(tasks) == 8 + 57 and set(ours["samples"]) == set(tasks)
-    for name in tasks:
+def test_dense_scores_equal_stock_lm_eval_on_the_unrouted_base(base, eval_data, sources, monkeypatch):
+    """The stock side asks for lm-eval's own tasks by their names, and gets the same rows where it asks the hub."""
+    metadata, limit = {"data_root": str(eval_data)}, int(os.environ.get("MOD_EVAL_LIMIT", 1))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ours = evaluate(load_dense(base), tokenizer, ["mod_paper"], limit=limit, metadata=metadata)
+    asked = []
+
+    def from_the_hub(path, name=None, **_):
+        task = next(task for task, (repo, config) in sources.HUB.items() if repo == path and config in (name, None))
+        asked.append(task)
+        return sources.load(task, str(eval_data), config_source=f"mmlu_{name}.yaml")
+
+    monkeypatch.setattr(datasets, "load_dataset", from_the_hub)
+    lm = HFLM(pretrained=LlamaForCausalLM.from_pretrained(base), tokenizer=tokenizer)
+    manager, wanted = TaskManager(), [*SHOTS]
+    loaded = manager.load(wanted)["tasks"]
+    for name, task in loaded.items():
+        task.set_config("num_fewshot", SHOTS["mmlu" if name.startswith("mmlu_") else name])
+    stock = simple_evaluate(
+        model=lm, tasks=list(loaded.values()), limit=limit, task_manager=manager, bootstrap_iters=0
+    )
+    assert set(asked) == set(SHOTS) and len(loaded) == 8 + 57 and set(ours["samples"]) == set(loaded)
+    for name in loaded:
         for key, value in ours["scores"][name].items():
             if "stderr" not in key:
                 assert value == pytest.approx(stock["results"][name][key], nan_ok=True), (name, key)
-    assert ours["scores"]["mmlu"]["acc,none"] == pytest.approx(stock["results"]["mmlu"]["acc,none"])
+    sizes = {name: ours["samples"][name] for name in loaded if name.startswith("mmlu_")}
+    mean = sum(stock["results"][name]["acc,none"] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert ours["scores"]["mmlu"]["acc,none"] == pytest.approx(mean)

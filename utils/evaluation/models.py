@@ -47,8 +47,8 @@ def load_export(folder: Path, dtype: str = "auto", device: str | None = None) ->
     Raises :class:`UserError` for what ``weight_map`` refuses, routers that do not fit the weights beside them, values
     that are not finite, or a checkpoint without routing.
     """
-    if (folder / "adapter_config.json").is_file() and (folder / "base").is_dir():
-        return with_lora(load_export(folder / "base", dtype, device), folder)
+    if (base := weights_folder(folder)) != folder:
+        return with_lora(load_export(base, dtype, device), folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no checkpoint folder; export a run first")
     files = weight_map(folder)
@@ -61,6 +61,12 @@ def load_export(folder: Path, dtype: str = "auto", device: str | None = None) ->
         raise UserError(f"{folder} is not routed: its config names no mod_layers")
     _check_finite(model, folder)
     return model.to(device or default_device()).eval()
+
+
+def weights_folder(export: Path) -> Path:
+    """Where an export keeps configuration, tokenizer and routers: ``base/`` in the peft form, else its own folder."""
+    peft = (export / "adapter_config.json").is_file() and (export / "base").is_dir()
+    return export / "base" if peft else export
 
 
 def with_lora(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
