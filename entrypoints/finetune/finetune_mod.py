@@ -67,7 +67,7 @@ def report_exit_code() -> None:
         code = stop.code
         raise
     finally:
-        if RANK == 0 and EXIT_CODE_FILE in os.environ:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 and EXIT_CODE_FILE in os.environ:
             Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
 
 

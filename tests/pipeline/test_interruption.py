@@ -9,6 +9,7 @@ import pytest
 import tiny_tuning
 
 from utils.pipeline.customized_trainer import RouterTrainer
+from utils.pipeline.engines import lost_contact
 from utils.pipeline.interruption import Interruption
 
 
@@ -75,3 +76,18 @@ def test_a_late_second_signal_ends_the_process(interruption, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         os.kill(os.getpid(), signal.SIGINT)
     assert stop.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[tcp/pair.cc:537] Read error [127.0.0.1]:681: Connection reset by peer.", True),
+        ("[tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation to complete", True),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
+    ],
+)
+def test_a_lost_process_is_told_from_a_mistake_of_this_one(monkeypatch, message, lost):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert lost_contact(RuntimeError(message)) is lost
+    monkeypatch.delenv("WORLD_SIZE")
+    assert not lost_contact(RuntimeError(message)), "there is no other"

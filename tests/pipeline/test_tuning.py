@@ -72,6 +72,11 @@ def test_a_checkpoint_of_other_settings_is_refused(parts, finished, tmp_path, ch
     with pytest.raises(UserError) as caught:
         tiny_tuning.tune(parts, tmp_path / "run", resume_from_checkpoint=finished / "checkpoint-3", **change)
     assert named in str(caught.value) and "\n" not in str(caught.value)
+    resumed = tiny_tuning.command(
+        parts, tmp_path / "run", resume_from_checkpoint=finished / "checkpoint-3", check_inputs=True, **change
+    )
+    with pytest.raises(UserError, match="cannot be continued by this run"):  # also before several are launched
+        Preparation(resumed).check_checkpoint()
 
 
 def test_a_checkpoint_of_another_base_or_other_data_is_refused(parts, finished, tmp_path):
