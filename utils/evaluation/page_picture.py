@@ -7,8 +7,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 from utils.errors import UserError
 
+COLOURS = 128
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
     "--headless",
@@ -43,5 +46,6 @@ def take_picture(page: Path, target: Path, prompt: int = 0, size: tuple[int, int
             raise UserError(f"{PROGRAM} did not draw {page} within two minutes") from None
         if not picture.is_file():
             raise UserError(f"{PROGRAM} drew nothing of {page}: {' '.join(done.stderr.split())[-300:]}")
-        shutil.copyfile(picture, target)
+        with Image.open(picture) as shot:  # a few flat colours: a palette makes a third of the bytes
+            shot.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(target, optimize=True)
     return target
