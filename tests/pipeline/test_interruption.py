@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import timedelta
 
 import pytest
 import tiny_tuning
+import torch
+import torch.distributed as dist
 
 from utils.pipeline.customized_trainer import RouterTrainer
-from utils.pipeline.engines import lost_contact
+from utils.pipeline.engines import limit_waiting, lost_contact
 from utils.pipeline.interruption import Interruption
 
 
@@ -91,3 +94,13 @@ def test_a_lost_process_is_told_from_a_mistake_of_this_one(monkeypatch, message,
     assert lost_contact(RuntimeError(message)) is lost
     monkeypatch.delenv("WORLD_SIZE")
     assert not lost_contact(RuntimeError(message)), "there is no other"
+
+
+def test_nobody_waits_longer_than_told_for_a_process_that_hangs():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        limit_waiting(timedelta(seconds=7))
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == timedelta(seconds=7)
+    finally:
+        dist.destroy_process_group()

@@ -18,7 +18,7 @@ from transformers.trainer_callback import ExportableState
 from utils.model import RoutingLog, record_routing
 from utils.pipeline import checkpoints, engine_state
 from utils.pipeline.batching import StepOrder
-from utils.pipeline.engines import check_engine, check_wrapped, enable_fsdp_on_cpu
+from utils.pipeline.engines import check_engine, check_wrapped, enable_fsdp_on_cpu, limit_waiting
 from utils.pipeline.routing_statistics import RoutingStatistics
 
 
@@ -58,6 +58,7 @@ class RouterTrainer(Trainer):
         if enable_fsdp_on_cpu(self.accelerator):
             self.is_fsdp_enabled = True
         check_engine(self.accelerator)
+        limit_waiting(self.args.ddp_timeout_delta)
 
     # ---- loss
 

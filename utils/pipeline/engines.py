@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
@@ -70,6 +72,12 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> bool:
     # Every new AcceleratorState takes its values from here.
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     return True
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """Wait no longer than this for a process that hangs; on CPUs ``--ddp_timeout`` reaches no process group."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
 
 
 def check_engine(accelerator: Accelerator) -> None:
