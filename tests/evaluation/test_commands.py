@@ -74,3 +74,22 @@ def test_wrong_input_is_one_line(command, tmp_path, capsys):
     assert command("evaluate/evaluate_mod.py", "--run", tmp_path) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 4 and all(line.startswith("error: ") for line in lines), lines
+
+
+def test_a_run_is_exported_and_both_are_shown(command, root, base, run, tmp_path, capsys):
+    assert command("checkpoint/export.py", "--run", run, "--base", base, "--output", tmp_path / "full") == 0
+    assert "bytes written" in capsys.readouterr().out
+    prompts = ["--prompts", root / "data/sample/heldout/add.jsonl", "--per_file", "2", "--max_new_tokens", "2"]
+    shown = {}
+    for name, which in {"run": ["--run", run, "--base", base], "export": ["--model", tmp_path / "full"]}.items():
+        output = ["--dial_rows", "2", "--output", tmp_path / f"{name}.html"]
+        assert command("analysis/routing_report.py", *which, *prompts, *output) == 0
+        shown[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert shown["run"]["prompts"] == shown["export"]["prompts"] and len(shown["run"]["prompts"]) == 2
+    assert len(shown["run"]["dial"]) > 1 and shown["run"]["dial"] == shown["export"]["dial"]
+    capsys.readouterr()
+    wrong = ("--picture", tmp_path / "page.jpg"), ("--per_file", "0"), ("--run", run)
+    for arguments in wrong:
+        assert command("analysis/routing_report.py", "--model", tmp_path / "full", *prompts, *arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), lines
