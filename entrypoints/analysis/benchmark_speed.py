@@ -99,7 +99,7 @@ def load(args: argparse.Namespace):
         torch.manual_seed(args.seed)
         with torch.device(args.device):
             return AutoModelForCausalLM.from_config(SHAPES[args.shape], dtype=dtype).eval(), None
-    routed = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    routed = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(args.device).eval()
     if not is_routed(routed):
         raise UserError(f"--model {args.model}: holds no routed layers")
     return unroute(shared_copy(routed)), routed

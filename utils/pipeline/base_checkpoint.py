@@ -85,7 +85,7 @@ def read_checkpoint(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
         raise UserError(f"no model.safetensors in {folder}; train it with entrypoints/checkpoint/train_tiny_base.py")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     plain = {key: value for key, value in config.items() if key != "model_type" and not key.startswith("mod_")}
-    model = LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(**plain))
+    model = LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(**plain), use_safetensors=True)
     return model, AutoTokenizer.from_pretrained(folder, config=model.config)
 
 

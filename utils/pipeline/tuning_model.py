@@ -114,7 +114,7 @@ def load_model(
     folder: Path, arguments: ModelArguments, routing: RoutingArguments, config: PretrainedConfig
 ) -> PreTrainedModel:
     """The base, routed, with what trains marked. UserError for a base that cannot be loaded or routed so."""
-    options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype), "config": config}
+    options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype), "config": config, "use_safetensors": True}
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
     if arguments.load_in_4bit:
