@@ -225,6 +225,8 @@ def adopt_layers(cache: Any, layers: list[int], mixin: type[HeldDecisions] | Non
     Raises:
         ValueError: for a cache whose layers are not the dynamic ones, or that another routing (or none) has filled.
     """
+    if getattr(cache, "mod_adopted", None) == (mixin, layers):
+        return
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values must be a DynamicCache, not a {type(cache).__name__}")
     while len(cache.layers) <= layers[-1] and cache.layer_class_to_replicate is not None:
@@ -242,6 +244,7 @@ def adopt_layers(cache: Any, layers: list[int], mixin: type[HeldDecisions] | Non
             stored.__class__ = type(stored).mod_plain_class
     for index in layers:
         _adopt(cache.layers[index], index, mixin)
+    cache.mod_adopted = (mixin, list(layers))  # decoding asks at every token
 
 
 def _adopt(stored: Any, index: int, mixin: type[HeldDecisions] | None) -> None:
