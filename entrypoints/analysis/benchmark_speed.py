@@ -25,6 +25,7 @@ from utils.evaluation.provenance import provenance
 from utils.evaluation.speed import Setting, benchmark, shared_copy
 from utils.evaluation.speed_figure import draw_speed
 from utils.model import GRANULARITIES, is_routed, unroute
+from utils.pipeline.arguments import ROOT
 
 SHAPES = {
     "small": LlamaConfig(
@@ -136,8 +137,10 @@ def main() -> None:
 def write(args: argparse.Namespace, rows: list[dict]) -> None:
     """The JSON so far; replaced whole after every cell, so that an interrupted run keeps what it measured."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    inside = args.output.resolve().is_relative_to(ROOT)
+    given = vars(args) | {"output": args.output.resolve().relative_to(ROOT) if inside else args.output}
     command = "python entrypoints/analysis/benchmark_speed.py " + " ".join(
-        f"--{key} {value}" for key, value in vars(args).items() if value is not None
+        f"--{key} {value}" for key, value in given.items() if value is not None
     )
     content = {"command": command, **provenance(), "shape": args.model or args.shape, "rows": rows}
     temporary = args.output.with_suffix(".tmp")
