@@ -5,18 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model
+from tiny_routed import CASES as ROUTED
 from tiny_routed import LAYERS, routed_model
 
-CASES = [
-    ("attn_sequence", "keep"),
-    ("attn_token", "keep"),
-    ("attn_token", "drop"),
-    ("mlp_sequence", "keep"),
-    ("mlp_token", "keep"),
-    ("block_sequence", "keep"),
-    ("block_token", "keep"),
-    ("attn_token+mlp_token", "keep"),
-]
+CASES = [case[1:] for case in ROUTED if case[0] == "llama"]
 
 
 class Compiled:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # What a decoder layer and its attention receive per token or per row; everything else passes through untouched.
 POSITIONAL = ("position_embeddings", "position_ids")
@@ -53,6 +53,16 @@ def pack(keep: Tensor, counts: list[int]) -> Packing:
     slots = None if min(kept) == max(kept) else keep[rows[:, None], index]
     flat = (rows[:, None] * keep.shape[1] + index).flatten()
     return Packing(row_list, rows, index, flat, slots, kept)
+
+
+def check_packable(attention: nn.Module, layer: int) -> None:
+    """ValueError for an attention implementation whose masks cannot be packed token by token."""
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation not in (None, "eager", "sdpa"):
+        raise ValueError(
+            f"layer {layer}: token-level attention routing needs attn_implementation 'sdpa' or 'eager', "
+            f"not {implementation!r}: model.set_attn_implementation('sdpa')"
+        )
 
 
 def select_rows(kwargs: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:

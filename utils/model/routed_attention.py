@@ -14,7 +14,7 @@ from torch import Tensor
 from .call import RoutingCall
 from .key_views import AllKeys, KeptKeys
 from .keys_values import project_kv
-from .packing import flat_positions, pack, query_mask, select_rows, select_tokens
+from .packing import check_packable, flat_positions, pack, query_mask, select_rows, select_tokens
 from .routed import Routed, row_counts
 from .router import merge
 
@@ -84,7 +84,7 @@ class RoutedAttending(Routed):
                 states = project_kv(self.mod_attention(), features, kwargs["position_embeddings"])
                 cache.update(*states, self.mod_layer)
             return output
-        self._check_implementation()
+        check_packable(self.mod_attention(), self.mod_layer)
         order = keep.flatten().to(torch.uint8).argsort(stable=True)
         skipped = order[: keep.numel() - sum(counts)]
         positions = flat_positions(kwargs["position_embeddings"], skipped, tokens)
@@ -111,7 +111,7 @@ class RoutedAttending(Routed):
         if layer is not None:
             layer.mod_open_rows(batch, keep.device)
         if any(counts):
-            self._check_implementation()
+            check_packable(self.mod_attention(), self.mod_layer)
             packing = pack(keep, counts)
             packed = select_tokens(kwargs, packing)
             mask = view.open(packing, kwargs.get("attention_mask"), tokens)
@@ -125,7 +125,7 @@ class RoutedAttending(Routed):
 
     def _mask_skipped_keys(self, keep: Tensor, hidden_states: Tensor, kwargs: dict) -> Tensor:
         """The module's mask without the keys of skipped tokens; a token always sees itself."""
-        self._check_implementation()
+        check_packable(self.mod_attention(), self.mod_layer)
         tokens = keep.shape[1]
         own = torch.eye(tokens, dtype=torch.bool, device=keep.device)
         offered = (keep[:, None, :] | own)[:, None]
@@ -135,15 +135,6 @@ class RoutedAttending(Routed):
         if mask.dtype == torch.bool:
             return self._mask_type(mask & offered, hidden_states)
         return mask.masked_fill(~offered, torch.finfo(mask.dtype).min)
-
-    def _check_implementation(self) -> None:
-        """ValueError for an attention whose masks cannot be packed."""
-        implementation = self.mod_attention().config._attn_implementation
-        if implementation not in ("eager", "sdpa"):
-            raise ValueError(
-                f"layer {self.mod_layer}: token-level attention routing needs attn_implementation 'sdpa' or 'eager', "
-                f"not {implementation!r}"
-            )
 
     def _mask_type(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
         """A bool mask as this module's attention implementation reads it."""

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .configuration_mod import ModConfig
 from .keys_values import missing_seam, project_kv
+from .packing import check_packable
 
 WHERE = {"attn": ("self_attn",), "mlp": ("mlp",), "block": (), "expert": ("mlp", "experts")}
 # Families on which tests compare every granularity with a masked dense model. Others are tried out when routed.
@@ -46,12 +47,8 @@ def find_module(model: PreTrainedModel, layer: int, part: str, kv_policy: str, l
             raise ValueError(
                 f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: it has no 'self_attn'"
             )
-        implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-        if level == "token" and implementation not in (None, "eager", "sdpa"):
-            raise ValueError(
-                f"token-level attention routing needs attn_implementation 'sdpa' or 'eager', not {implementation!r}: "
-                "model.set_attn_implementation('sdpa')"
-            )
+        if level == "token":
+            check_packable(attention, layer)
         seam = missing_seam(attention) if level == "token" and kv_policy == "keep" else None
         if seam:
             raise ValueError(
