@@ -3,6 +3,7 @@
     python entrypoints/checkpoint/train_tiny_base.py                    # train, score, write ckpt/tiny-llama-mod
     python entrypoints/checkpoint/train_tiny_base.py --eval_only        # score the checkpoint that is there
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 entrypoints/checkpoint/train_tiny_base.py    # two CPU cores
+    python entrypoints/checkpoint/train_tiny_base.py --num_experts 4    # a small mixture of experts, its own folder
 An interrupted run continues from its last HF checkpoint in --work_dir; --fresh starts again. On busy CPU cores two
 processes of one thread are much faster than one process of two: threads that spin at a barrier wait for each other.
 """
@@ -16,8 +17,11 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaForCausalLM,
+    MixtralForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -31,7 +35,14 @@ from utils.data.sample_tasks import FREE_TASKS, TASKS
 from utils.errors import UserError, cli
 from utils.pipeline.base_checkpoint import read_checkpoint, write_card, write_checkpoint
 from utils.pipeline.base_scoring import score_tasks
-from utils.pipeline.base_training import CURRICULUM, SampleStream, build_tokenizer, collate, tiny_config
+from utils.pipeline.base_training import (
+    CURRICULUM,
+    SampleStream,
+    build_tokenizer,
+    collate,
+    tiny_config,
+    tiny_moe_config,
+)
 from utils.pipeline.muon import MuonWithAdamW
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +51,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "ckpt" / "tiny-llama-mod")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "trained_models" / "tiny-llama-base")
+    parser.add_argument(
+        "--output_dir", type=Path, help="default: ckpt/tiny-llama-mod, experts: trained_models/tiny-moe"
+    )
+    parser.add_argument("--work_dir", type=Path, help="default: trained_models/tiny-llama-base or tiny-moe-base")
+    parser.add_argument("--num_experts", type=int, default=0, help="per MLP, Mixtral's architecture; 0: a dense Llama")
+    parser.add_argument("--experts_per_token", type=int, default=2)
+    parser.add_argument("--curriculum_at", type=int, help="step of the second half of the curriculum, default 2496")
     parser.add_argument("--max_steps", type=int, default=7500)
     parser.add_argument("--batch_size", type=int, default=32, help="items per step, over all processes")
     parser.add_argument("--learning_rate", type=float, default=4e-3, help="of the matrices (Muon)")
@@ -60,6 +76,17 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.decay_share < 1:
         raise UserError(f"--decay_share must be in [0, 1), not {args.decay_share}")
+    if args.num_experts and not 1 <= args.experts_per_token <= args.num_experts:
+        raise UserError(
+            f"--experts_per_token {args.experts_per_token} must lie in 1 to --num_experts {args.num_experts}"
+        )
+    folders = (
+        ("trained_models/tiny-moe", "tiny-moe-base")
+        if args.num_experts
+        else ("ckpt/tiny-llama-mod", "tiny-llama-base")
+    )
+    args.output_dir = args.output_dir or ROOT / folders[0]
+    args.work_dir = args.work_dir or ROOT / "trained_models" / folders[1]
     return args
 
 
@@ -90,13 +117,27 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def train(args: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase, list[dict]]:
+def new_model(args: argparse.Namespace, vocabulary: int) -> PreTrainedModel:
+    """Untrained, of the architecture that is asked for."""
+    if args.num_experts:
+        return MixtralForCausalLM(tiny_moe_config(vocabulary, args.num_experts, args.experts_per_token))
+    return LlamaForCausalLM(tiny_config(vocabulary))
+
+
+def curriculum(args: argparse.Namespace) -> tuple[tuple[int, dict[str, float]], ...]:
+    """Shares of the tasks; the change between its two halves where it is asked for."""
+    (first, easy), (second, hard) = CURRICULUM
+    return (first, easy), (second if args.curriculum_at is None else args.curriculum_at, hard)
+
+
+def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[dict]]:
     """Train from scratch, or from the last checkpoint; returns the model, its tokenizer and the Trainer's log."""
     last = None if args.fresh or not args.work_dir.is_dir() else get_last_checkpoint(str(args.work_dir))
     start = int(last.rsplit("-", 1)[1]) if last else 0
     tokenizer = AutoTokenizer.from_pretrained(last) if last else build_tokenizer()
     set_seed(args.seed)
-    model = LlamaForCausalLM(tiny_config(len(tokenizer)))
+    # The Trainer reads a checkpoint under its file's names, which for experts are not those of the module.
+    model = AutoModelForCausalLM.from_pretrained(last) if last else new_model(args, len(tokenizer))
     optimizer = MuonWithAdamW(model.named_parameters(), args.learning_rate, args.adamw_learning_rate)
     decay = int(args.max_steps * args.decay_share)
     schedule = get_wsd_schedule(
@@ -110,7 +151,7 @@ def train(args: argparse.Namespace) -> tuple[LlamaForCausalLM, PreTrainedTokeniz
     trainer = Trainer(
         model=model,
         args=training_arguments(args),
-        train_dataset=SampleStream(tokenizer, CURRICULUM, args.batch_size, args.seed, start),
+        train_dataset=SampleStream(tokenizer, curriculum(args), args.batch_size, args.seed, start),
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
         optimizers=(optimizer, schedule),

@@ -128,6 +128,23 @@ def test_muon_takes_the_matrices_and_its_state_survives():
     assert all(a.equal(b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_experts_in_one_tensor_step_like_a_matrix_each():
+    torch.manual_seed(0)
+    stacked = torch.nn.Parameter(torch.randn(3, 8, 4))
+    alone = [torch.nn.Parameter(part.clone()) for part in stacked.detach()]
+    norms = [("norm", torch.nn.Parameter(torch.ones(2)))]
+    whole = MuonWithAdamW([("experts.gate_up_proj", stacked), *norms], lr=1e-2, adamw_lr=1e-3)
+    apart = MuonWithAdamW([*((f"w{n}", part) for n, part in enumerate(alone)), *norms], lr=1e-2, adamw_lr=1e-3)
+    for _ in range(3):
+        aim = torch.randn(3, 8, 4)
+        (stacked * aim).square().sum().backward()
+        torch.stack([(part * to).square().sum() for part, to in zip(alone, aim, strict=True)]).sum().backward()
+        for optimizer in (whole, apart):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert stacked.grad is None and torch.stack(list(alone)).equal(stacked)
+
+
 def arguments(folder: Path, *more: str) -> list[str]:
     folders = ["--output_dir", str(folder / "out" / "tiny"), "--work_dir", str(folder / "work")]
     return [*folders, "--batch_size", "4", "--eval_items", "1", *more]
@@ -162,6 +179,21 @@ def test_training_resumes_to_the_same_weights_and_writes_a_whole_folder(tmp_path
     assert all(value.equal(resumed[name]) for name, value in weights.items())
 
 
+def test_a_mixture_of_experts_trains_resumes_and_reads_back(tmp_path: Path, run):
+    experts = ("--num_experts", "3", "--experts_per_token", "2", "--curriculum_at", "2")
+    run(tmp_path, "--max_steps", "4", "--save_steps", "2", "--decay_share", "0.5", *experts)
+    out = tmp_path / "out" / "tiny"
+    weights = load_file(out / "model.safetensors")
+    shutil.rmtree(tmp_path / "work" / "checkpoint-4")
+    run(tmp_path, "--max_steps", "4", "--save_steps", "2", "--decay_share", "0.5", *experts)
+    resumed = load_file(out / "model.safetensors")
+    assert all(value.equal(resumed[name]) for name, value in weights.items())
+    model, _ = read_checkpoint(out)
+    assert model.config.model_type == "mixtral" and not model.config.output_router_logits
+    assert model.config.num_local_experts == 3 and model.config.num_experts_per_tok == 2
+    assert not any(key.startswith("mod_") for key in model.config.to_dict())
+
+
 def test_two_processes_split_each_batch(tmp_path: Path, run):
     """World size 2 sees the same batches as world size 1, half on each process: the same weights up to rounding."""
     steps = ("--max_steps", "3", "--decay_share", "0")
@@ -187,6 +219,7 @@ def test_two_processes_split_each_batch(tmp_path: Path, run):
         (("--max_steps", "0"), "--max_steps must be at least 1, not 0"),
         (("--decay_share", "1"), "--decay_share must be in [0, 1), not 1.0"),
         (("--eval_only",), "no model.safetensors in"),
+        (("--num_experts", "2", "--experts_per_token", "3"), "--experts_per_token 3 must lie in 1 to --num_experts 2"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, run, more: tuple[str, ...], message: str):

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from utils.errors import UserError
 from utils.evaluation.experiments import Laboratory
+from utils.evaluation.experiments_data import scored_items, search_rows, train_file
 from utils.evaluation.experiments_plan import Cell, read_plan
 from utils.evaluation.experiments_report import build
 from utils.evaluation.experiments_score import score_generation
@@ -41,25 +42,37 @@ PLAN = {
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def saved(folder, build):
     torch.manual_seed(0)
     tokenizer = build_tokenizer(320, 20)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    build(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("base"), lambda size: LlamaForCausalLM(LlamaConfig(vocab_size=size, **SIZES)))
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    def build(size):
+        return MixtralForCausalLM(MixtralConfig(vocab_size=size, num_local_experts=3, num_experts_per_tok=2, **SIZES))
+
+    return saved(tmp_path_factory.mktemp("moe"), build)
 
 
 def plan_file(folder, **changes):
@@ -89,6 +102,76 @@ def test_every_cell_runs_once_and_the_report_reads_them(base, tmp_path):
     assert row["capacity"]["mean"] == pytest.approx(score["conversations"]["total"], abs=1e-4)
 
 
+def run_all(plan, folder):
+    lab = Laboratory(plan, folder / "results", folder / "work")
+    while any([lab.run(cell) for cell in plan.cells()]):
+        pass
+    return lab, {path.name for path in build(plan, lab.results, folder / "figures")}
+
+
+def test_a_mixture_of_experts_reports_assigned_and_executed_tokens(moe, tmp_path):
+    changes = {"granularities": ["expert_token"], "statics": {"expert": "greedy"}, "costs": False}
+    plan = read_plan(plan_file(tmp_path, base=str(moe), **changes))
+    lab, names = run_all(plan, tmp_path)
+    assert all(lab.path(cell).is_file() for cell in plan.cells())
+    assert {"small_expert_rt.json", "small_expert_rt.md"} <= names
+    rows = json.loads((tmp_path / "figures" / "small_expert_rt.json").read_text())["budgets"]
+    row = next(row for row in rows if row["budget"] == 0.5)
+    shares = []
+    for found in row["experts"].values():
+        assert all(ran <= given for ran, given in zip(found["executed"], found["assigned"], strict=True))
+        shares.append(sum(found["executed"]) / sum(found["assigned"]))
+    totals = {sum(found["assigned"]) for found in row["experts"].values()}
+    assert len(row["experts"]) == 2 and len(totals) == 1 and totals.pop() % 2 == 0  # two experts for every token
+    assert 0 < sum(shares) / 2 < 1
+    generation = lab.read(Cell("score", "budget", "expert_token", 0, 0.5))["generation"]["capacity"]
+    assert all(0 < generation[phase] < 1 for phase in ("prompt", "total"))
+    static = lab.read(Cell("static", "greedy", "expert"))["sizes"]["1"]
+    assert static["capacity"] == pytest.approx(0.5) and len(static["kept"]) == 1
+
+
+def test_controls_run_on_every_seed_and_lora_stands_beside_routers(base, tmp_path):
+    lora = {"recipe": "paper", "router_pooling": "prompt", "lora": True, "global_batch_size": 8}
+    changes = {
+        "granularities": ["attn_sequence"],
+        "grid_recipes": [],
+        "seeds": [0, 1],
+        "statics": {},
+        "dial": [],
+        "recipes": {"both": lora, "alone": {**lora, "threshold": 0.0, "target_capacity": 1.0}},
+        "extra": [{"recipe": name, "granularity": "attn_sequence"} for name in ("both", "alone")],
+    }
+    plan = read_plan(plan_file(tmp_path, base=str(base), **changes))
+    lab = Laboratory(plan, tmp_path / "results", tmp_path / "work")
+    for cell in plan.cells():
+        if cell.kind in ("tune", "score"):
+            assert lab.run(cell), cell.name
+    build(plan, lab.results, tmp_path / "figures")
+    rows = json.loads((tmp_path / "figures" / "small_lora_rt.json").read_text())["rows"]
+    assert [(row["trained"], row["capacity"]["n"]) for row in rows] == [("LoRA and routers", 2), ("LoRA", 2)]
+    assert rows[1]["capacity"]["mean"] == 1
+
+
+def test_settings_are_chosen_on_other_items_than_are_scored_or_trained_on(base, tmp_path):
+    plan, held_out = (
+        read_plan(plan_file(tmp_path, base=str(base), scored=which)) for which in ("validation", "heldout")
+    )
+    chosen = {str(item.messages) for items in scored_items(plan, 20).values() for item in items}
+    scored = {str(item.messages) for items in scored_items(held_out, 20).values() for item in items}
+    rows = [json.loads(line) for line in train_file(plan, tmp_path, "budget", 0).read_text().splitlines()]
+    trained = {str(row["messages"]) for row in rows}
+    searched = {str(row["messages"]) for row in search_rows(plan)}
+    assert len(chosen) == 40 and not chosen & (scored | trained | searched)
+
+
+def test_a_recipe_with_its_own_sources_trains_on_as_many_rows(base, tmp_path):
+    plan = read_plan(plan_file(tmp_path, base=str(base), sources={"budget": ["story"]}))
+    usual, own = (train_file(plan, tmp_path, recipe, 0).read_text().splitlines() for recipe in ("paper", "budget"))
+    assert len(usual) == len(own) == 16
+    assert {json.loads(line)["dataset"] for line in usual} == {"copy", "max"}
+    assert {json.loads(line)["dataset"] for line in own} == {"story"}
+
+
 def test_a_cell_waits_for_the_run_that_it_scores(base, tmp_path):
     plan = read_plan(plan_file(tmp_path, base=str(base)))
     lab = Laboratory(plan, tmp_path / "results", tmp_path / "work")
@@ -103,6 +186,9 @@ def test_a_cell_waits_for_the_run_that_it_scores(base, tmp_path):
         ({"colour": "red"}, "colour"),
         ({"grid_recipes": ["best"]}, "best"),
         ({"tasks": ["juggle"]}, "juggle"),
+        ({"sources": {"budget": ["mime"]}}, "mime"),
+        ({"training": {"fast": {}}}, "fast"),
+        ({"scored": "everything"}, "everything"),
     ],
 )
 def test_a_wrong_plan_is_named(tmp_path, changes, named):
@@ -135,8 +221,11 @@ def test_reading_an_answer_predicts_what_generating_it_wrote(base, tmp_path, gra
     assert 0.2 < sum(kept) / len(kept) < 0.8
 
 
-def test_generation_is_scored_whatever_the_batch(base, tmp_path):
-    lab = Laboratory(read_plan(plan_file(tmp_path, base=str(base))), tmp_path / "results", tmp_path / "work")
-    model = lab.routed("attn_token")
+@pytest.mark.parametrize("kind, granularity", [("base", "attn_token"), ("moe", "expert_token")])
+def test_generation_is_scored_whatever_the_batch(request, tmp_path, kind, granularity):
+    plan = read_plan(plan_file(tmp_path, base=str(request.getfixturevalue(kind))))
+    lab = Laboratory(plan, tmp_path / "results", tmp_path / "work")
+    model = lab.routed(granularity)
     found = [score_generation(model, lab.tokenizer, lab.held_out(3), batch_size=size) for size in (1, 3)]
-    assert found[0] == found[1] and found[0]["items"] == 6 and found[0]["capacity"]["total"] == 1
+    assert found[0] == found[1] and found[0]["items"] == 6
+    assert found[0]["capacity"] == {"total": 1, "prompt": 1, "generated": 1}

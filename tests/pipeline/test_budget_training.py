@@ -11,7 +11,7 @@ from tiny_models import random_batch, tiny_model
 
 from utils.errors import UserError
 from utils.model import record_routing, route, routed_modules
-from utils.pipeline.recipes.budget_training import BUDGETS, Price, share_threshold
+from utils.pipeline.recipes.budget_training import Price, TrainSettings, share_threshold, training_with
 
 SETTINGS = {"recipe": "budget", "granularity": "attn_token", "router_dir": None, "gradient_scale": 0.1}
 
@@ -52,11 +52,30 @@ def test_training_runs_at_the_drawn_budgets_and_resumes_with_the_same_bits(parts
     tiny_tuning.tune(parts, whole, **SETTINGS)
     later = [line["capacity"] for line in tiny_tuning.history(whole)[1:]]
     # Thresholds come from a dense pass, the log from the routed one, and few tokens make a micro-batch.
-    assert later and all(BUDGETS[0] - 0.05 <= capacity <= BUDGETS[1] + 0.1 for capacity in later)
+    low, high = TrainSettings().budgets
+    assert later and all(low - 0.05 <= capacity <= high + 0.1 for capacity in later)
     run.mkdir()
     shutil.copytree(whole / "checkpoint-4", run / "checkpoint-4")
     tiny_tuning.tune(parts, run, resume_from_checkpoint="auto", **SETTINGS)
     assert (run / "router.safetensors").read_bytes() == (whole / "router.safetensors").read_bytes()
+
+
+def test_other_settings_hold_inside_their_block_alone(parts, tmp_path):
+    """Budgets from 0.9 on: nearly everything runs; afterwards the recipe trains as before."""
+    with training_with(TrainSettings(budgets=(0.9, 0.95))):
+        tiny_tuning.tune(parts, tmp_path / "high", **SETTINGS)
+    tiny_tuning.tune(parts, tmp_path / "usual", **SETTINGS)
+    high, usual = (tiny_tuning.history(tmp_path / name)[1:] for name in ("high", "usual"))
+    assert min(line["capacity"] for line in high) > 0.8 > max(line["capacity"] for line in usual)
+
+
+@pytest.mark.parametrize(("even", "middle"), [(True, 0.41), (False, (0.02 * 0.8) ** 0.5)])
+def test_budgets_are_drawn_evenly_or_on_a_logarithmic_scale(even, middle):
+    torch.manual_seed(0)
+    settings = TrainSettings(budgets=(0.02, 0.8), even=even)
+    drawn = sorted(settings.draw() for _ in range(2000))
+    assert 0.02 <= drawn[0] < drawn[-1] <= 0.8
+    assert drawn[1000] == pytest.approx(middle, rel=0.1)
 
 
 def test_fp16_is_refused(parts, tmp_path):

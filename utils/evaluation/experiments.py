@@ -14,13 +14,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from utils.data.sample_files import read_heldout
-from utils.data.sample_tasks import generate
 from utils.evaluation import controls
 from utils.evaluation.cost import measure_cost
+from utils.evaluation.experiments_data import scored_items, scored_texts, search_rows, train_file
 from utils.evaluation.experiments_masks import LENGTH, mask_table, static_masks
 from utils.evaluation.experiments_plan import MATCH, OWN, Cell, Plan
-from utils.evaluation.experiments_score import answers_right, score_choices, score_generation, score_text
+from utils.evaluation.experiments_score import (
+    answers_right,
+    score_choices,
+    score_generation,
+    score_text,
+    tokens_by_expert,
+)
 from utils.evaluation.models import load_dense, load_tokenizer, load_tuned
 from utils.evaluation.output import write_json
 from utils.evaluation.provenance import provenance
@@ -30,6 +35,7 @@ from utils.pipeline.arguments import ROOT
 from utils.pipeline.batching import Collator
 from utils.pipeline.encoding import encode_conversation, render_prompt
 from utils.pipeline.recipes.budget import in_batches
+from utils.pipeline.recipes.budget_training import TrainSettings, training_with
 
 _TIMED_PER_TASK = 16
 
@@ -119,30 +125,8 @@ class Laboratory:
         return load_tokenizer(self.base)
 
     def held_out(self, count: int) -> dict[str, list[Any]]:
-        """The first ``count`` committed held-out items of every task."""
-        folder = ROOT / "data" / "sample" / "heldout"
-        return {task: read_heldout(folder / f"{task}.jsonl")[:count] for task in self.plan.tasks}
-
-    def train_file(self, seed: int) -> Path:
-        """Training rows of a seed: ``train_per_task`` of every task, other ones for every seed."""
-        path = self.work / f"train_{self.plan.train_per_task}_seed{seed}.jsonl"
-        if not path.exists():
-            first = 1_000_000 * (seed + 1)
-            lines = []
-            for number in range(self.plan.train_per_task):
-                for task in self.plan.tasks:
-                    item = generate(task, first + number, "train")
-                    lines.append(json.dumps({"dataset": task, "id": f"{task}_{number}", "messages": item.messages}))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_text("\n".join(lines) + "\n")
-            os.replace(temporary, path)
-        return path
-
-    def search_rows(self) -> list[dict[str, Any]]:
-        """Rows on which fixed masks are chosen: training split, never trained on."""
-        tasks, count = self.plan.tasks, self.plan.search_per_task
-        return [{"messages": generate(t, 500_000 + n, "train").messages} for n in range(count) for t in tasks]
+        """``count`` scored items of every task."""
+        return scored_items(self.plan, count)
 
     def routed(self, granularity: str) -> PreTrainedModel:
         """The base, routed as the plan's runs are."""
@@ -159,12 +143,8 @@ class Laboratory:
             with under():
                 found["choices"] = score_choices(model, self.tokenizer, self.held_out(self.plan.choices))
             with under():
-                found["text"] = score_text(model, self.tokenizer, self._texts())
+                found["text"] = score_text(model, self.tokenizer, scored_texts(self.plan))
         return found
-
-    def _texts(self) -> list[str]:
-        path = ROOT / "data" / "sample" / "heldout" / f"{self.plan.text_task}.jsonl"
-        return [item.answer for item in read_heldout(path)[: self.plan.texts]]
 
     def _dense(self, _: Cell) -> dict[str, Any]:
         return self._scores(load_dense(self.base, "float32"))
@@ -177,7 +157,7 @@ class Laboratory:
         folder = self.run_folder(cell)
         flags = {
             "model_name_or_path": self.base,
-            "train_file": self.train_file(cell.seed),
+            "train_file": train_file(self.plan, self.work, cell.recipe, cell.seed),
             "max_train_samples": 0,
             "granularity": cell.granularity,
             "max_seq_length": LENGTH,
@@ -189,7 +169,9 @@ class Laboratory:
         }
         argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         started = time.perf_counter()
-        tuned = run_tuning(Preparation(parse_command([*argv, "--overwrite_output_dir"])), Interruption())
+        settings = TrainSettings(**self.plan.training.get(cell.recipe, {}))
+        with training_with(settings):
+            tuned = run_tuning(Preparation(parse_command([*argv, "--overwrite_output_dir"])), Interruption())
         if tuned.interrupted:
             raise KeyboardInterrupt
         record = json.loads((folder / "run.json").read_text())
@@ -198,6 +180,7 @@ class Laboratory:
         return {
             "run": {key: record[key] for key in keys},
             "flags": {name: str(value) for name, value in self.plan.recipes[cell.recipe].items()},
+            "training": self.plan.training.get(cell.recipe, {}),
             "train_seconds": round(time.perf_counter() - started, 1),
             "dial": dial,
         }
@@ -217,7 +200,7 @@ class Laboratory:
         return {"requested": capacity, "conversations": self._reached(model), **self._scores(model, full=full)}
 
     @torch.no_grad()
-    def _reached(self, model: PreTrainedModel) -> dict[str, float]:
+    def _reached(self, model: PreTrainedModel) -> dict[str, Any]:
         """Capacity on whole held-out conversations with their right answers, decisions taken on the prompt.
 
         ``whole_answer`` is the share of answers that greedy decoding would give token by token, mean over tasks: what
@@ -229,7 +212,9 @@ class Laboratory:
                 rows = [encode_conversation(item.messages, self.tokenizer, LENGTH) for item in items]
                 hits = [answers_right(model, batch) for batch in in_batches(rows, collate, 64)]
                 right.append(float(torch.cat(hits).float().mean()))
-        found = {str(key): value for key, value in log.capacity().items()}
+        found: dict[str, Any] = {str(key): value for key, value in log.capacity().items()}
+        if experts := tokens_by_expert(log):
+            found["experts"] = experts
         return {**found, "whole_answer": sum(right) / len(right)}
 
     def _random(self, cell: Cell) -> dict[str, Any]:
@@ -239,13 +224,12 @@ class Laboratory:
 
     def _static(self, cell: Cell) -> dict[str, Any]:
         """Fixed masks of a part by one method: scores at every size that a budget of the plan lies between."""
-        parts = cell.granularity.split("+")
-        model = self.routed("+".join(f"{part}_sequence" for part in parts))
+        model = self.routed(fixed_granularity(cell.granularity))
         keys = controls.routers_of(model)
         sizes = sorted(
             {size for b in self.plan.budgets for size in (int(b * len(keys)), -int(-b * len(keys) // 1))} - {0}
         )
-        kept = static_masks(model, self.tokenizer, self.search_rows(), cell.recipe)
+        kept = static_masks(model, self.tokenizer, search_rows(self.plan), cell.recipe)
         found = {}
         for size in sizes:
             scores = score_generation_under(model, self, kept[size])
@@ -264,7 +248,7 @@ class Laboratory:
         if cell.seed is not None:
             model = load_tuned(self.base, self.run_folder(cell), cell.capacity, "float32")
         else:
-            model = self.routed("+".join(f"{part}_sequence" for part in cell.granularity.split("+")))
+            model = self.routed(fixed_granularity(cell.granularity))
             sizes = self.read(Cell("static", cell.recipe, cell.granularity))["sizes"]
             # The whole number of modules next above the budget: a mixture of two masks has no single time.
             size = str(-int(-cell.capacity * len(routed_modules(model)) // 1))
@@ -278,7 +262,12 @@ class Laboratory:
         held_out = self.held_out(self.plan.items)
         items = {task: [{"messages": item.messages} for item in found] for task, found in held_out.items()}
         budgets = sorted({*self.plan.budgets, *self.plan.dial})
-        return mask_table(self.routed("attn_sequence"), self.tokenizer, self.search_rows(), items, budgets)
+        return mask_table(self.routed("attn_sequence"), self.tokenizer, search_rows(self.plan), items, budgets)
+
+
+def fixed_granularity(part: str) -> str:
+    """What a fixed mask of one or more parts is imposed on; experts have no sequence level."""
+    return "+".join(f"{name}_{'token' if name == 'expert' else 'sequence'}" for name in part.split("+"))
 
 
 def score_generation_under(model: PreTrainedModel, lab: Laboratory, kept: list) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from utils.errors import UserError
 from utils.model.configuration_mod import parse_granularity
 
 KINDS = ("dense", "masks", "tune", "score", "random", "static", "cost")
+SCORED = ("heldout", "validation")
 OWN = "own"  # the capacity that a recipe ends at by itself
 MATCH = "match"  # the capacity that the published recipe ends at
 
@@ -49,7 +51,11 @@ class Plan:
         recipes: ``{label: {flag: value}}`` of ``finetune_mod.py``; those with ``recipe: budget`` have a dial.
         granularities, budgets, seeds: the grid. dial: further budgets, generation only, first seed only.
         statics: ``{part: method}``, parts of a granularity without their level.
-        extra: ``[{recipe, granularity}]``, cells outside the grid, scored at the capacity that they reach.
+        training: ``{label: {field: value}}`` of ``budget_training.TrainSettings``, for recipes that try other ones.
+        sources: ``{label: tasks}``, for recipes that train on rows of these tasks alone (as many in all).
+        scored: ``heldout``: the committed items; ``validation``: others, of the training split and never trained on,
+            to choose settings by. costs: whether time is measured.
+        extra: ``[{recipe, granularity}]``, outside the grid, every seed scored at the capacity that it reaches.
     """
 
     name: str
@@ -69,9 +75,14 @@ class Plan:
     statics: dict[str, str] = field(default_factory=dict)
     extra: list[dict[str, str]] = field(default_factory=list)
     grid_recipes: list[str] = field(default_factory=list)
+    training: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    scored: str = "heldout"
+    costs: bool = True
 
     def __post_init__(self) -> None:
-        problems = [f"unknown task {task!r}" for task in [*self.tasks, self.text_task] if task not in TASKS]
+        named = [*self.tasks, self.text_task, *(task for tasks in self.sources.values() for task in tasks)]
+        problems = [f"unknown task {task!r}" for task in named if task not in TASKS]
         for granularity in self.granularities:
             try:
                 parse_granularity(granularity)
@@ -79,8 +90,10 @@ class Plan:
                 problems.append(str(error))
         problems += [f"budget {b} must lie in (0, 1)" for b in [*self.budgets, *self.dial] if not 0 < b < 1]
         known = set(self.recipes)
-        named = [*self.grid_recipes, *(entry.get("recipe", "") for entry in self.extra)]
+        named = [*self.grid_recipes, *self.training, *self.sources, *(entry.get("recipe", "") for entry in self.extra)]
         problems += [f"recipe {name!r} is not described under 'recipes'" for name in named if name not in known]
+        if self.scored not in SCORED:
+            problems.append(f"scored {self.scored!r} is none of {', '.join(SCORED)}")
         if problems:
             raise UserError(f"experiment {self.name}: " + "; ".join(problems))
 
@@ -91,15 +104,17 @@ class Plan:
     def cells(self) -> Iterator[Cell]:
         """All cells, the most telling first: the grid on every seed, then controls, then the dial and costs."""
         yield Cell("dense")
-        yield Cell("masks")
+        if "attn_sequence" in self.granularities:
+            yield Cell("masks")
         for seed in self.seeds:
             yield from self._of_seed(seed)
         yield from (Cell("static", recipe=method, granularity=part) for part, method in self.statics.items())
-        for entry in self.extra:
-            yield Cell("tune", entry["recipe"], entry["granularity"], self.seeds[0])
-            yield Cell("score", entry["recipe"], entry["granularity"], self.seeds[0], OWN)
+        for entry, seed in product(self.extra, self.seeds):
+            yield Cell("tune", entry["recipe"], entry["granularity"], seed)
+            yield Cell("score", entry["recipe"], entry["granularity"], seed, OWN)
         yield from self._dial(self.seeds[0])
-        yield from self._costs(self.seeds[0])
+        if self.costs:
+            yield from self._costs(self.seeds[0])
 
     def _of_seed(self, seed: int) -> Iterator[Cell]:
         for granularity in self.granularities:

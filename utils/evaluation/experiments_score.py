@@ -14,7 +14,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.data.sample_tasks import Item, final_answer
-from utils.model import is_routed, record_routing
+from utils.model import RoutingLog, is_routed, record_routing
+from utils.model.recording import Record
 from utils.model.routed_model import prompt_length_from
 from utils.pipeline.batching import Collator
 from utils.pipeline.encoding import encode_conversation, render_prompt
@@ -105,12 +106,39 @@ def _generate(model, tokenizer, batch, max_new_tokens, executed) -> tuple[Tensor
             rows.append(first.keep.int().tolist())
             executed.add("prompt", first.keep.sum(), first.keep.numel())
             continue
-        executed.add("prompt", first.keep.sum(), batch["attention_mask"].sum())
+        shares = [_by_token(record, len(new)) for record in records]
+        executed.add("prompt", shares[0].sum(), batch["attention_mask"].sum())
         if len(records) > 1:
-            later = torch.cat([record.keep for record in records[1:]], dim=1)
+            later = torch.cat(shares[1:], dim=1)
             real = fed[:, : later.shape[1]]
-            executed.add("generated", (later & real).sum(), real.sum())
+            executed.add("generated", (later * real).sum(), real.sum())
     return new, [list(row) for row in zip(*rows, strict=True)]
+
+
+def _by_token(record: Record, rows: int) -> Tensor:
+    """Executed share of every token, float ``[b, t]``: 0 or 1, and for experts the share of its assignments."""
+    if record.experts is None:
+        return record.keep.float()
+    return record.keep.view(rows, -1, record.keep.shape[1]).float().mean(-1)
+
+
+def tokens_by_expert(log: RoutingLog) -> dict[str, dict[str, list[int]]]:
+    """``{layer: {"assigned": per expert, "executed": per expert}}`` in tokens that are no padding; {} without experts.
+
+    A token is assigned by the model's own gate, to several experts; its router decides for each whether it runs.
+    """
+    found: dict[str, dict[str, list[int]]] = {}
+    for key, records in log.records.items():
+        if records[0].experts is None:
+            continue
+        count = 1 + max(int(record.experts.max()) for record in records)
+        assigned, executed = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+        for record in records:
+            real = torch.ones_like(record.keep) if record.real is None else record.real
+            assigned += record.experts[real].bincount(minlength=count).cpu()
+            executed += record.experts[record.keep & real].bincount(minlength=count).cpu()
+        found[str(key)] = {"assigned": assigned.tolist(), "executed": executed.tolist()}
+    return found
 
 
 @torch.no_grad()
@@ -186,8 +214,11 @@ def score_text(
                 logits = model(**inputs, use_cache=False).logits
             for records in log.records.values():
                 for record in records:
-                    seen = record.keep.numel() if record.keep.dim() == 1 else batch["attention_mask"].sum()
-                    executed.add("prompt", record.keep.sum(), seen)
+                    if record.keep.dim() == 1:
+                        executed.add("prompt", record.keep.sum(), record.keep.numel())
+                    else:
+                        share = _by_token(record, len(batch["input_ids"]))
+                        executed.add("prompt", share.sum(), batch["attention_mask"].sum())
         target = batch["labels"][:, 1:]
         part = cross_entropy(logits[:, :-1].float().transpose(1, 2), target, reduction="none", ignore_index=-100)
         loss += float(part.sum())

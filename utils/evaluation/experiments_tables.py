@@ -11,19 +11,31 @@ Json = dict[str, Any]
 
 def markdown(main: Json) -> str:
     """The main table, for reading."""
-    header = ["granularity", "budget", "capacity", "of prompt", "of answer", "exact match", "choices", "ppl"]
+    several = len({row["recipe"] for row in main["rows"]}) > 1
+    header = [
+        *(["recipe"] if several else []),
+        "granularity",
+        "budget",
+        "capacity",
+        "of prompt",
+        "of answer",
+        "exact match",
+        "choices",
+        "ppl",
+    ]
     header += ["random", "static", "oracle", "recovered"]
     rows = [
         [
+            *([row["recipe"]] if several else []),
             row["granularity"],
             row["budget"],
-            _show(row["capacity"]),
-            _show(row["capacity_prompt"]) if row["capacity_generated"] else None,
-            _show(row["capacity_generated"]),
-            _show(row["exact_match"]),
-            _show(row["choices"]),
-            _show(row["perplexity"]),
-            _show(row["random"]),
+            show(row["capacity"]),
+            show(row["capacity_prompt"]) if row["capacity_generated"] else None,
+            show(row["capacity_generated"]),
+            show(row["exact_match"]),
+            show(row["choices"]),
+            show(row["perplexity"]),
+            show(row["random"]),
             row["static"],
             row.get("oracle"),
             row.get("recovered"),
@@ -36,17 +48,21 @@ def markdown(main: Json) -> str:
         rows = [
             [
                 row["granularity"],
-                _show(row["capacity"]),
-                _show(row["exact_match"]),
-                _show(row["choices"]),
-                _show(next((v for k, v in row.items() if k.endswith("_at_its_capacity")), None)),
+                show(row["capacity"]),
+                show(row["exact_match"]),
+                show(row["choices"]),
+                show(next((v for k, v in row.items() if k.endswith("_at_its_capacity")), None)),
             ]
             for row in main["published"]
         ]
         parts.append(Table(header, rows).markdown())
     if main["others"]:
         rows = [
-            [row["recipe"], row["granularity"], row["capacity"], row["exact_match"], row.get("choices")]
+            [
+                row["recipe"],
+                row["granularity"],
+                *(_either(row.get(key)) for key in ("capacity", "exact_match", "choices")),
+            ]
             for row in main["others"]
         ]
         parts.append(Table(["control", "part", "capacity", "exact match", "choices"], rows).markdown())
@@ -64,15 +80,21 @@ def markdown(main: Json) -> str:
 
 def _by_task(rows: list[Json]) -> str:
     lowest = min(row["budget"] for row in rows)
-    tasks = list(rows[0]["capacity_by_task"])
+    tasks, alone = list(rows[0]["capacity_by_task"]), len({row["recipe"] for row in rows}) == 1
     found = []
     for row in (row for row in rows if row["budget"] == lowest):
         shares = [row["capacity_by_task"][task] for task in tasks]
-        found.append([row["granularity"], row["budget"], *(None if s is None else f"{s['mean']:.2f}" for s in shares)])
+        name = row["granularity"] if alone else f"{row['recipe']}, {row['granularity']}"
+        found.append([name, row["budget"], *(None if s is None else f"{s['mean']:.2f}" for s in shares)])
     return Table(["granularity", "budget", *tasks], found).markdown()
 
 
-def _show(value: Json | None) -> str | None:
+def _either(value: Json | float | None) -> str | float | None:
+    return show(value) if isinstance(value, dict) else value
+
+
+def show(value: Json | None) -> str | None:
+    """``mean ± sd`` of three decimals, the mean alone where there is one value."""
     if value is None:
         return None
     return f"{value['mean']:.3f}" + (f" ± {value['sd']:.3f}" if value["sd"] is not None else "")

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -50,8 +50,8 @@ def write_checkpoint(
 ) -> None:
     """Write model, tokenizer and ``training_log.json`` into ``folder``; the model card is kept.
 
-    The weights keep plain Llama names and hold no routers: routers start from zero, which is what a missing key
-    means. Every file is complete before the first one is moved into place.
+    The weights keep plain names and hold no routers: routers start from zero, which is what a missing key means. A
+    Llama's configuration names its routed class. Every file is complete before the first one is moved into place.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
@@ -65,7 +65,9 @@ def write_checkpoint(
         tokenizer.backend_tokenizer.no_padding()
         tokenizer.save_pretrained(staged)
         config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
-        config |= {"model_type": "llama_mod", "architectures": ["LlamaModForCausalLM"], **ROUTING_FIELDS}
+        if config["model_type"] == "llama":
+            config |= {"model_type": "llama_mod", "architectures": ["LlamaModForCausalLM"], **ROUTING_FIELDS}
+        config.pop("output_router_logits", None)  # a loss of training alone
         write_text(staged / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         losses = [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in log if "loss" in row]
         record = {
@@ -79,13 +81,14 @@ def write_checkpoint(
             shutil.move(path, folder / path.name)
 
 
-def read_checkpoint(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+def read_checkpoint(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense base and its tokenizer. Raises :class:`UserError` if the folder holds no weights."""
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"no model.safetensors in {folder}; train it with entrypoints/checkpoint/train_tiny_base.py")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    plain = {key: value for key, value in config.items() if key != "model_type" and not key.startswith("mod_")}
-    model = LlamaForCausalLM.from_pretrained(folder, config=LlamaConfig(**plain), use_safetensors=True)
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = fields.pop("model_type").removesuffix("_mod")
+    config = AutoConfig.for_model(kind, **{key: v for key, v in fields.items() if not key.startswith("mod_")})
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, use_safetensors=True)
     return model, AutoTokenizer.from_pretrained(folder, config=model.config)
 
 

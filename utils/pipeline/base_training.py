@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import IterableDataset
-from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from utils.data.sample_tasks import FREE_TASKS, TASKS, generate
 from utils.pipeline.encoding import IGNORE_INDEX, encode_conversation
@@ -105,6 +105,32 @@ def tiny_config(vocab_size: int) -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def tiny_moe_config(vocab_size: int, experts: int, experts_per_token: int) -> MixtralConfig:
+    """Eight layers as narrow; the experts that a token meets are together as wide as the dense MLP.
+
+    Four experts, two per token: 2.8 M parameters, 1.7 M of them active. With the usual loss that balances the experts.
+    """
+    return MixtralConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384 // experts_per_token,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=experts,
+        num_experts_per_tok=experts_per_token,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+        max_position_embeddings=512,
+        sliding_window=None,
         tie_word_embeddings=True,
         initializer_range=0.02,
         pad_token_id=0,

@@ -11,7 +11,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Two torch optimizers behind one interface.
 
     Muon (K. Jordan, 2024) orthogonalises the momentum of a weight matrix; embeddings and norms are no such
-    matrices and take AdamW steps. The parameter groups are those of both, so any learning-rate schedule works.
+    matrices and take AdamW steps. Experts that share one tensor ``[experts, out, in]`` are a matrix each. The
+    parameter groups are those of both, so any learning-rate schedule works.
     """
 
     def __init__(
@@ -22,7 +23,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
     ):
         matrices, rest = [], []
+        self.stacked: list[tuple[torch.nn.Parameter, list[torch.nn.Parameter]]] = []
         for name, parameter in named_parameters:
+            if parameter.ndim == 3:
+                parts = [torch.nn.Parameter(part) for part in parameter.detach()]
+                self.stacked.append((parameter, parts))
+                matrices += parts
+                continue
             is_matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
             (matrices if is_matrix else rest).append(parameter)
         super().__init__([*matrices, *rest], {"lr": lr})
@@ -38,9 +45,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of both parts."""
         loss = None if closure is None else closure()
+        for whole, parts in self.stacked:
+            for index, part in enumerate(parts):
+                # Views taken anew: the model may have been moved, and its gradients are other tensors at every step.
+                part.data = whole.data[index]
+                part.grad = None if whole.grad is None else whole.grad[index]
         for part in self.parts:
             part.step()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As every optimizer's; also of tensors that hold a matrix per expert."""
+        super().zero_grad(set_to_none)
+        for whole, _ in self.stacked:
+            whole.grad = None
 
     def state_dict(self) -> dict:
         """States of both parts, in order."""

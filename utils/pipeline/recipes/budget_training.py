@@ -9,7 +9,10 @@ undo and which hides the ranking.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +28,41 @@ from utils.model import RoutingLog, record_routing, routed_modules
 from utils.model.routed_model import prompt_length_from
 from utils.pipeline.customized_trainer import RouterTrainer
 
-BUDGETS = (0.05, 0.5)
-"""Budgets are drawn evenly from here: above a half almost any ranking keeps the dense model's answers."""
-_PRICE_RATE = 0.3
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How token-level routers are trained; :func:`training_with` replaces it for an experiment.
+
+    Attributes:
+        budgets: lowest and highest that a micro-batch draws. Above a half almost any ranking keeps the dense model's
+            answers. even: drawn evenly, else evenly on a logarithmic scale.
+        price_rate: how fast the price follows the benefit of capacity.
+    """
+
+    budgets: tuple[float, float] = (0.05, 0.5)
+    even: bool = True
+    price_rate: float = 0.3
+
+    def draw(self) -> float:
+        """A budget, from torch's generator."""
+        (low, high), share = self.budgets, float(torch.rand(()))
+        if self.even:
+            return low + (high - low) * share
+        return low * math.exp(share * math.log(high / low))
+
+
+_settings = TrainSettings()
+
+
+@contextmanager
+def training_with(settings: TrainSettings) -> Iterator[None]:
+    """Train with other settings inside the block."""
+    global _settings
+    before, _settings = _settings, settings
+    try:
+        yield
+    finally:
+        _settings = before
 
 
 class Price(TrainerCallback, ExportableState):
@@ -55,7 +90,7 @@ class Price(TrainerCallback, ExportableState):
             excess = excess.to(args.device)
             dist.all_reduce(excess)
             excess = excess / dist.get_world_size()
-        self.value = (self.value + _PRICE_RATE * excess).clamp(min=0)
+        self.value = (self.value + _settings.price_rate * excess).clamp(min=0)
         self.excess = 0.0
 
     def state(self) -> dict[str, Any]:
@@ -86,12 +121,11 @@ class BudgetTrainer(RouterTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         """The loss of a micro-batch at a budget drawn for it."""
-        low, high = BUDGETS
         labels, mask = inputs["labels"], inputs["attention_mask"]
         plain = {"input_ids": inputs["input_ids"], "attention_mask": mask}
         plain["prompt_length"] = prompt_length_from(labels, mask)
         learnt = labels[:, 1:] != -100
-        budget = low + (high - low) * float(torch.rand(()))
+        budget = _settings.draw()
         dense = self._set_thresholds(model, plain, learnt, budget)
         counted = num_items_in_batch is not None
         with record_routing(model) as log:
