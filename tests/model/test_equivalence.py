@@ -11,8 +11,9 @@ import torch
 from masked_reference import MaskedReference
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 
-from utils.model import record_routing, route, routed_modules
+from utils.model import query_chunks, record_routing, route, routed_modules
 from utils.model.configuration_mod import parse_granularity
+from utils.model.query_chunks import QueryChunks
 
 TOLERANCE = 1e-4
 CASES = [
@@ -91,6 +92,21 @@ def test_equals_masked_dense_model(family, granularity, policy, attn):
         close(model(input_ids=ids, use_cache=False).logits, reference.logits(ids), mask)
         check_cached(model, reference, ids, mask, sequence="sequence" in granularity)
     assert mixed, "the routers must split these inputs, or nothing is tested"
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity"),
+    [(f, g) for f, g, policy in MATRIX if policy == "keep" and {"attn_token", "block_token"} & set(g.split("+"))],
+)
+def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, monkeypatch):
+    chunked = []
+    plain = QueryChunks._attend
+    monkeypatch.setattr(query_chunks, "_LEAST", 2)
+    monkeypatch.setattr(
+        QueryChunks, "_attend", lambda self, *a, **k: chunked.append(self.ends) or plain(self, *a, **k)
+    )
+    test_equals_masked_dense_model(family, granularity, "keep", "eager" if family == "gemma2" else "sdpa")
+    assert family == "gemma2" or max(map(len, chunked)) > 2
 
 
 def check_cached(model, reference, ids, mask, sequence):

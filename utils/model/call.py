@@ -77,10 +77,11 @@ def forced_decision(
         return None
     if isinstance(value, bool):
         return torch.full(shape, value, dtype=torch.bool, device=device)
-    try:
-        value = torch.as_tensor(value, device=device)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"forced mask of layer {layer} must be bool, not a {type(value).__name__}") from None
+    if not isinstance(value, Tensor) or value.device != device:
+        try:
+            value = torch.as_tensor(value, device=device)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"forced mask of layer {layer} must be bool, not a {type(value).__name__}") from None
     if value.dtype != torch.bool:
         raise ValueError(f"forced mask of layer {layer} must be bool, not {value.dtype}")
     given = tuple(value.shape)
@@ -89,7 +90,7 @@ def forced_decision(
     elif len(shape) >= 2 and value.dim() == 1:
         value = value.view(-1, *[1] * (len(shape) - 1)).expand(-1, *shape[1:])
     elif len(shape) >= 2 and value.shape[1] >= past + shape[1] and value.shape[1] != shape[1]:
-        value = value[:, past : past + shape[1]]
+        value = value.narrow(1, past, shape[1])
     if value.shape != shape:
         behind = f" behind {past} tokens" if past else ""
         raise ValueError(f"forced mask of layer {layer} has shape {given}, the decision {tuple(shape)}{behind}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -36,26 +39,50 @@ def project_kv(
         keys and values, each ``[b, kv_heads, t, head_dim]``.
     """
     keys, values = _project(attention, hidden)
-    norm = getattr(attention, "k_norm", None) or getattr(attention, "k_layernorm", None)
+    traits = _traits_of(attention)
+    norm = None if traits.norm is None else getattr(attention, traits.norm)
     # OLMo-2 and OLMoE normalise the flat key, the others head by head.
     flat = norm is not None and norm.weight.dim() == 1 and norm.weight.numel() == keys.shape[-1]
     if flat:
         keys = norm(keys)
-    clip = getattr(getattr(attention, "config", None), "clip_qkv", None)
-    if clip is not None:
-        keys, values = keys.clamp(-clip, clip), values.clamp(-clip, clip)
+    if traits.clip is not None:
+        keys, values = keys.clamp(-traits.clip, traits.clip), values.clamp(-traits.clip, traits.clip)
     shape = (*hidden.shape[:-1], -1, attention.head_dim)
     keys, values = keys.view(shape), values.view(shape)
     if norm is not None and not flat:
         keys = norm(keys)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    if not getattr(attention, "use_rope", True):
+    if not traits.rotates:
         return keys, values
-    rotary, width = _rotary(attention), getattr(attention, "rotary_ndims", None)
+    width = traits.rotary_width
     if width is None:
-        return rotary(keys[:, :0], keys, *position_embeddings)[1], values
-    turned = rotary(keys[:, :0, :, :width], keys[..., :width], *position_embeddings)[1]
+        return traits.rotary(keys[:, :0], keys, *position_embeddings)[1], values
+    turned = traits.rotary(keys[:, :0, :, :width], keys[..., :width], *position_embeddings)[1]
     return torch.cat([turned, keys[..., width:]], dim=-1), values
+
+
+class _Traits(NamedTuple):
+    """What a family's attention does to keys: fixed by its code and config, and slow to ask for at every token."""
+
+    norm: str | None
+    clip: float | None
+    rotates: bool
+    rotary: Callable[..., tuple[Tensor, Tensor]]
+    rotary_width: int | None
+
+
+def _traits_of(attention: nn.Module) -> _Traits:
+    traits = _TRAITS.get(attention)
+    if traits is None:
+        norms = [name for name in ("k_norm", "k_layernorm") if getattr(attention, name, None) is not None]
+        clip = getattr(getattr(attention, "config", None), "clip_qkv", None)
+        width, rotates = getattr(attention, "rotary_ndims", None), getattr(attention, "use_rope", True)
+        traits = _Traits(norms[0] if norms else None, clip, bool(rotates), _rotary(attention), width)
+        _TRAITS[attention] = traits
+    return traits
+
+
+_TRAITS: WeakKeyDictionary[nn.Module, _Traits] = WeakKeyDictionary()
 
 
 def _project(attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,12 +47,19 @@ def pack(keep: Tensor, counts: list[int]) -> Packing:
     """Packing of the tokens where ``keep [b, t]`` is true; ``counts`` are its row sums (at least one is positive)."""
     row_list = [row for row, count in enumerate(counts) if count]
     kept = [counts[row] for row in row_list]
-    rows = torch.tensor(row_list, device=keep.device)
+    rows, tokens = torch.tensor(row_list, device=keep.device), keep.shape[1]
+    if min(kept) == max(kept):
+        flat = true_places(keep, sum(kept))
+        return Packing(row_list, rows, (flat % tokens).view(len(kept), -1), flat, None, kept)
     order = keep.to(torch.uint8)[rows].argsort(dim=1, descending=True, stable=True)
     index = order[:, : max(kept)]
-    slots = None if min(kept) == max(kept) else keep[rows[:, None], index]
-    flat = (rows[:, None] * keep.shape[1] + index).flatten()
-    return Packing(row_list, rows, index, flat, slots, kept)
+    flat = (rows[:, None] * tokens + index).flatten()
+    return Packing(row_list, rows, index, flat, keep[rows[:, None], index], kept)
+
+
+def true_places(mask: Tensor, count: int) -> Tensor:
+    """Flat indices, int64 ``[count]``, of the ``count`` true elements of ``mask``, in order, without a host sync."""
+    return torch.nonzero_static(mask.flatten(), size=count)[:, 0]
 
 
 def check_packable(attention: nn.Module, layer: int) -> None:
@@ -90,19 +97,16 @@ def select_tokens(kwargs: dict[str, Any], packing: Packing) -> dict[str, Any]:
             return tuple(take(item) for item in value)
         if not isinstance(value, Tensor):
             return value
-        if value.shape[0] == 1:
-            return value[0][packing.index.to(value.device)]
-        return value[packing.rows.to(value.device)[:, None], packing.index.to(value.device)]
+        places = (packing.index if value.shape[0] == 1 else packing.flat).flatten().to(value.device)
+        return value.flatten(0, 1).index_select(0, places).view(*packing.index.shape, *value.shape[2:])
 
     return {name: take(value) if name in POSITIONAL else value for name, value in kwargs.items()}
 
 
 def flat_positions(position_embeddings: tuple[Tensor, Tensor], flat: Tensor, tokens: int) -> tuple[Tensor, ...]:
     """Position embeddings ``[b or 1, t, D]`` at flat token indices ``row·t + position``, as ``[1, n, D]``."""
-    return tuple(
-        (value[0][flat % tokens] if value.shape[0] == 1 else value.flatten(0, 1)[flat])[None]
-        for value in position_embeddings
-    )
+    index = flat % tokens if position_embeddings[0].shape[0] == 1 else flat
+    return tuple(value.flatten(0, 1).index_select(0, index)[None] for value in position_embeddings)
 
 
 def query_mask(mask: Tensor | None, packing: Packing, keys: int, tokens: int) -> Tensor | None:
@@ -114,7 +118,8 @@ def query_mask(mask: Tensor | None, packing: Packing, keys: int, tokens: int) ->
     if mask is None:
         if tokens == 1:
             return None
-        return (torch.arange(keys, device=packing.index.device) <= packing.index[..., None])[:, None]
+        places = torch.arange(keys, dtype=torch.int32, device=packing.index.device)
+        return (places <= packing.index.int()[..., None])[:, None]
     rows = packing.rows if mask.shape[0] > 1 else torch.zeros_like(packing.rows)
     return mask[rows[:, None], :, packing.index].transpose(1, 2)
 

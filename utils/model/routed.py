@@ -64,9 +64,10 @@ class Routed:
         held = self._mod_held(call) if sequence else None
         if held is not None:
             return Decision(held.to(hidden.device), None)
-        shape = hidden.shape[:1] if sequence else hidden.shape[:2]
-        keep = forced_decision(call.forced, self.mod_layer, self.mod_part, shape, call.past, hidden.device)
-        logits = None
+        keep = logits = None
+        if call.forced is not None:
+            shape = hidden.shape[:1] if sequence else hidden.shape[:2]
+            keep = forced_decision(call.forced, self.mod_layer, self.mod_part, shape, call.past, hidden.device)
         if keep is None:
             features = pooled_mean(hidden, call.pool) if sequence else hidden
             logits = self.mod_router(features)[..., 0]

@@ -6,6 +6,7 @@ identity of the residual stream, i.e. zeros for an attention module and the inpu
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from .call import RoutingCall
 from .key_views import AllKeys, KeptKeys
 from .keys_values import project_kv
-from .packing import check_packable, flat_positions, pack, query_mask, select_rows, select_tokens
+from .packing import check_packable, flat_positions, pack, query_mask, select_rows, select_tokens, true_places
+from .query_chunks import QueryChunks
 from .routed import Routed, row_counts
 from .router import merge
 
@@ -85,8 +87,7 @@ class RoutedAttending(Routed):
                 cache.update(*states, self.mod_layer)
             return output
         check_packable(self.mod_attention(), self.mod_layer)
-        order = keep.flatten().to(torch.uint8).argsort(stable=True)
-        skipped = order[: keep.numel() - sum(counts)]
+        skipped = true_places(~keep, keep.numel() - sum(counts))
         positions = flat_positions(kwargs["position_embeddings"], skipped, tokens)
         chosen = features.flatten(0, 1).index_select(0, skipped)[None]
         keys, values = project_kv(self.mod_attention(), chosen, positions)
@@ -95,7 +96,8 @@ class RoutedAttending(Routed):
         length = tokens if mask is None else mask.shape[-1]
         packed["attention_mask"] = self._mask_type(query_mask(mask, packing, length, tokens), hidden_states)
         packed["past_key_values"] = AllKeys(cache, keep.shape, packing, skipped, keys[0], values[0])
-        packing.put_(self.mod_run(packing.take(hidden_states), packed), output)
+        with QueryChunks(packing.index, tokens) if QueryChunks.pays(packing.index) else nullcontext():
+            packing.put_(self.mod_run(packing.take(hidden_states), packed), output)
         return output
 
     def _run_ragged(self, hidden_states: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, call) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .call import forced_decision
+from .packing import true_places
 from .routed import Routed
 from .router import straight_through
 
@@ -44,7 +45,7 @@ class RoutedExperts(Routed):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         output = torch.zeros_like(hidden_states)
         if kept:
-            chosen = keep.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:kept]
+            chosen = true_places(keep, kept)
             token = chosen // keep.shape[1]
             index, weights = top_k_index.flatten()[chosen, None], top_k_weights.flatten()[chosen, None]
             output.index_add_(0, token, super().forward(hidden_states[token], index, weights).to(output.dtype))

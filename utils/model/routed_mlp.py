@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .packing import true_places
 from .routed import Routed, row_counts
 from .router import merge
 
@@ -28,7 +29,7 @@ class RoutedMLP(Routed):
             if not any(counts):
                 return torch.zeros_like(hidden_states)
             flat = hidden_states.flatten(0, 1)
-            index = keep.flatten().to(torch.uint8).argsort(descending=True, stable=True)[: sum(counts)]
+            index = true_places(keep, sum(counts))
             return self._run(flat, index, *args, **kwargs).view_as(hidden_states)
         rows = self.mod_kept_rows(keep, call)
         if rows.shape[0] == hidden_states.shape[0]:

@@ -69,13 +69,14 @@ class RoutedDecoder:
             use_cache = False
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        sequence = "sequence" in self.mod_config.parts.values()
+        past = 0
         if past_key_values is not None:
-            self._adopt(past_key_values)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        tokens = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-        real, pool = self._tokens(input_ids, attention_mask, position_ids, past, tokens)
-        if past == 0 and "sequence" in self.mod_config.parts.values():
-            shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+            self._adopt(past_key_values, sequence)
+            past = int(past_key_values.get_seq_length())
+        shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+        real, pool = self._tokens(input_ids, attention_mask, position_ids, past, shape[1], sequence)
+        if past == 0 and sequence:
             pool = self._bounded(pool, shape, prompt_length, past_key_values)
         call = RoutingCall(
             real=real,
@@ -97,19 +98,18 @@ class RoutedDecoder:
                 **kwargs,
             )
 
-    def _adopt(self, cache: Any) -> None:
+    def _adopt(self, cache: Any, sequence: bool) -> None:
         parts = self.mod_config.parts
         attends = parts.get("attn") or parts.get("block")
         if attends == "token" and self.mod_config.kv_policy == "drop":
             adopt_layers(cache, self.mod_config.mod_layers, RaggedCacheLayer)
-        elif "sequence" in parts.values():
+        elif sequence:
             adopt_layers(cache, self.mod_config.mod_layers, RowCacheLayer)
         elif attends:
             adopt_layers(cache, self.mod_config.mod_layers, None)
 
-    def _tokens(self, input_ids, attention_mask, position_ids, past, tokens):
+    def _tokens(self, input_ids, attention_mask, position_ids, past, tokens, sequence):
         """``real`` and ``pool`` of the pass, bool ``[b, t]`` or None (all)."""
-        sequence = "sequence" in self.mod_config.parts.values()
         plain = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
         if sequence and not plain:
             raise ValueError("sequence-level routing needs a 2-D attention mask [batch, tokens] to know the padding")
