@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import BinaryIO
 
 import orjson
 
-from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, SPACE, Block, Place, Unreadable
+from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, SPACE, Block, Place, Typed, Unreadable, newlines
 from utils.errors import UserError
 
 CUTS = 4
@@ -51,9 +51,17 @@ class ArrayReader:
     followed by something else.
     """
 
-    def __init__(self, stream: BinaryIO, start: Place, name: str, separator: bytes = b"", last: bool = True) -> None:
+    def __init__(
+        self,
+        stream: BinaryIO,
+        start: Place,
+        name: str,
+        separator: bytes = b"",
+        last: bool = True,
+        typed: Typed | None = None,
+    ) -> None:
         self._stream, self._name, self._place = stream, name, start
-        self._separator, self._last = separator, last
+        self._separator, self._last, self._typed = separator, last, typed
         self._data = b""
         self._exhausted = self._closed = False
 
@@ -88,7 +96,7 @@ class ArrayReader:
             self._exhausted = not chunk
 
     def _advance(self, count: int) -> None:
-        self._place = Place(self._place.offset + count, self._place.line + self._data.count(b"\n", 0, count))
+        self._place = Place(self._place.offset + count, self._place.line + newlines(memoryview(self._data)[:count]))
         self._data = self._data[count:]
 
     def _close(self, bracket: int) -> None:
@@ -112,19 +120,24 @@ class ArrayReader:
     def _bulk(self) -> Block | None:
         for cut in self._cuts():
             body = b"".join((b"[", memoryview(self._data)[:cut], b"]"))
-            try:
-                rows = orjson.loads(body)
-            except orjson.JSONDecodeError:
-                continue
-            if not rows:
-                return None
+            typed = self._typed.array(body) if self._typed else None
+            if typed:
+                parse = partial(_values, body)
+            else:
+                try:
+                    rows = orjson.loads(body)
+                except orjson.JSONDecodeError:
+                    continue
+                if not rows:
+                    return None
+                parse = partial(list, rows)
             line_of = _lines(body, self._place.line)
             delimiter = self._data[cut:].lstrip(SPACE)[:1]
             if delimiter == b"]":
                 self._close(self._data.index(delimiter, cut))
             else:
                 self._advance(self._data.index(delimiter, cut) + 1)
-            return Block(rows, self._place, line_of)
+            return Block(parse, self._place, line_of, typed)
         return None
 
     def _singly(self) -> Block:
@@ -148,7 +161,7 @@ class ArrayReader:
         numbers = [line + text.count("\n", 0, begin) for begin in begins]
         self._advance(len(text[:used].encode("utf-8", "surrogateescape")))
         self._closed = text[used - 1] == "]"
-        return Block(rows, self._place, numbers.__getitem__)
+        return Block(lambda: rows, self._place, numbers.__getitem__)
 
     def _broken(self, fault: str) -> UserError:
         where = f"{self._name}:{self._place.line + 1}"
@@ -195,6 +208,14 @@ def _checked_bytes(raw: str, value: object) -> object:
         byte = ord(raw[error.start]) & 0xFF
         return Unreadable.of("invalid_utf8", f"character {error.start} of the row is the byte 0x{byte:02x}", raw)
     return value
+
+
+def _values(body: bytes) -> list[object]:
+    """The elements of an array that has been read before."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:  # it is stricter, as with numbers beyond its range
+        return [value for value, _, _ in _elements(body.decode("utf-8")[1:])]
 
 
 def _lines(body: bytes, before: int) -> Callable[[int], int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.data.array import ArrayReader, separator_of
-from utils.data.blocks import BOM, SPACE, Block, Place, Unreadable, parse_slowly
+from utils.data.blocks import BOM, SPACE, Block, Place, Typed, Unreadable, parse_slowly
 from utils.data.lines import line_blocks
 from utils.data.streams import compression_of, open_bytes, reading
 from utils.errors import UserError
@@ -61,11 +61,16 @@ def _is_lines(text: bytes) -> bool:
 
 
 def read_blocks(
-    container: Container, columns: Sequence[str], start: Place = BEGINNING, stop: int | None = None
+    container: Container,
+    columns: Sequence[str],
+    start: Place = BEGINNING,
+    stop: int | None = None,
+    typed: Typed | None = None,
 ) -> Iterator[Block]:
     """Blocks of the rows from ``start`` to the place ``stop`` (None: to the end), which must be the end of a row.
 
-    Of a table only ``columns`` are read. Raises :class:`UserError` for a file that cannot be read to its end.
+    Of a table only ``columns`` are read; of a text ``typed`` reads what it can. Raises :class:`UserError` for a file
+    that cannot be read to its end.
     """
     path = container.path
     with reading(path):
@@ -76,8 +81,8 @@ def read_blocks(
             return
         if container.kind == LINES:
             with open_bytes(path, start.offset, stop) as stream:
-                yield from line_blocks(stream, start)
+                yield from line_blocks(stream, start, typed)
             return
         # From the byte before, which tells whether the array goes on.
         with open_bytes(path, max(0, start.offset - 1), stop) as stream:
-            yield from ArrayReader(stream, start, str(path), container.separator, stop is None).blocks()
+            yield from ArrayReader(stream, start, str(path), container.separator, stop is None, typed).blocks()

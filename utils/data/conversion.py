@@ -21,10 +21,11 @@ import orjson
 
 from utils.data.blocks import Block, Place, Unreadable
 from utils.data.containers import read_blocks
+from utils.data.fast_lane import lane_of
 from utils.data.formats import FORMATS, Format
 from utils.data.planning import Unit
 from utils.data.policy import Reject, json_type
-from utils.data.writing import replace_file, writing
+from utils.data.writing import Behind, replace_file, writing
 
 CHECKPOINT_BYTES = 32 << 20
 LINE = orjson.OPT_APPEND_NEWLINE
@@ -88,19 +89,21 @@ def convert(task: Task, progress: Callable[[int], None]) -> State:
         data, rejects = (stack.enter_context(_reopened(task, kind, state)) for kind in ("data", "rejects"))
         if state.done:
             return state
+        data = stack.enter_context(Behind(data))
         saved = state.data_size
-        for block in read_blocks(task.unit.container, known.columns, state.place, task.unit.stop):
+        lane = None if task.unit.container.is_table else lane_of(task.name)
+        for block in read_blocks(task.unit.container, known.columns, state.place, task.unit.stop, lane):
             good, bad = convert_block(known, block, task.first_row + state.rows, task.shown, state)
             data.write(good)
             rejects.write(bad)
             state.place = block.after
-            state.rows += len(block.rows)
+            state.rows += len(block)
             state.data_size += len(good)
             state.rejects_size += len(bad)
             if state.data_size - saved >= CHECKPOINT_BYTES:
                 _save(task, state, data, rejects)
                 saved = state.data_size
-            progress(len(block.rows))
+            progress(len(block))
         state.done = True
         _save(task, state, data, rejects)
     return state
@@ -108,29 +111,37 @@ def convert(task: Task, progress: Callable[[int], None]) -> State:
 
 def convert_block(known: Format, block: Block, first: int, shown: str, state: State) -> tuple[bytes, bytes]:
     """Lines of the accepted rows and of the rejects of a block whose first row has the number ``first``."""
-    good, bad = [], []
+    bad: dict[int, Reject] = {}
     label, turn, dumps = known.label, known.convert, orjson.dumps
-    for number, row in enumerate(block.rows, first):
+
+    def line(number: int) -> bytes:
+        """Of an accepted row; empty for another one, which is noted down."""
+        row = block.rows[number - first]
         try:
             if row.__class__ is not dict:
                 raise _no_object(row)
-            good.append(dumps({"dataset": label, "id": f"{label}_{number}", "messages": turn(row)}, option=LINE))
+            return dumps({"dataset": label, "id": f"{label}_{number}", "messages": turn(row)}, option=LINE)
         except Reject as reject:
-            bad.append((number, row, reject))
+            bad[number] = reject
         except orjson.JSONEncodeError:
-            bad.append((number, row, Reject("lone_surrogate", "half of a surrogate pair: no text")))
-    state.accepted += len(good)
+            bad[number] = Reject("lone_surrogate", "half of a surrogate pair: no text")
+        return b""
+
+    if block.typed is None:
+        good = b"".join(map(line, range(first, first + len(block))))
+    else:
+        good = lane_of(known.name).convert(block.typed, first, line)
+    state.accepted += len(block) - len(bad)
     if not bad:
-        return b"".join(good), b""
-    counts = Counter(reject.reason for _, _, reject in bad)
+        return good, b""
+    counts = Counter(reject.reason for reject in bad.values())
     state.reasons = dict(sorted((counts + Counter(state.reasons)).items()))
     entries = []
-    for number, row, reject in bad:
+    for number, reject in bad.items():
         place = {"dataset": label, "id": f"{label}_{number}", "file": shown, "line": block.line_of(number - first)}
-        entries.append(
-            dumps({**place, "reason": reject.reason, "detail": reject.detail, **_shown_row(row)}, option=LINE)
-        )
-    return b"".join(good), b"".join(entries)
+        row = _shown_row(block.rows[number - first])
+        entries.append(dumps({**place, "reason": reject.reason, "detail": reject.detail, **row}, option=LINE))
+    return good, b"".join(entries)
 
 
 def _no_object(row: object) -> Reject:
@@ -164,7 +175,7 @@ def _reopened(task: Task, kind: str, state: State) -> BinaryIO:
     return file
 
 
-def _save(task: Task, state: State, *files: BinaryIO) -> None:
+def _save(task: Task, state: State, *files: BinaryIO | Behind) -> None:
     for file in files:
         file.flush()
     replace_file(task.path("state"), orjson.dumps(asdict(state)))

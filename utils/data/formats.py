@@ -8,7 +8,7 @@ in :mod:`utils.data.policy`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from utils.data.policy import Message, Reject, checked, json_type
 
@@ -16,6 +16,8 @@ Row = Mapping[str, object]
 Converter = Callable[[Row], list[Message]]
 
 _HUMAN_AND_GPT = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
+_WITH_SYSTEM = {**_HUMAN_AND_GPT, "system": "system"}
+_WITH_BARD = {**_HUMAN_AND_GPT, "bard": "assistant", "system": "system"}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Format:
     """A raw data set.
 
     ``label`` is the published name that rows carry, ``raw_file`` the published file, ``columns`` the fields that are
-    read, and ``convert`` maps a row (a parsed JSON object) to checked messages or raises :class:`Reject`.
+    read (of rows without turns: question, what may be given with it, answer), ``convert`` maps a row (a parsed JSON
+    object) to checked messages or raises :class:`Reject`, and ``senders`` has the roles of those who may take a turn.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Format:
     raw_file: str
     columns: tuple[str, ...]
     convert: Converter
+    senders: Mapping[str, str] = field(default_factory=dict)
 
 
 def _conversation(senders: Mapping[str, str], filtered: Mapping[str, str]) -> Converter:
@@ -99,9 +103,8 @@ _ALL = (
         label="ShareGPT_Vicuna_unfiltered",
         raw_file="ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
         columns=("conversations",),
-        convert=_conversation(
-            {**_HUMAN_AND_GPT, "bard": "assistant", "system": "system"}, filtered={"bing": "bing_sender"}
-        ),
+        convert=_conversation(_WITH_BARD, filtered={"bing": "bing_sender"}),
+        senders=_WITH_BARD,
     ),
     Format(
         name="evol_instruct",
@@ -109,13 +112,15 @@ _ALL = (
         raw_file="WizardLM_evol_instruct_V2_143k.json",
         columns=("conversations",),
         convert=_conversation(_HUMAN_AND_GPT, filtered={"bing": "bing_sender", "system": "system_turn"}),
+        senders=_HUMAN_AND_GPT,
     ),
     Format(
         name="slim_orca",
         label="SlimOrca",
         raw_file="oo-labeled_correct.gpt4.sharegpt.jsonl",
         columns=("conversations",),
-        convert=_conversation({**_HUMAN_AND_GPT, "system": "system"}, filtered={}),
+        convert=_conversation(_WITH_SYSTEM, filtered={}),
+        senders=_WITH_SYSTEM,
     ),
     Format(
         name="meta_math_qa",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO
 
 import orjson
 
-from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, SPACE, Block, Place, Unreadable, parse_slowly
+from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, SPACE, Block, Place, Typed, Unreadable, parse_slowly
 
 
-def line_blocks(stream: BinaryIO, start: Place) -> Iterator[Block]:
+def line_blocks(stream: BinaryIO, start: Place, typed: Typed | None = None) -> Iterator[Block]:
     """Blocks of a JSONL stream that stands at ``start``; a line that is no JSON is an :class:`Unreadable` row.
 
     Lines end with LF or CRLF, the last one with the end of the stream; blank lines are no rows.
@@ -22,37 +23,41 @@ def line_blocks(stream: BinaryIO, start: Place) -> Iterator[Block]:
             chunk, place = chunk[len(BOM) :], Place(len(BOM), 0)
         if not chunk:
             break
-        # Only the first and the last line of a chunk are ever copied whole: this loop sees every byte of the input.
-        lines = chunk.split(b"\n")
-        if len(lines) == 1:
+        end = chunk.rfind(b"\n") + 1
+        if not end:
             rest += chunk
             if len(rest) > MAX_ROW_BYTES:
                 block, rest = _skip_line(stream, len(rest), place)
                 place = block.after
                 yield block
             continue
-        after = Place(place.offset + len(rest) + len(chunk) - len(lines[-1]), place.line + len(lines) - 1)
-        lines[0], rest = rest + lines[0], lines.pop()
-        block = _block(lines, place.line, after)
-        place = after
-        if block.rows:
+        text, rest = b"".join((rest, memoryview(chunk)[:end])), chunk[end:]
+        block = _block(text, place, typed)
+        place = block.after
+        if len(block):
             yield block
     if rest.strip(SPACE):
-        yield _block([rest], place.line, Place(place.offset + len(rest), place.line + 1))
+        yield _block(rest, place, None)
 
 
-def _block(lines: list[bytes], before: int, after: Place) -> Block:
-    """The rows of whole lines, of which ``before`` precede them."""
-    try:
-        return Block(list(map(orjson.loads, lines)), after, lambda row: before + row + 1)
-    except orjson.JSONDecodeError:
-        pass
+def _block(text: bytes, before: Place, typed: Typed | None) -> Block:
+    """The rows of whole lines; the end of the last one may be missing."""
+    end = before.offset + len(text)
+    # A line that is too large is seen by nobody but the parser.
+    if typed is not None and len(text) <= MAX_ROW_BYTES and (rows := typed.lines(text)) is not None:
+        after = Place(end, before.line + len(rows))
+        return Block(partial(_values, text), after, lambda row: before.line + row + 1, rows)
+    after = Place(end, before.line + text.count(b"\n") + (not text.endswith(b"\n")))
     rows, numbers = [], []
-    for number, line in enumerate(lines, before + 1):
+    for number, line in enumerate(text.split(b"\n"), before.line + 1):
         if line.strip(SPACE):
             rows.append(_parse(line))
             numbers.append(number)
-    return Block(rows, after, numbers.__getitem__)
+    return Block(lambda: rows, after, numbers.__getitem__)
+
+
+def _values(text: bytes) -> list[object]:
+    return [_parse(line) for line in text.split(b"\n")[:-1]]
 
 
 def _parse(line: bytes) -> object:
@@ -77,4 +82,5 @@ def _skip_line(stream: BinaryIO, read: int, start: Place) -> tuple[Block, bytes]
         ended = bool(end) or not chunk
         read += end or len(chunk)
         rest = chunk[end:] if end else b""
-    return Block([_too_large(read)], Place(start.offset + read, start.line + 1), lambda _: start.line + 1), rest
+    row = _too_large(read)
+    return Block(lambda: [row], Place(start.offset + read, start.line + 1), lambda _: start.line + 1), rest

@@ -8,13 +8,12 @@ files are cut at row ends, counting the separators; the count is checked when th
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.data.blocks import Place
+from utils.data.blocks import SPACE, Place, newlines
 from utils.data.containers import LINES, PARQUET, Container
 from utils.data.streams import open_bytes, reading
 
@@ -23,9 +22,9 @@ VERSION = 1
 
 UNIT_BYTES = 64 << 20
 UNIT_ROWS = 1 << 16
-READ_BYTES = 1 << 20
-BLANK_LINE = re.compile(rb"\n[\n\r \t]")
-"""What every blank line but a first one leads to; lines that start with white space are taken for one, too."""
+READ_BYTES = 1 << 17
+BLANK = frozenset(SPACE)
+"""What every blank line starts with; lines that start with white space are taken for one, too."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class _Counter:
     def add(self, chunk: bytes) -> bool:
         """Take a chunk; False if the text has blank lines, so that separators do not count its rows."""
         data = self._data + chunk
-        if self._container.kind == LINES and (BLANK_LINE.search(data) or self._starts_blank(data)):
+        if self._container.kind == LINES and (_blank_line(data) or self._starts_blank(data)):
             return False
         limit = self._start.offset + UNIT_BYTES
         while self._cut and (found := data.find(self._separator, max(0, limit - self._base))) >= 0:
@@ -117,25 +116,37 @@ class _Counter:
         return [*self._units, last]
 
     def _starts_blank(self, data: bytes) -> bool:
-        return self._base == 0 and data[:1] in (b"\n", b"\r", b" ", b"\t")
+        return self._base == 0 and data[0] in BLANK
 
     def _count(self, data: bytes, end: int) -> None:
         begin = max(0, self._counted - self._base)
-        found = data.count(self._separator, begin, end)
-        self._rows += found
         if self._container.kind == LINES:
+            found = newlines(memoryview(data)[begin:end])
             self._lines += found
+        else:
+            found = data.count(self._separator, begin, end)
+        self._rows += found
         self._counted = max(self._counted, self._base + end - len(self._separator) + 1)
 
     def _count_lines(self, data: bytes, end: int) -> None:
         begin = self._lines_to - self._base
         if end > begin and self._container.kind != LINES:
-            self._lines += data.count(b"\n", begin, end)
+            self._lines += newlines(memoryview(data)[begin:end])
             self._lines_to = self._base + end
 
     def _emit(self, cut: int) -> None:
         self._units.append(Unit(self._container, self._start, cut, self._rows))
         self._start, self._rows = Place(cut, self._lines), 0
+
+
+def _blank_line(data: bytes) -> bool:
+    """Whether a line that starts in the data, but not the first one of them, starts blank."""
+    end, last = data.find(b"\n"), len(data) - 1
+    while 0 <= end < last:
+        if data[end + 1] in BLANK:
+            return True
+        end = data.find(b"\n", end + 1)
+    return False
 
 
 def plan_of(units: Sequence[Unit]) -> dict:

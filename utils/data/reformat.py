@@ -164,10 +164,10 @@ class _Schedule:
 
 def sha256_of(path: Path, stopped: Callable[[], int]) -> str:
     """Of a file's bytes as they are on disk; raises Stopped when told to stop."""
-    digest = hashlib.sha256()
-    with reading(path), path.open("rb") as file:
-        while chunk := file.read(HASHED_BYTES):
-            digest.update(chunk)
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES))
+    with reading(path), path.open("rb", 0) as file:
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
             if stopped():
                 raise Stopped
     return digest.hexdigest()

@@ -73,7 +73,7 @@ def _block(batch: pa.RecordBatch, first: int) -> Block:
         rows = _rows(batch)
     else:
         rows = [{} for _ in range(batch.num_rows)]
-    return Block(rows, after, lambda row: first + row + 1)
+    return Block(lambda: rows, after, lambda row: first + row + 1)
 
 
 def _rows(batch: pa.RecordBatch) -> list[object]:
