@@ -180,7 +180,7 @@ def test_training_resumes_to_the_same_weights_and_writes_a_whole_folder(tmp_path
 
 
 def test_a_mixture_of_experts_trains_resumes_and_reads_back(tmp_path: Path, run):
-    experts = ("--num_experts", "3", "--experts_per_token", "2", "--curriculum_at", "2")
+    experts = ("--num_experts", "3", "--experts_per_token", "2", "--curriculum_at", "2", "--eval_items", "3")
     run(tmp_path, "--max_steps", "4", "--save_steps", "2", "--decay_share", "0.5", *experts)
     out = tmp_path / "out" / "tiny"
     weights = load_file(out / "model.safetensors")

@@ -58,6 +58,8 @@ def write_checkpoint(
         staged = Path(name)
         model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=64, pad_token_id=0, eos_token_id=2)
         model.config.use_cache = True
+        if hasattr(model.config, "output_router_logits"):
+            model.config.output_router_logits = False  # for a loss of training alone
         model.save_pretrained(staged)
         for key in CALL_STATE:
             tokenizer.init_kwargs.pop(key, None)
@@ -67,7 +69,6 @@ def write_checkpoint(
         config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
         if config["model_type"] == "llama":
             config |= {"model_type": "llama_mod", "architectures": ["LlamaModForCausalLM"], **ROUTING_FIELDS}
-        config.pop("output_router_logits", None)  # a loss of training alone
         write_text(staged / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         losses = [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in log if "loss" in row]
         record = {
