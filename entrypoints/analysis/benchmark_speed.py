@@ -85,7 +85,7 @@ def settings(args: argparse.Namespace, layers: int) -> list[Setting]:
                         if policy == "drop" and granularity not in ("attn_token", "block_token"):
                             continue
                         capacities = [None if c == "own" else float(c) for c in args.capacities.split(",")]
-                        repeats = args.repeats * (3 if phase == "decode" else 1)
+                        repeats = args.repeats * (10 if phase == "decode" else 1)
                         cells.append(
                             Setting(phase, batch, length, granularity, policy, routed, capacities, repeats, args.seed)
                         )
