@@ -17,7 +17,7 @@ BELOW = {
     "evaluation": {"errors", "model", "data", "pipeline", "checkpoint"},
 }
 SHIPPED_MAY_IMPORT = {"__future__", "collections", "contextlib", "contextvars", "dataclasses", "functools", "math"}
-SHIPPED_MAY_IMPORT |= {"sys", "typing", "torch", "transformers"}
+SHIPPED_MAY_IMPORT |= {"sys", "typing", "weakref", "torch", "transformers"}
 MAX_LINES = 320
 
 
