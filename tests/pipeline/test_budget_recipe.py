@@ -65,7 +65,7 @@ def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, gr
 def test_recipe_defaults_give_way_to_flags():
     plain, ours = parse_command([]), parse_command(["--recipe", "budget"])
     assert (plain.training.learning_rate, plain.routing.router_pooling) == (1e-5, "sequence")
-    assert (ours.training.learning_rate, ours.routing.router_pooling) == (5e-3, "prompt")
+    assert (ours.training.learning_rate, ours.routing.router_pooling) == (1e-2, "prompt")
     given = parse_command(["--recipe=budget", "--learning_rate", "0.5", "--router_pooling", "sequence"])
     assert (given.training.learning_rate, given.routing.router_pooling) == (0.5, "sequence")
 

@@ -7,10 +7,12 @@ import shutil
 import pytest
 import tiny_tuning
 import torch
+from safetensors.torch import load_file
 from tiny_models import random_batch, tiny_model
 
 from utils.errors import UserError
 from utils.model import record_routing, route, routed_modules
+from utils.pipeline.recipes.budget import INITIAL_WEIGHT
 from utils.pipeline.recipes.budget_training import Price, TrainSettings, share_threshold, training_with
 
 SETTINGS = {"recipe": "budget", "granularity": "attn_token", "router_dir": None, "gradient_scale": 0.1}
@@ -76,6 +78,14 @@ def test_budgets_are_drawn_evenly_or_on_a_logarithmic_scale(even, middle):
     drawn = sorted(settings.draw() for _ in range(2000))
     assert 0.02 <= drawn[0] < drawn[-1] <= 0.8
     assert drawn[1000] == pytest.approx(middle, rel=0.1)
+
+
+def test_routers_of_an_adapter_are_trained_too(parts, tmp_path):
+    """peft trains a copy of every router; that copy is what whitening steps and what is saved."""
+    run = tmp_path / "run"
+    tiny_tuning.tune(parts, run, lora=True, lora_r=2, **SETTINGS)
+    saved = load_file(run / "router.safetensors")
+    assert saved and all(10 * INITIAL_WEIGHT < value.abs().max() < 10 for value in saved.values())
 
 
 def test_fp16_is_refused(parts, tmp_path):

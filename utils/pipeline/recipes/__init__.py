@@ -12,7 +12,7 @@ RECIPES = {"paper": "utils.pipeline.recipes.paper", "budget": "utils.pipeline.re
 DEFAULTS: dict[str, dict[str, Any]] = {
     "budget": {
         "router_pooling": "prompt",
-        "learning_rate": 5e-3,
+        "learning_rate": 1e-2,
         "gradient_scale": 0.1,
         "global_batch_size": 32,
         "num_train_epochs": 3.0,

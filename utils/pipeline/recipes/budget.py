@@ -2,13 +2,15 @@
 
 Sequence level: inputs are run under many masks, forward only, and routers are fitted to the value of the masks
 (:mod:`budget_search`, :mod:`budget_policy`). Token level: the straight-through gradient trains the routers to keep the
-dense model's predictions at many budgets (:mod:`budget_training`). Both end in thresholds calibrated so that the
-requested share of the routed work runs, and in a dial that reaches any other share without training.
+dense model's predictions at many budgets (:mod:`budget_training`), in coordinates that undo half of the correlation of
+what they see (:mod:`budget_whitening`). Both end in thresholds calibrated so that the requested share of the routed
+work runs, and in a dial that reaches any other share without training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +27,8 @@ from utils.pipeline.job import TunedRun, TuningJob
 from utils.pipeline.progress import use_compact_progress
 from utils.pipeline.recipes.budget_policy import FitSettings, fit
 from utils.pipeline.recipes.budget_search import Explored, explore
-from utils.pipeline.recipes.budget_training import BudgetTrainer
+from utils.pipeline.recipes.budget_training import BudgetTrainer, current_settings
+from utils.pipeline.recipes.budget_whitening import inverse_roots, whitened
 from utils.pipeline.routing_statistics import CAPACITY, layer_key
 
 SEARCH_INPUTS = 2048
@@ -139,9 +142,13 @@ def _train(job: TuningJob) -> TunedRun:
         noise = torch.randn(weight.shape, generator=generator)
         if not weight.any():  # else a run that goes on from trained routers
             weight.copy_((INITIAL_WEIGHT * noise).to(weight.device))
-    trainer = BudgetTrainer(**_shared(job), price=routing.gradient_scale, distil=routing.trains == "routers")
-    use_compact_progress(trainer)
-    trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))
+    job.model.to(training.device)
+    share = current_settings().whiten
+    roots = inverse_roots(job.model, calibration_batches(job), share) if share else {}
+    with whitened(job.model, roots) if share else nullcontext():
+        trainer = BudgetTrainer(**_shared(job), price=routing.gradient_scale, distil=routing.trains == "routers")
+        use_compact_progress(trainer)
+        trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))
     stopped = job.interruption.signal is not None
     return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=stopped)
 

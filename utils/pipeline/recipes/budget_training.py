@@ -34,14 +34,17 @@ class TrainSettings:
     """How token-level routers are trained; :func:`training_with` replaces it for an experiment.
 
     Attributes:
-        budgets: lowest and highest that a micro-batch draws. Above a half almost any ranking keeps the dense model's
+        budgets: lowest and highest that a micro-batch draws. Above them almost any ranking keeps the dense model's
             answers. even: drawn evenly, else evenly on a logarithmic scale.
         price_rate: how fast the price follows the benefit of capacity.
+        whiten: how far to train in coordinates in which what routers see has unit covariance
+            (:mod:`budget_whitening`): 0 not at all, 1 entirely.
     """
 
-    budgets: tuple[float, float] = (0.05, 0.5)
+    budgets: tuple[float, float] = (0.05, 0.75)
     even: bool = True
     price_rate: float = 0.3
+    whiten: float = 0.5
 
     def draw(self) -> float:
         """A budget, from torch's generator."""
@@ -52,6 +55,11 @@ class TrainSettings:
 
 
 _settings = TrainSettings()
+
+
+def current_settings() -> TrainSettings:
+    """Those that hold here."""
+    return _settings
 
 
 @contextmanager
