@@ -34,6 +34,8 @@ SHARDING = [engine for engine in ENGINES if engine not in ("DDP", "DeepSpeed ZeR
 LORA = {"lora": True, "lora_r": 2, "lora_dropout": 0.2, "num_train_epochs": 1, "router_dir": None}
 LORA["lora_target_modules"] = "q_proj,down_proj"  # ZeRO-3 pays for each module
 HALF = {"bf16": True, "num_train_epochs": 1}
+BUDGET = {"recipe": "budget", "router_dir": None, "num_train_epochs": 1}
+BUDGETS = [("DDP", "attn_sequence"), *((engine, "attn_token") for engine in ("DDP", "FSDP2", "DeepSpeed ZeRO-2"))]
 # Sections with which a DeepSpeed config would silently replace the command line's optimizer and schedule.
 OWN_SCHEDULE = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1.0, "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
@@ -65,6 +67,8 @@ def runs(parts, tmp_path_factory) -> Path:
         if engine in SHARDING:
             item("lora-resumed", copied, resume_from_checkpoint="auto", **LORA)
         item("half", **HALF)
+        for granularity in (level for name, level in BUDGETS if name == engine):
+            item(f"budget-{granularity}", granularity=granularity, **BUDGET)
     zero2 = (ROOT / CONFIGS["DeepSpeed ZeRO-2"]).read_text()
     settings = json.loads((ROOT / "configs/deepspeed/zero2.json").read_text()) | OWN_SCHEDULE
     (folder / "own_schedule.json").write_text(json.dumps(settings))
@@ -92,9 +96,11 @@ def runs(parts, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(parts, tmp_path_factory) -> Path:
-    """The LoRA run of one process."""
-    folder = tmp_path_factory.mktemp("alone") / "lora"
-    tiny_tuning.tune(parts, folder, **LORA)
+    """The LoRA run of one process, and the runs of the other recipe."""
+    folder = tmp_path_factory.mktemp("alone")
+    tiny_tuning.tune(parts, folder / "lora", **LORA)
+    for granularity in {level for _, level in BUDGETS}:
+        tiny_tuning.tune(parts, folder / f"budget-{granularity}", granularity=granularity, **BUDGET)
     return folder
 
 
@@ -170,12 +176,21 @@ def test_a_bfloat16_base_keeps_float32_routers(runs, parts, engine):
 def test_lora_and_routers_equal_one_process_and_reload(runs, alone, parts, engine):
     run = runs / folder_of(engine, "lora")
     name = "adapter_model.safetensors"
-    assert_close(run / "adapter" / name, alone / "adapter" / name, 1e-5)
+    assert_close(run / "adapter" / name, alone / "lora" / "adapter" / name, 1e-5)
     base = AutoModelForCausalLM.from_pretrained(parts["base"], dtype=torch.float32)
     model = PeftModel.from_pretrained(route(base, mod_layers=tiny_checkpoint.LAYERS), run / "adapter")
     trained = load_file(run / "checkpoint-3" / "trainable.safetensors")
     state = model.state_dict()
     assert len(trained) > 3 and all(torch.equal(state[key], value) for key, value in trained.items())
+
+
+@pytest.mark.parametrize(("engine", "granularity"), BUDGETS)
+def test_two_processes_reach_a_budget_as_one_does(runs, alone, engine, granularity):
+    ours, theirs = runs / folder_of(engine, f"budget-{granularity}"), alone / f"budget-{granularity}"
+    assert_close(ours / "router.safetensors", theirs / "router.safetensors", 1e-5)
+    records = [json.loads((folder / "run.json").read_text()) for folder in (ours, theirs)]
+    assert [record["world_size"] for record in records] == [2, 1]
+    assert records[0]["reached_capacity"] == pytest.approx(records[1]["reached_capacity"], abs=1e-3)
 
 
 def test_the_log_of_all_runs_is_short(runs):
