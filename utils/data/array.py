@@ -16,7 +16,18 @@ from typing import BinaryIO
 
 import orjson
 
-from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, SPACE, Block, Place, Typed, Unreadable, newlines
+from utils.data.blocks import (
+    BLOCK_BYTES,
+    BOM,
+    MAX_ROW_BYTES,
+    SPACE,
+    Block,
+    Place,
+    Typed,
+    Unreadable,
+    newlines,
+    whole_number,
+)
 from utils.errors import UserError
 
 CUTS = 4
@@ -24,7 +35,7 @@ CUTS = 4
 
 _GAP = re.compile(r"[ \t\r\n]*")
 _SEPARATOR = re.compile(r'\}[ \t\r\n]*,[ \t\r\n]*\{[ \t\r\n]*"[^"\\]*"[ \t\r\n]*:')
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(parse_int=whole_number)
 
 
 def separator_of(head: bytes) -> bytes:

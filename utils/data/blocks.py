@@ -88,11 +88,19 @@ def parse_slowly(raw: bytes) -> object:
         detail = f"byte {error.start} of the row is 0x{raw[error.start]:02x}"
         return Unreadable.of("invalid_utf8", detail, raw)
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=whole_number)
     except json.JSONDecodeError as error:
         return Unreadable.of("not_json", f"{error.msg} at character {error.pos} of {len(text)}", raw)
     except (RecursionError, ValueError) as error:
         return Unreadable.of("not_json", str(error), raw)
+
+
+def whole_number(digits: str) -> int | float:
+    """A number of any length; Python makes no integer of more than some thousand digits."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def newlines(text: bytes | memoryview) -> int:
