@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -202,3 +203,23 @@ def test_workers_do_not_show(tmp_path: Path, monkeypatch, convert):
             in_threads(monkeypatch)
             assert contents(convert("vicuna_sharegpt", folder, tmp_path / f"{raw}_{size}", workers=3)) == wanted
             monkeypatch.undo()
+
+
+@pytest.mark.parametrize("copied", [0, 10])
+def test_parts_are_joined_where_the_system_does_not_copy(copied: int, tmp_path: Path, monkeypatch, convert):
+    """Files that it refuses to copy between, at once or after some bytes."""
+    raw = write_rows(tmp_path / "rows", sample_rows("alpaca", 200), ".jsonl")
+    wanted = contents(convert("alpaca", raw, tmp_path / "one"))
+    monkeypatch.setattr(planning, "UNIT_BYTES", 5000)
+    in_threads(monkeypatch)
+    copy, calls = os.copy_file_range, []
+
+    def refused(source: int, target: int, count: int) -> int:
+        calls.append(count)
+        if not copied or len(calls) % 2 == 0:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return copy(source, target, copied)
+
+    monkeypatch.setattr(os, "copy_file_range", refused)
+    assert contents(convert("alpaca", raw, tmp_path / "many", workers=2)) == wanted
+    assert len(calls) > 4
