@@ -19,7 +19,6 @@ from raw_data import outcome_of, published_files, sample_rows, write_rows
 from utils.data import conversion, lines
 from utils.data.mix_plan import MixPlan
 from utils.data.mixing import mix
-from utils.data.writing import Behind
 from utils.errors import UserError
 
 NOBODY = 65534
@@ -70,9 +69,7 @@ def test_read_only_output(locked: str):
         assert published_files(base / "out") == {"data.jsonl"}
 
 
-@pytest.mark.parametrize("batch", [1, 4000, 1 << 20])
-def test_a_full_disk_during_the_conversion(batch: int, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(Behind, "BATCH_BYTES", batch)
+def test_a_full_disk_during_the_conversion(tmp_path: Path, monkeypatch):
     path = write_rows(tmp_path / "rows", sample_rows("alpaca", 500), ".json")
     reopened = conversion._reopened
 

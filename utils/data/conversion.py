@@ -25,7 +25,7 @@ from utils.data.fast_lane import lane_of
 from utils.data.formats import FORMATS, Format
 from utils.data.planning import Unit
 from utils.data.policy import Reject, json_type
-from utils.data.writing import Behind, replace_file, writing
+from utils.data.writing import replace_file, writing
 
 CHECKPOINT_BYTES = 32 << 20
 LINE = orjson.OPT_APPEND_NEWLINE
@@ -89,7 +89,6 @@ def convert(task: Task, progress: Callable[[int], None]) -> State:
         data, rejects = (stack.enter_context(_reopened(task, kind, state)) for kind in ("data", "rejects"))
         if state.done:
             return state
-        data = stack.enter_context(Behind(data))
         saved = state.data_size
         lane = None if task.unit.container.is_table else lane_of(task.name)
         for block in read_blocks(task.unit.container, known.columns, state.place, task.unit.stop, lane):
@@ -175,7 +174,7 @@ def _reopened(task: Task, kind: str, state: State) -> BinaryIO:
     return file
 
 
-def _save(task: Task, state: State, *files: BinaryIO | Behind) -> None:
+def _save(task: Task, state: State, *files: BinaryIO) -> None:
     for file in files:
         file.flush()
     replace_file(task.path("state"), orjson.dumps(asdict(state)))
