@@ -121,14 +121,19 @@ class _Schedule:
             self._counts[number] = [self._workers.executor.submit(cut_file, container) for container in containers]
 
     def _start(self, number: int) -> None:
-        run, board = self._runs[number], self._workers.board
+        run = self._runs[number]
         if number in self._counts:
+            self._hash(number)  # beside the counting, which leaves a processor free
             run.start([unit for counted in self._counts[number] for unit in counted.result()])
         if run.over:
             return
-        stopped = partial(board.__getitem__, STOP)
-        self._hashes[number] = [self._hashing.submit(sha256_of, path, stopped) for path in run.source.files]
+        if number not in self._hashes:
+            self._hash(number)
         self._submit(number)
+
+    def _hash(self, number: int) -> None:
+        stopped, files = partial(self._workers.board.__getitem__, STOP), self._runs[number].source.files
+        self._hashes[number] = [self._hashing.submit(sha256_of, path, stopped) for path in files]
 
     def _submit(self, number: int) -> None:
         for task in self._runs[number].ready():
