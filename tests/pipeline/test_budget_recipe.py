@@ -15,7 +15,7 @@ from utils.pipeline.base_training import build_tokenizer
 from utils.pipeline.command_line import parse_command
 from utils.pipeline.encoding import render_prompt
 from utils.pipeline.interruption import Interruption
-from utils.pipeline.recipes.budget import prompt_of
+from utils.pipeline.recipes.budget import predicting_part_of, prompt_of
 from utils.pipeline.tuning import Preparation, run_tuning
 
 TASKS = ("copy", "max", "count")
@@ -79,3 +79,19 @@ def test_prompt_ends_where_loss_begins():
     row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
     assert prompt_of(row)["input_ids"] == [5, 6]
     assert prompt_of({"input_ids": [5, 6], "labels": [5, 6]})["input_ids"] == [5]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        ([-100, -100, 7, 8], 3),  # the last answer token predicts nothing
+        ([-100, -100, 7, 8, -100], 3),  # nor does the template behind it
+        ([-100, 6, -100, 8], 3),
+        ([5, 6, 7, 8], 3),
+        ([-100, -100, -100, -100], 4),  # nothing learnt: all of it
+        ([5], 1),
+    ],
+)
+def test_token_level_is_calibrated_on_what_generation_runs(labels, kept):
+    ids = list(range(len(labels)))
+    assert predicting_part_of({"input_ids": ids, "labels": labels})["input_ids"] == ids[:kept]

@@ -144,7 +144,8 @@ def _train(job: TuningJob) -> TunedRun:
             weight.copy_((INITIAL_WEIGHT * noise).to(weight.device))
     job.model.to(training.device)
     share = current_settings().whiten
-    roots = inverse_roots(job.model, calibration_batches(job), share) if share else {}
+    seen = _inputs(_calibration_rows(job), Collator(job.tokenizer)) if share else []
+    roots = inverse_roots(job.model, seen, share) if share else {}
     with whitened(job.model, roots) if share else nullcontext():
         trainer = BudgetTrainer(**_shared(job), price=routing.gradient_scale, distil=routing.trains == "routers")
         use_compact_progress(trainer)
@@ -173,21 +174,34 @@ def _shared(job: TuningJob) -> dict[str, Any]:
 
 
 def calibration_batches(job: TuningJob) -> list[Batch]:
-    """Conversations (token level) or their prompts (sequence level: what generation decides on), right-padded."""
-    sequence = {module.mod_level for module in routed_modules(job.model).values()} == {"sequence"}
+    """What :func:`inputs_to_calibrate_on` makes of some of the training data."""
+    return inputs_to_calibrate_on(_calibration_rows(job), Collator(job.tokenizer), _is_sequence_level(job))
+
+
+def _is_sequence_level(job: TuningJob) -> bool:
+    return {module.mod_level for module in routed_modules(job.model).values()} == {"sequence"}
+
+
+def _calibration_rows(job: TuningJob) -> list[dict[str, list[int]]]:
     rows, tokens = [], 0
     for row in reversed(_drawn(job, len(job.data.rows))):
         rows.append(job.data.rows[row])
         tokens += len(rows[-1]["input_ids"])
-        if tokens >= CALIBRATION_TOKENS * (2 if sequence else 1):
+        if tokens >= CALIBRATION_TOKENS * (2 if _is_sequence_level(job) else 1):
             break
-    return inputs_to_calibrate_on(rows, Collator(job.tokenizer), sequence)
+    return rows
 
 
 def inputs_to_calibrate_on(rows: Sequence[dict[str, list[int]]], collator: Collator, sequence: bool) -> list[Batch]:
-    """Batches for :func:`~utils.model.dial.calibrate` from encoded rows; prompts alone at sequence level."""
-    if sequence:
-        rows = [prompt_of(row) for row in rows]
+    """Batches for :func:`~utils.model.dial.calibrate` from encoded rows, right-padded: of each what generation runs.
+
+    At sequence level a decision is taken on the prompt. At token level tokens run that predict a learnt one, and not
+    those behind the last of these: counted, they made generation run 0.7 points less than asked for.
+    """
+    return _inputs([prompt_of(row) if sequence else predicting_part_of(row) for row in rows], collator)
+
+
+def _inputs(rows: Sequence[dict[str, list[int]]], collator: Collator) -> list[Batch]:
     batches = in_batches(rows, collator, _CALIBRATION_ROWS)
     return [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]} for batch in batches]
 
@@ -196,6 +210,13 @@ def prompt_of(row: dict[str, list[int]]) -> dict[str, list[int]]:
     """The tokens before the first that carries loss (at least one)."""
     length = next((i for i, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
     length = max(1, length)
+    return {"input_ids": row["input_ids"][:length], "labels": row["labels"][:length]}
+
+
+def predicting_part_of(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The tokens before the last one that carries loss (at least one)."""
+    behind = next((i for i, label in enumerate(reversed(row["labels"]), 1) if label != -100), 0)
+    length = max(1, len(row["labels"]) - behind)
     return {"input_ids": row["input_ids"][:length], "labels": row["labels"][:length]}
 
 
