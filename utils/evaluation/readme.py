@@ -21,6 +21,10 @@ def _json(path: str) -> Any:
     return json.loads((ROOT / path).read_text())
 
 
+def _text(path: str) -> str:
+    return (ROOT / path).read_text().strip()
+
+
 def base_block() -> str:
     """Held-out scores of the embedded base."""
     scores = _json("ckpt/tiny-llama-mod/eval_results.json")
@@ -105,7 +109,7 @@ def kills_block() -> str:
 
 def science_block() -> str:
     """The experiment's own summary."""
-    table = (ROOT / "figures/main_results.md").read_text().strip()
+    table = _text("figures/main_results.md")
     seeds = ", ".join(map(str, _json("figures/main_results.json")["seeds"]))
     return (
         f"Recipe `budget` at a requested share of the routed work (six of twelve layers), mean ± deviation of seeds\n"
@@ -120,6 +124,27 @@ def science_block() -> str:
     )
 
 
+def lora_block() -> str:
+    """LoRA alone, with routers, and routers alone."""
+    return (
+        f"{_text('figures/main_lora_rt.md')}\n\n"
+        "From `figures/main_lora_rt.json`, by the same command; the last row is the recipe `budget` turned to the\n"
+        "capacity that the published one reaches."
+    )
+
+
+def experts_block() -> str:
+    """A router per expert on the small mixture of experts."""
+    scores, _ = _text("figures/moe_results.md").split("\n\nWhich inputs")
+    return (
+        f"{scores}\n\n"
+        "[Tokens executed of tokens assigned, by layer and expert](figures/moe_expert_rt.md). From\n"
+        "`figures/moe_results.json`; the base is not in this repository, these commands train and route it:\n"
+        "`python entrypoints/checkpoint/train_tiny_base.py --num_experts 4 --max_steps 4500 --curriculum_at 1600`,\n"
+        "`python entrypoints/analysis/experiments.py configs/experiments/moe.yaml`."
+    )
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_block,
     "base": base_block,
@@ -128,6 +153,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "training": training_block,
     "kills": kills_block,
     "science": science_block,
+    "lora": lora_block,
+    "experts": experts_block,
 }
 
 
