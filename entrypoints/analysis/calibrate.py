@@ -15,12 +15,12 @@ from utils.checkpoint.run_folder import base_of
 from utils.errors import UserError, cli
 from utils.evaluation.models import load_tokenizer, load_tuned
 from utils.evaluation.rows import read_rows
-from utils.model import routed_modules, save_routers, set_thresholds
+from utils.model import save_routers, set_thresholds
 from utils.model.dial import calibrate
 from utils.model.saving import read_router_config, thresholds_for
 from utils.pipeline.batching import Collator
 from utils.pipeline.encoding import encode_conversation
-from utils.pipeline.recipes.budget import inputs_to_calibrate_on
+from utils.pipeline.recipes.budget import inputs_to_calibrate_on, is_sequence_level
 
 OURS = ("format", "base")
 
@@ -53,8 +53,7 @@ def main() -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoded = [encode_conversation(row["messages"], tokenizer, args.max_seq_length) for row in rows]
-    sequence = {module.mod_level for module in routed_modules(model).values()} == {"sequence"}
-    batches = inputs_to_calibrate_on(encoded, Collator(tokenizer), sequence)
+    batches = inputs_to_calibrate_on(encoded, Collator(tokenizer), is_sequence_level(model))
     try:
         dial = calibrate(model, batches, start=config.get("dial"))
     except ValueError as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.model import routed_modules, set_thresholds
@@ -49,10 +49,9 @@ def tune(job: TuningJob) -> TunedRun:
     Raises:
         UserError: for weights cut into shards, and at sequence level for anything but routers on a frozen base.
     """
-    levels = {module.mod_level for module in routed_modules(job.model).values()}
     if any(hasattr(parameter, "ds_id") for parameter in job.model.parameters()):
         raise UserError("recipe 'budget' needs whole weights on every process: use ZeRO stage 2 or lower")
-    tuned = _search_and_fit(job) if levels == {"sequence"} else _train(job)
+    tuned = _search_and_fit(job) if is_sequence_level(job.model) else _train(job)
     if not tuned.interrupted:
         _finish(job, tuned)
     return tuned
@@ -175,19 +174,21 @@ def _shared(job: TuningJob) -> dict[str, Any]:
 
 def calibration_batches(job: TuningJob) -> list[Batch]:
     """What :func:`inputs_to_calibrate_on` makes of some of the training data."""
-    return inputs_to_calibrate_on(_calibration_rows(job), Collator(job.tokenizer), _is_sequence_level(job))
+    return inputs_to_calibrate_on(_calibration_rows(job), Collator(job.tokenizer), is_sequence_level(job.model))
 
 
-def _is_sequence_level(job: TuningJob) -> bool:
-    return {module.mod_level for module in routed_modules(job.model).values()} == {"sequence"}
+def is_sequence_level(model: nn.Module) -> bool:
+    """Whether every router of a model decides per sequence, so that prompts are all it looks at."""
+    return {module.mod_level for module in routed_modules(model).values()} == {"sequence"}
 
 
 def _calibration_rows(job: TuningJob) -> list[dict[str, list[int]]]:
     rows, tokens = [], 0
+    wanted = CALIBRATION_TOKENS * (2 if is_sequence_level(job.model) else 1)
     for row in reversed(_drawn(job, len(job.data.rows))):
         rows.append(job.data.rows[row])
         tokens += len(rows[-1]["input_ids"])
-        if tokens >= CALIBRATION_TOKENS * (2 if _is_sequence_level(job) else 1):
+        if tokens >= wanted:
             break
     return rows
 
