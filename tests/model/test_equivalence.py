@@ -11,9 +11,8 @@ import torch
 from masked_reference import MaskedReference
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 
-from utils.model import query_chunks, record_routing, route, routed_modules
+from utils.model import packed_queries, record_routing, route, routed_modules
 from utils.model.configuration_mod import parse_granularity
-from utils.model.query_chunks import QueryChunks
 
 TOLERANCE = 1e-4
 CASES = [
@@ -99,12 +98,14 @@ def test_equals_masked_dense_model(family, granularity, policy, attn):
     [(f, g) for f, g, policy in MATRIX if policy == "keep" and {"attn_token", "block_token"} & set(g.split("+"))],
 )
 def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, monkeypatch):
-    chunked = []
-    plain = QueryChunks._attend
-    monkeypatch.setattr(query_chunks, "_LEAST", 2)
-    monkeypatch.setattr(
-        QueryChunks, "_attend", lambda self, *a, **k: chunked.append(self.ends) or plain(self, *a, **k)
-    )
+    chunked, plain = [], packed_queries._in_chunks
+
+    def in_chunks(*args, attn_mask, **kwargs):
+        chunked.append(attn_mask.ends)
+        return plain(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(packed_queries, "_LEAST", 2)
+    monkeypatch.setattr(packed_queries, "_in_chunks", in_chunks)
     test_equals_masked_dense_model(family, granularity, "keep", "eager" if family == "gemma2" else "sdpa")
     assert family == "gemma2" or max(map(len, chunked)) > 2
 

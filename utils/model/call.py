@@ -67,12 +67,11 @@ def forced_decision(
     """
     if forced is None:
         return None
-    if callable(forced):
-        value = forced(layer, part, shape, past)
-    elif isinstance(forced, Mapping):
-        value = forced.get((layer, part), forced.get(layer))
+    if isinstance(forced, (dict, Mapping)):  # decoding asks at every token, and a plain dict is told at once
+        value = forced.get((layer, part))
+        value = forced.get(layer) if value is None else value
     else:
-        value = forced
+        value = forced(layer, part, shape, past) if callable(forced) else forced
     if value is None:
         return None
     if isinstance(value, bool):
@@ -84,14 +83,12 @@ def forced_decision(
             raise ValueError(f"forced mask of layer {layer} must be bool, not a {type(value).__name__}") from None
     if value.dtype != torch.bool:
         raise ValueError(f"forced mask of layer {layer} must be bool, not {value.dtype}")
-    given = tuple(value.shape)
-    if value.dim() == 0:
-        value = value.expand(shape)
-    elif len(shape) >= 2 and value.dim() == 1:
-        value = value.view(-1, *[1] * (len(shape) - 1)).expand(-1, *shape[1:])
-    elif len(shape) >= 2 and value.shape[1] >= past + shape[1] and value.shape[1] != shape[1]:
-        value = value.narrow(1, past, shape[1])
-    if value.shape != shape:
-        behind = f" behind {past} tokens" if past else ""
-        raise ValueError(f"forced mask of layer {layer} has shape {given}, the decision {tuple(shape)}{behind}")
-    return value
+    given = value.shape
+    if given == shape:
+        return value
+    if len(given) == len(shape) == 2 and given[0] == shape[0] and given[1] >= past + shape[1]:
+        return value.narrow(1, past, shape[1])
+    if len(given) == 0 or (len(given) == 1 < len(shape) and given[0] == shape[0]):
+        return value.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    behind = f" behind {past} tokens" if past else ""
+    raise ValueError(f"forced mask of layer {layer} has shape {tuple(given)}, the decision {tuple(shape)}{behind}")

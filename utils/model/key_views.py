@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -10,38 +12,52 @@ from .packing import Packing, key_mask, query_mask
 
 
 class AllKeys:
-    """Keys and values of all tokens: those that packed queries bring, merged with those of the skipped tokens.
+    """Keys and values of all tokens, known before the packed queries run; what the module itself brings is unused.
 
     Args:
-        cache: the real cache or None. shape: ``(b, t)``. packing: of the tokens that run.
-        skipped: int64 ``[n]``, flat indices ``row·t + position``. keys, values: theirs, ``[heads, n, head_dim]``.
+        cache: the real cache or None. packing: of the tokens that run. keys, values: ``[b, heads, t, head_dim]``.
+    """
+
+    def __init__(self, cache, packing: Packing, keys: Tensor, values: Tensor) -> None:
+        self.cache, self.packing, self.states = cache, packing, (keys, values)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> Sequence[Tensor]:
+        """Called by the module with ``[r, heads, q, head_dim]`` of the packed tokens; returns what they attend to."""
+        states, rows = self.states, self.packing.row_list
+        batch = states[0].shape[0]
+        if self.cache is not None:
+            states = self.cache.update(*states, layer, *args, **kwargs)
+        if len(rows) == batch:
+            return states
+        adjacent = rows[-1] - rows[0] + 1 == len(rows)
+        return [s[rows[0] : rows[-1] + 1] if adjacent else s[self.packing.rows] for s in states]
+
+
+class MergedKeys(AllKeys):
+    """Keys and values of all tokens: those of the skipped ones, merged with those that the packed queries bring.
+
+    Args:
+        cache, packing: as above. shape: ``(b, t)``. skipped: int64 ``[n]``, flat indices ``row·t + position``.
+        keys, values: theirs, ``[heads, n, head_dim]``.
     """
 
     def __init__(
-        self, cache, shape: torch.Size, packing: Packing, skipped: Tensor, keys: Tensor, values: Tensor
+        self, cache, packing: Packing, shape: torch.Size, skipped: Tensor, keys: Tensor, values: Tensor
     ) -> None:
-        self.cache, self.shape, self.packing = cache, shape, packing
-        self.states = []
+        self.flat = []
         for states in (keys, values):
             heads, _, width = states.shape
             everything = states.new_empty(shape.numel(), heads * width)
-            everything.index_copy_(0, skipped, states.transpose(0, 1).flatten(1))
-            self.states.append(everything.view(*shape, heads, width))
+            self.flat.append(everything.index_copy_(0, skipped, states.transpose(0, 1).flatten(1)))
+        by_head = (flat.view(*shape, -1, keys.shape[-1]).transpose(1, 2) for flat in self.flat)
+        super().__init__(cache, packing, *by_head)
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> list[Tensor]:
-        """Called by the module with ``[r, heads, q, head_dim]`` of the packed tokens; returns what they attend to."""
-        packing, rows = self.packing, self.packing.row_list
-        for everything, packed in zip(self.states, (keys, values), strict=True):
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> Sequence[Tensor]:
+        """As above."""
+        for everything, packed in zip(self.flat, (keys, values), strict=True):
             # Filler slots hold skipped tokens, whose keys come out the same: no need to leave them out.
-            packed = packed.transpose(1, 2).flatten(0, 1).flatten(1)
-            everything.view(self.shape.numel(), -1).index_copy_(0, packing.flat, packed)
-        states = [everything.transpose(1, 2) for everything in self.states]
-        if self.cache is not None:
-            states = self.cache.update(*states, layer, *args, **kwargs)
-        if len(rows) == self.shape[0]:
-            return states
-        adjacent = rows[-1] - rows[0] + 1 == len(rows)
-        return [s[rows[0] : rows[-1] + 1] if adjacent else s[packing.rows] for s in states]
+            everything.index_copy_(0, self.packing.flat, packed.transpose(1, 2).flatten(0, 1).flatten(1))
+        return super().update(keys, values, layer, *args, **kwargs)
 
 
 class KeptKeys:

@@ -38,18 +38,16 @@ def project_kv(
     Returns:
         keys and values, each ``[b, kv_heads, t, head_dim]``.
     """
-    keys, values = _project(attention, hidden)
     traits = _traits_of(attention)
+    keys, values = _project(attention, hidden, traits.fused)
     norm = None if traits.norm is None else getattr(attention, traits.norm)
-    # OLMo-2 and OLMoE normalise the flat key, the others head by head.
-    flat = norm is not None and norm.weight.dim() == 1 and norm.weight.numel() == keys.shape[-1]
-    if flat:
+    if traits.normed_flat:
         keys = norm(keys)
     if traits.clip is not None:
         keys, values = keys.clamp(-traits.clip, traits.clip), values.clamp(-traits.clip, traits.clip)
     shape = (*hidden.shape[:-1], -1, attention.head_dim)
     keys, values = keys.view(shape), values.view(shape)
-    if norm is not None and not flat:
+    if norm is not None and not traits.normed_flat:
         keys = norm(keys)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if not traits.rotates:
@@ -61,10 +59,29 @@ def project_kv(
     return torch.cat([turned, keys[..., width:]], dim=-1), values
 
 
-class _Traits(NamedTuple):
-    """What a family's attention does to keys: fixed by its code and config, and slow to ask for at every token."""
+def spared_weights(attention: nn.Module) -> tuple[Tensor, ...]:
+    """Weights whose product an attention need not compute where :func:`project_kv` has given keys and values of all.
 
+    Empty where it must: in a graph that is being compiled, and for projections that are fused, quantised, adapted,
+    or normalised over all heads at once.
+    """
+    traits = _traits_of(attention)
+    if traits.fused or traits.normed_flat or torch.compiler.is_compiling():
+        return ()
+    projections = attention.k_proj, attention.v_proj
+    plain = all(type(projection) is nn.Linear for projection in projections)
+    return tuple(projection.weight for projection in projections) if plain else ()
+
+
+class _Traits(NamedTuple):
+    """What a family's attention does to keys: fixed by its code and config, and slow to ask for at every token.
+
+    ``norm`` names its norm of keys, which is ``normed_flat`` over all heads at once (OLMo-2, OLMoE) or head by head.
+    """
+
+    fused: bool
     norm: str | None
+    normed_flat: bool
     clip: float | None
     rotates: bool
     rotary: Callable[..., tuple[Tensor, Tensor]]
@@ -75,9 +92,16 @@ def _traits_of(attention: nn.Module) -> _Traits:
     traits = _TRAITS.get(attention)
     if traits is None:
         norms = [name for name in ("k_norm", "k_layernorm") if getattr(attention, name, None) is not None]
-        clip = getattr(getattr(attention, "config", None), "clip_qkv", None)
-        width, rotates = getattr(attention, "rotary_ndims", None), getattr(attention, "use_rope", True)
-        traits = _Traits(norms[0] if norms else None, clip, bool(rotates), _rotary(attention), width)
+        weight = getattr(attention, norms[0]).weight if norms else None
+        traits = _Traits(
+            fused=hasattr(attention, "qkv_proj"),
+            norm=norms[0] if norms else None,
+            normed_flat=weight is not None and weight.dim() == 1 and weight.numel() != attention.head_dim,
+            clip=getattr(getattr(attention, "config", None), "clip_qkv", None),
+            rotates=bool(getattr(attention, "use_rope", True)),
+            rotary=_rotary(attention),
+            rotary_width=getattr(attention, "rotary_ndims", None),
+        )
         _TRAITS[attention] = traits
     return traits
 
@@ -85,8 +109,8 @@ def _traits_of(attention: nn.Module) -> _Traits:
 _TRAITS: WeakKeyDictionary[nn.Module, _Traits] = WeakKeyDictionary()
 
 
-def _project(attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    if not hasattr(attention, "qkv_proj"):
+def _project(attention: nn.Module, hidden: Tensor, is_fused: bool) -> tuple[Tensor, Tensor]:
+    if not is_fused:
         return attention.k_proj(hidden), attention.v_proj(hidden)
     fused, config = attention.qkv_proj, attention.config
     start = config.num_attention_heads * attention.head_dim

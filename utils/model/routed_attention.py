@@ -6,17 +6,16 @@ identity of the residual stream, i.e. zeros for an attention module and the inpu
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .call import RoutingCall
-from .key_views import AllKeys, KeptKeys
-from .keys_values import project_kv
-from .packing import check_packable, flat_positions, pack, query_mask, select_rows, select_tokens, true_places
-from .query_chunks import QueryChunks
+from .key_views import AllKeys, KeptKeys, MergedKeys
+from .keys_values import project_kv, spared_weights
+from .packed_queries import ChunkedMask, PackedHidden
+from .packing import Packing, check_packable, flat_positions, pack, query_mask, select_rows, select_tokens, true_places
 from .routed import Routed, row_counts
 from .router import merge
 
@@ -79,26 +78,34 @@ class RoutedAttending(Routed):
         self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int], kwargs: dict
     ) -> Tensor:
         """Queries of kept tokens, keys and values of all."""
-        cache, tokens = kwargs.get("past_key_values"), keep.shape[1]
+        cache, tokens, attention = kwargs.get("past_key_values"), keep.shape[1], self.mod_attention()
         output = self.mod_residual(hidden_states)
         if not any(counts):
             if cache is not None:
-                states = project_kv(self.mod_attention(), features, kwargs["position_embeddings"])
-                cache.update(*states, self.mod_layer)
+                cache.update(*project_kv(attention, features, kwargs["position_embeddings"]), self.mod_layer)
             return output
-        check_packable(self.mod_attention(), self.mod_layer)
-        skipped = true_places(~keep, keep.numel() - sum(counts))
-        positions = flat_positions(kwargs["position_embeddings"], skipped, tokens)
-        chosen = features.flatten(0, 1).index_select(0, skipped)[None]
-        keys, values = project_kv(self.mod_attention(), chosen, positions)
+        check_packable(attention, self.mod_layer)
         packing, mask = pack(keep, counts), kwargs.get("attention_mask")
         packed = select_tokens(kwargs, packing)
         length = tokens if mask is None else mask.shape[-1]
-        packed["attention_mask"] = self._mask_type(query_mask(mask, packing, length, tokens), hidden_states)
-        packed["past_key_values"] = AllKeys(cache, keep.shape, packing, skipped, keys[0], values[0])
-        with QueryChunks(packing.index, tokens) if QueryChunks.pays(packing.index) else nullcontext():
-            packing.put_(self.mod_run(packing.take(hidden_states), packed), output)
+        queries = self._mask_type(query_mask(mask, packing, length, tokens), hidden_states)
+        packed["attention_mask"] = ChunkedMask.of(queries, packing.index, tokens)
+        spared = spared_weights(attention)
+        packed["past_key_values"] = self._all_keys(features, keep, packing, kwargs, known=bool(spared))
+        taken = PackedHidden.of(packing.take(hidden_states), spared, attention.head_dim)
+        packing.put_(self.mod_run(taken, packed).as_subclass(Tensor), output)
         return output
+
+    def _all_keys(self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict, known: bool) -> AllKeys:
+        """Keys and values of all tokens, projected here, or (unless ``known``) only those that will not be packed."""
+        attention, positions = self.mod_attention(), kwargs["position_embeddings"]
+        cache = kwargs.get("past_key_values")
+        if known:
+            return AllKeys(cache, packing, *project_kv(attention, features, positions))
+        skipped = true_places(~keep, keep.numel() - sum(packing.counts))
+        chosen = features.flatten(0, 1).index_select(0, skipped)[None]
+        keys, values = project_kv(attention, chosen, flat_positions(positions, skipped, keep.shape[1]))
+        return MergedKeys(cache, packing, keep.shape, skipped, keys[0], values[0])
 
     def _run_ragged(self, hidden_states: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, call) -> Tensor:
         """Queries, keys and values of kept tokens only."""
