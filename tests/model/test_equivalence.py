@@ -101,7 +101,7 @@ def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, mon
     chunked, plain = [], packed_queries._in_chunks
 
     def in_chunks(*args, attn_mask, **kwargs):
-        chunked.append(attn_mask.ends)
+        chunked.append(attn_mask.behind)
         return plain(*args, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(packed_queries, "_LEAST", 2)

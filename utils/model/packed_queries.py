@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from .packing import Packing
+
 _LEAST = 32
 _MOST_CHUNKS = 8
 """n chunks leave (n + 1) / 2n of the pairs: 0.56 at eight, against the 0.5 that no number of chunks goes below."""
@@ -52,35 +54,43 @@ class PackedHidden(Tensor):
 
 
 class ChunkedMask(Tensor):
-    """A mask ``[r, 1, q, keys]`` with which attention runs in chunks, each on the keys that its last query may see.
+    """A mask with which attention runs in chunks of queries, each on the keys that its last query may see.
 
     A kernel that is told "causal" leaves out what lies behind the diagonal. Packed queries need a mask instead, and
     with one the kernels compute every pair: half of the queries would then cost as much as all of them.
 
+    Its values are a mask ``[r, 1, q, keys]`` or, for causal attention over one pass, the ``positions [r, 1, q, 1]`` of
+    the queries, from which each chunk makes its own.
+
     Attributes:
-        ends: where the chunks of queries end. behind: how many of the last keys each of them does not see.
+        size: queries in a chunk. behind: how many of the last keys each chunk does not see.
     """
 
-    ends: list[int]
+    size: int
     behind: list[int]
+    positions: bool
 
     @classmethod
-    def of(cls, mask: Tensor | None, index: Tensor, tokens: int) -> Tensor | None:
-        """``mask``, in chunks where there is more than one; a graph that is being compiled stays as it is.
+    def of(cls, mask: Tensor | None, packing: Packing, tokens: int) -> Tensor:
+        """``mask``, or the causal one where it is None, for chunks; the caller asks :meth:`pays` first.
 
         Args:
-            index: int64 ``[r, q]``, positions of the queries in their pass, ascending in each row but for filler at
-                its end, whose output nobody reads. tokens: length of the pass; its keys are the last ``tokens`` ones.
+            packing: of the queries. tokens: length of their pass, whose keys are the last ``tokens`` ones.
         """
-        queries = index.shape[1]
-        chunks = min(_MOST_CHUNKS, queries // _LEAST)
-        if chunks < 2 or mask is None or torch.compiler.is_compiling():
-            return mask
-        mask = mask.as_subclass(cls)
-        mask.ends = [queries * (number + 1) // chunks for number in range(chunks)]
-        reached = index.cummax(1).values[:, [end - 1 for end in mask.ends]].amax(0)
-        mask.behind = [tokens - 1 - position for position in reached.tolist()]
-        return mask
+        index, queries = packing.index, packing.index.shape[1]
+        size = -(-queries // min(_MOST_CHUNKS, queries // _LEAST))
+        chunked = (index.int()[:, None, :, None] if mask is None else mask).as_subclass(cls)
+        # Positions ascend in each row but for filler at its end, whose output nobody reads.
+        reached = index if packing.slots is None else index.cummax(1).values
+        ends = torch.cat([reached[:, size - 1 : queries - 1 : size], reached[:, -1:]], dim=1)
+        chunked.size, chunked.positions = size, mask is None
+        chunked.behind = [tokens - 1 - position for position in ends.amax(0).tolist()]
+        return chunked
+
+    @staticmethod
+    def pays(packing: Packing) -> bool:
+        """Whether there is more than one chunk; a graph that is being compiled stays as it is."""
+        return packing.index.shape[1] >= 2 * _LEAST and not torch.compiler.is_compiling()
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -91,12 +101,12 @@ class ChunkedMask(Tensor):
 
 
 def _in_chunks(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: ChunkedMask, **kwargs) -> Tensor:
-    parts, start = [], 0
-    mask = attn_mask.as_subclass(Tensor)
-    for end, behind in zip(attn_mask.ends, attn_mask.behind, strict=True):
+    size, parts = attn_mask.size, []
+    places = torch.arange(key.shape[2], dtype=torch.int32, device=query.device) if attn_mask.positions else None
+    chunks = zip(query.split(size, dim=2), attn_mask.split(size, dim=2), attn_mask.behind, strict=True)
+    for queries, mask, behind in chunks:
         keys = key.shape[2] - behind
-        part = query[:, :, start:end], key[:, :, :keys], value[:, :, :keys]
-        masked = mask[:, :, start:end, :keys]
-        parts.append(scaled_dot_product_attention(*part, attn_mask=masked, **kwargs).transpose(1, 2))
-        start = end
+        mask = mask[..., :keys] if places is None else places[:keys] <= mask
+        part = scaled_dot_product_attention(queries, key[:, :, :keys], value[:, :, :keys], attn_mask=mask, **kwargs)
+        parts.append(part.transpose(1, 2))
     return torch.cat(parts, dim=1).transpose(1, 2)  # laid out as a module reads it next, token by token

@@ -85,16 +85,22 @@ class RoutedAttending(Routed):
                 cache.update(*project_kv(attention, features, kwargs["position_embeddings"]), self.mod_layer)
             return output
         check_packable(attention, self.mod_layer)
-        packing, mask = pack(keep, counts), kwargs.get("attention_mask")
+        packing = pack(keep, counts)
         packed = select_tokens(kwargs, packing)
-        length = tokens if mask is None else mask.shape[-1]
-        queries = self._mask_type(query_mask(mask, packing, length, tokens), hidden_states)
-        packed["attention_mask"] = ChunkedMask.of(queries, packing.index, tokens)
+        packed["attention_mask"] = self._packed_mask(kwargs.get("attention_mask"), packing, tokens, hidden_states)
         spared = spared_weights(attention)
         packed["past_key_values"] = self._all_keys(features, keep, packing, kwargs, known=bool(spared))
         taken = PackedHidden.of(packing.take(hidden_states), spared, attention.head_dim)
         packing.put_(self.mod_run(taken, packed).as_subclass(Tensor), output)
         return output
+
+    def _packed_mask(self, mask: Tensor | None, packing: Packing, tokens: int, like: Tensor) -> Tensor | None:
+        """The mask of packed queries over the keys of all tokens."""
+        chunked = ChunkedMask.pays(packing) and self._implementation() == "sdpa"
+        if mask is not None or not chunked:
+            length = tokens if mask is None else mask.shape[-1]
+            mask = self._mask_type(query_mask(mask, packing, length, tokens), like)
+        return ChunkedMask.of(mask, packing, tokens) if chunked else mask
 
     def _all_keys(self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict, known: bool) -> AllKeys:
         """Keys and values of all tokens, projected here, or (unless ``known``) only those that will not be packed."""
@@ -147,12 +153,14 @@ class RoutedAttending(Routed):
 
     def _mask_type(self, mask: Tensor | None, like: Tensor) -> Tensor | None:
         """A bool mask as this module's attention implementation reads it."""
-        implementation = self.mod_attention().config._attn_implementation
-        if mask is None or mask.dtype != torch.bool or implementation == "sdpa":
+        if mask is None or mask.dtype != torch.bool or self._implementation() == "sdpa":
             return mask
         return torch.zeros(mask.shape, dtype=like.dtype, device=mask.device).masked_fill(
             ~mask, torch.finfo(like.dtype).min
         )
+
+    def _implementation(self) -> str:
+        return self.mod_attention().config._attn_implementation
 
 
 class RoutedAttention(RoutedAttending):
