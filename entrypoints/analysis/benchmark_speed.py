@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from utils.errors import UserError, cli
+from utils.evaluation.pages import keep_freed_pages
 from utils.evaluation.provenance import provenance
 from utils.evaluation.speed import Setting, benchmark, shared_copy
 from utils.evaluation.speed_figure import draw_speed
@@ -62,6 +63,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--pages", choices=("keep", "release"), default="keep", help="what freed memory the process keeps; see README"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON; a figure of the same name goes beside it")
     return parser.parse_args()
 
@@ -108,6 +112,7 @@ def load(args: argparse.Namespace):
 
 def main() -> None:
     args = parse_args()
+    kept = args.pages == "keep" and keep_freed_pages()
     dense, routed = load(args)
     rows = []
     head = f"{'phase':8} {'b×t':>9} {'granularity':22} {'kv':5} {'cap':>5} {'speed-up':>8} {'ideal':>7} {'effic.':>7}"
@@ -129,12 +134,12 @@ def main() -> None:
                 f"{row['capacity']:5.2f} {row['speed_up']:7.3f}× {1 / row['ideal_ratio']:6.3f}× {efficiency:>7}"
                 + slower
             )
-        write(args, rows)
+        write(args, rows, kept)
     draw_speed(rows, args.output.with_suffix(".svg"))
     tqdm.write(f"wrote {args.output} and {args.output.with_suffix('.svg')}")
 
 
-def write(args: argparse.Namespace, rows: list[dict]) -> None:
+def write(args: argparse.Namespace, rows: list[dict], kept: bool) -> None:
     """The JSON so far; replaced whole after every cell, so that an interrupted run keeps what it measured."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
     inside = args.output.resolve().is_relative_to(ROOT)
@@ -142,7 +147,7 @@ def write(args: argparse.Namespace, rows: list[dict]) -> None:
     command = "python entrypoints/analysis/benchmark_speed.py " + " ".join(
         f"--{key} {value}" for key, value in given.items() if value is not None
     )
-    content = {"command": command, **provenance(), "shape": args.model or args.shape, "rows": rows}
+    content = {"command": command, **provenance(), "shape": args.model or args.shape, "pages_kept": kept, "rows": rows}
     temporary = args.output.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, args.output)

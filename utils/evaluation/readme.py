@@ -61,10 +61,12 @@ def speed_block() -> str:
         for row in result["rows"]
         if row["decisions"] in ("0.0", "0.5", "1.0")
     ]
+    kept = "kept by the process" if result["pages_kept"] else "given back and mapped anew as the C library likes"
     return (
         f"Random weights, forced masks, {result['device']} ({result['date'][:10]}); dense and routed take turns in\n"
         "one process. *Ideal* is the dense model without the skipped work, *skip efficiency* the share of that\n"
-        f"saving which is realised.\n\n{Table(header, rows).markdown()}\n\n`{result['command']}`\n\n"
+        f"saving which is realised. Freed memory is {kept} (`--pages`).\n\n"
+        f"{Table(header, rows).markdown()}\n\n`{result['command']}`\n\n"
         "![Time against capacity](figures/benchmark_speed_cpu.svg)"
     )
 
