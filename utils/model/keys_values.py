@@ -65,8 +65,10 @@ def spared_weights(attention: nn.Module) -> tuple[Tensor, ...]:
     Empty where it must: in a graph that is being compiled, and for projections that are fused, quantised, adapted,
     or normalised over all heads at once.
     """
+    if torch.compiler.is_compiling():
+        return ()
     traits = _traits_of(attention)
-    if traits.fused or traits.normed_flat or torch.compiler.is_compiling():
+    if traits.fused or traits.normed_flat:
         return ()
     projections = attention.k_proj, attention.v_proj
     plain = all(type(projection) is nn.Linear for projection in projections)

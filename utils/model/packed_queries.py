@@ -32,8 +32,6 @@ class PackedHidden(Tensor):
     @classmethod
     def of(cls, hidden: Tensor, spared: Sequence[Tensor], head_dim: int) -> Tensor:
         """``hidden``, which forgets what is spared with the first projection that it passes through."""
-        if not spared:
-            return hidden
         hidden = hidden.as_subclass(cls)
         hidden.spared, hidden.head_dim = spared, head_dim
         return hidden

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,22 +19,18 @@ class Packing:
     Moves go through the flattened batch: index_select and index_copy on whole token vectors are plain copies.
 
     Attributes:
-        row_list: batch rows with at least one kept token.
+        rows: int64 ``[r]``, batch rows with at least one kept token (None: every row, in order).
         index: int64 ``[r, q]``, positions of the kept tokens in their order, then of skipped ones as filler.
         slots: bool ``[r, q]``, true for kept tokens; None when there is no filler.
         flat: int64 ``[r·q]``, ``index`` in the flattened batch. counts: kept tokens per packed row.
     """
 
     row_list: list[int]
+    rows: Tensor
     index: Tensor
     flat: Tensor
     slots: Tensor | None
     counts: list[int]
-
-    @cached_property
-    def rows(self) -> Tensor:
-        """int64 ``[r]``, the batch rows on the device."""
-        return torch.tensor(self.row_list, device=self.index.device)
 
     def take(self, values: Tensor) -> Tensor:
         """``[b, t, d]`` → ``[r, q, d]``."""
@@ -52,15 +47,14 @@ def pack(keep: Tensor, counts: list[int]) -> Packing:
     """Packing of the tokens where ``keep [b, t]`` is true; ``counts`` are its row sums (at least one is positive)."""
     row_list = [row for row, count in enumerate(counts) if count]
     kept = [counts[row] for row in row_list]
-    tokens = keep.shape[1]
+    rows, tokens = torch.tensor(row_list, device=keep.device), keep.shape[1]
     if min(kept) == max(kept):
         flat = true_places(keep, sum(kept))
-        return Packing(row_list, (flat % tokens).view(len(kept), -1), flat, None, kept)
-    rows = torch.tensor(row_list, device=keep.device)
+        return Packing(row_list, rows, (flat % tokens).view(len(kept), -1), flat, None, kept)
     order = keep.to(torch.uint8)[rows].argsort(dim=1, descending=True, stable=True)
     index = order[:, : max(kept)]
     flat = (rows[:, None] * tokens + index).flatten()
-    return Packing(row_list, index, flat, keep[rows[:, None], index], kept)
+    return Packing(row_list, rows, index, flat, keep[rows[:, None], index], kept)
 
 
 def true_places(mask: Tensor, count: int) -> Tensor:

@@ -90,8 +90,12 @@ class RoutedAttending(Routed):
         packed["attention_mask"] = self._packed_mask(kwargs.get("attention_mask"), packing, tokens, hidden_states)
         spared = spared_weights(attention)
         packed["past_key_values"] = self._all_keys(features, keep, packing, kwargs, known=bool(spared))
-        taken = PackedHidden.of(packing.take(hidden_states), spared, attention.head_dim)
-        packing.put_(self.mod_run(taken, packed).as_subclass(Tensor), output)
+        taken = packing.take(hidden_states)
+        if spared:
+            ran = self.mod_run(PackedHidden.of(taken, spared, attention.head_dim), packed).as_subclass(Tensor)
+        else:
+            ran = self.mod_run(taken, packed)
+        packing.put_(ran, output)
         return output
 
     def _packed_mask(self, mask: Tensor | None, packing: Packing, tokens: int, like: Tensor) -> Tensor | None:
