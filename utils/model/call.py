@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -47,14 +46,17 @@ def current_call() -> RoutingCall | None:
     return _CURRENT.get()
 
 
-@contextmanager
-def routing_call(call: RoutingCall | None) -> Iterator[None]:
+class routing_call:  # noqa: N801, a context manager that costs less than a generator at every token
     """Make ``call`` the current pass within the block."""
-    token = _CURRENT.set(call)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
+
+    def __init__(self, call: RoutingCall | None) -> None:
+        self.call = call
+
+    def __enter__(self) -> None:
+        self.token = _CURRENT.set(self.call)
+
+    def __exit__(self, *_: object) -> None:
+        _CURRENT.reset(self.token)
 
 
 def forced_decision(

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from .packing import Packing
 
-_LEAST = 32
+_LEAST = 64
 _MOST_CHUNKS = 8
 """n chunks leave (n + 1) / 2n of the pairs: 0.56 at eight, against the 0.5 that no number of chunks goes below."""
 
@@ -104,7 +104,7 @@ def _in_chunks(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: ChunkedM
     chunks = zip(query.split(size, dim=2), attn_mask.split(size, dim=2), attn_mask.behind, strict=True)
     for queries, mask, behind in chunks:
         keys = key.shape[2] - behind
-        mask = mask[..., :keys] if places is None else places[:keys] <= mask
-        part = scaled_dot_product_attention(queries, key[:, :, :keys], value[:, :, :keys], attn_mask=mask, **kwargs)
-        parts.append(part.transpose(1, 2))
+        seen = key.narrow(2, 0, keys), value.narrow(2, 0, keys)
+        mask = mask.narrow(3, 0, keys) if places is None else places.narrow(0, 0, keys) <= mask
+        parts.append(scaled_dot_product_attention(queries, *seen, attn_mask=mask, **kwargs).transpose(1, 2))
     return torch.cat(parts, dim=1).transpose(1, 2)  # laid out as a module reads it next, token by token
