@@ -8,7 +8,7 @@ the one behind it, so that the next stretch can be numbered, and written to its 
 from __future__ import annotations
 
 import time
-from multiprocessing import get_context
+from multiprocessing.sharedctypes import RawArray
 
 UNKNOWN = -1
 FIELDS = ROWS, LINES, DATA, REJECTS, READ = range(5)
@@ -28,7 +28,7 @@ class Board:
 
     def __init__(self, runs: int, entries: int) -> None:
         # Without a lock, which a worker that is killed would take with it: whole numbers are written in one step.
-        self._cells = get_context("spawn").RawArray("q", 1 + runs + entries * len(FIELDS))
+        self._cells = RawArray("q", 1 + runs + entries * len(FIELDS))
         self._first = 1 + runs
         self.clear(0, entries)
 

@@ -107,6 +107,8 @@ def convert(task: Task, board: Board) -> State:
             state.data_size, state.rejects_size = data.size, rejects.size
             board.put(task.entry + 1, READ, state.rows)
             if UNKNOWN not in begins and state.data_size - saved >= CHECKPOINT_BYTES:
+                data.place(begins[0])
+                rejects.place(begins[1])
                 _save(task, state)
                 saved = state.data_size
         if rows is None:

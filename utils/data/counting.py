@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-import numpy as np
-
 from utils.data.blocks import BOM, SPACE, newlines
 from utils.data.containers import ARROW, LINES
 from utils.data.planning import Stretch
 from utils.data.streams import open_bytes, reading
 
 READ_BYTES = 1 << 17
-_IS_BLANK = np.isin(np.arange(256), list(SPACE))
 
 
 def count(stretch: Stretch) -> tuple[int, int]:
@@ -43,19 +40,18 @@ def _chunks(stream: BinaryIO, head: bytes = b"") -> Iterator[bytes]:
 
 
 def _lines(chunks: Iterable[bytes]) -> tuple[int, int]:
-    rows, lines, blank = 0, 0, True  # blank: the line that the next chunk goes on with, so far
+    rows, lines, blank = 0, 0, True  # blank: the line at hand, so far
     for chunk in chunks:
-        letters = np.frombuffer(chunk, np.uint8)
-        ends = np.flatnonzero(letters == ord("\n"))
-        if not len(ends):
-            blank = blank and not chunk.strip(SPACE)
-            continue
-        lines += len(ends)
-        rows += not (blank and not chunk[: ends[0]].strip(SPACE))
-        starts, stops = ends[:-1] + 1, ends[1:]
-        suspects = np.flatnonzero(_IS_BLANK[letters[starts]])
-        rows += len(starts) - sum(not chunk[starts[at] : stops[at]].strip(SPACE) for at in suspects)
-        blank = not chunk[ends[-1] + 1 :].strip(SPACE)
+        begin = 0
+        while (end := chunk.find(b"\n", begin)) >= 0:
+            if blank and chunk[begin] in SPACE:
+                blank = not chunk[begin:end].strip(SPACE)
+                rows += not blank
+            else:
+                rows += 1
+            lines += 1
+            begin, blank = end + 1, True
+        blank = blank and not chunk[begin:].strip(SPACE)
     return rows + (not blank), lines
 
 

@@ -1,8 +1,8 @@
 """What a run keeps of its progress, so that another one can go on behind it.
 
-``plan.json`` says what the stretches are, ``journal.jsonl`` has a line for each one that is complete, as are all before
-it, and ``checkpoint.json`` says how far the next one came. All that the output files hold beyond that is cut off: it
-may have gaps.
+``plan.json`` says what the stretches are, ``journal.jsonl`` has a line for each one that is complete like all before
+it, and ``checkpoint.json`` says how far the next one came. What the output files hold beyond that is cut off: it may
+have gaps.
 """
 
 from __future__ import annotations

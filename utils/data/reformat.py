@@ -74,22 +74,24 @@ class _Schedule:
         for run in self._runs:
             self._try(run, self._plan)
         self._board = Board(len(self._runs), sum(run.entries for run in self._runs))
+        first = 0
+        for run in self._runs:
+            run.show(self._board, first)
+            first += run.entries
         with ExitStack() as stack:
             self._executor = stack.enter_context(Workers(self._settings.workers, self._board)).executor
+            self._hand_out()
             hashing = stack.enter_context(ThreadPoolExecutor(1))
             stack.callback(hashing.shutdown, wait=False, cancel_futures=True)
             stack.callback(self._board.stop)
-            first = 0
             for run in self._runs:
-                run.show(self._board, first)
-                first += run.entries
-                if not run.over:
+                if not run.outcome.error and not run.outcome.resumed:
                     self._hashing[hashing.submit(self._hash, run)] = run
             self._convert()
 
     def _convert(self) -> None:
         with tqdm(desc="reformat", unit=" rows") as bar:
-            while self._hand_out() or self._waiting or self._hashing:
+            while self._waiting or self._hashing:
                 done, _ = wait((*self._waiting, *self._hashing), POLL_SECONDS, FIRST_COMPLETED)
                 for future in done:
                     if future in self._hashing:
@@ -97,6 +99,7 @@ class _Schedule:
                     elif future in self._waiting:
                         run, number = self._waiting.pop(future)
                         self._try(run, self._take, number, future)
+                self._hand_out()
                 bar.update(self._board.read() - bar.n)
 
     def _try(self, run: DatasetRun, step: Callable, *arguments: object) -> None:
