@@ -11,8 +11,9 @@ from functools import lru_cache
 import numpy as np
 import orjson
 
-MEASURE = 256
-"""Bytes for each run of escapes that is worth while: where there are more, parsing everything takes no longer."""
+FEW, BYTES_EACH = 8, 512
+"""Escapes that are mended in any text, and bytes for each further one: measured, where there are more of them it is
+faster to parse the strings."""
 
 _BACKSLASH, _U, _SLASH = b"\\u/"
 _OUTSIDE = (string.ascii_letters + string.digits + string.whitespace + "+-.,:[]{}").encode()
@@ -20,11 +21,15 @@ _OUTSIDE = (string.ascii_letters + string.digits + string.whitespace + "+-.,:[]{
 
 
 def canonical(text: bytes) -> bytes | None:
-    """The same JSON with canonical escapes; None if that takes a closer look, as for text that is no JSON."""
-    flags = _flags(text)
-    begin = flags.find(1)
-    if begin < 0:
+    """The same JSON with canonical escapes; None where it has many others, or has them where there is no string."""
+    found = _escapes(text)
+    count = np.count_nonzero(found)
+    if not count:
         return text
+    if count > FEW + len(text) // BYTES_EACH:
+        return None
+    flags = found.tobytes() + bytes(6)  # none starts behind the end
+    begin = flags.find(1)
     view, parts, done = memoryview(text), [], 0
     while begin >= 0:
         if text[begin - 1] == _BACKSLASH and _is_escaped(text, begin):
@@ -34,7 +39,7 @@ def canonical(text: bytes) -> bytes | None:
         while flags[end]:
             end += 6 if text[end + 1] == _U else 2
         fixed = _fixed(text[begin:end])
-        if fixed is None or len(parts) > 2 * len(text) // MEASURE:
+        if fixed is None:
             return None
         parts += (view[done:begin], fixed)
         done, begin = end, flags.find(1, end)
@@ -42,14 +47,14 @@ def canonical(text: bytes) -> bytes | None:
     return b"".join(parts)
 
 
-def _flags(text: bytes) -> bytes:
-    """For each byte, and for some behind the end, whether an escape that may not be canonical starts there."""
+def _escapes(text: bytes) -> np.ndarray:
+    """For each byte whether an escape that may not be canonical starts there."""
     letters = np.frombuffer(text, np.uint8)
     behind = letters[1:]
-    flags = behind == _U
-    flags |= behind == _SLASH
-    flags &= letters[:-1] == _BACKSLASH
-    return flags.tobytes() + bytes(6)
+    found = behind == _U
+    found |= behind == _SLASH
+    found &= letters[:-1] == _BACKSLASH
+    return found
 
 
 def _is_escaped(text: bytes, at: int) -> bool:

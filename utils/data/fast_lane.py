@@ -1,9 +1,8 @@
 """Clean rows in bulk: ``msgspec`` finds the texts in a block of JSON, and they are copied into finished lines.
 
-They are copied as they stand there, with their escapes, which :mod:`utils.data.escapes` makes what they are to be. A
-row goes this way only if it is certain to be accepted, and comes out as the same bytes as by the rules of
-:mod:`utils.data.formats`. A row in doubt, and a block with anything odd in it, is left to those: every rule has one
-implementation.
+They are copied as they stand there, with the escapes that :mod:`utils.data.escapes` has mended. A row goes this way
+only if it is certain to be accepted, and comes out as the same bytes as by the rules of :mod:`utils.data.formats`. A
+row in doubt, and a block with anything odd in it, is left to those: every rule has one implementation.
 """
 
 from __future__ import annotations
@@ -95,8 +94,8 @@ def _read(decode: Callable[[bytes], list], text: bytes) -> list | None:
     try:
         if not text.isascii():
             text.decode("utf-8")  # the decoder does not look at what it passes over
-        escaped = canonical(text)
-        return None if escaped is None else decode(escaped)
+        plain = canonical(text)
+        return None if plain is None else decode(plain)
     except _UNREADABLE:
         return None
 
@@ -159,7 +158,7 @@ def _pairs(known: Format) -> tuple[type, Writer]:
 
     def write(row: msgspec.Struct, add: Add) -> bool:
         asked, said = row.question, row.answer
-        if not (_is_text(asked) and _is_text(said)):
+        if not all(_begin(text) in _INKED or _is_text(text) for text in (asked, said)):
             return False
         add(user)
         if given and (more := bytes(row.given)) not in (b"null", b'""'):

@@ -81,13 +81,13 @@ def _cuts(container: Container) -> Iterator[int]:
 def _find(file: BinaryIO, pattern: bytes, start: int) -> int:
     """Where a pattern of bytes is next, from ``start``; -1 if it is not."""
     file.seek(start)
-    tail = b""
+    data = b""
     while chunk := file.read(SEARCH_BYTES):
-        data = tail + chunk
+        data += chunk
         if (at := data.find(pattern)) >= 0:
             return start + at
-        tail = data[len(data) - len(pattern) + 1 :] if len(pattern) > 1 else b""
-        start += len(data) - len(tail)
+        passed = max(0, len(data) - len(pattern) + 1)
+        start, data = start + passed, data[passed:]
     return -1
 
 

@@ -93,10 +93,10 @@ class _Schedule:
         with tqdm(desc="reformat", unit=" rows") as bar:
             while self._waiting or self._hashing:
                 done, _ = wait((*self._waiting, *self._hashing), POLL_SECONDS, FIRST_COMPLETED)
-                for future in done:
+                for future in [future for future in (*self._waiting, *self._hashing) if future in done]:
                     if future in self._hashing:
                         self._try(self._hashing.pop(future), self._take_hashes, future)
-                    elif future in self._waiting:
+                    elif future in self._waiting:  # and not withdrawn
                         run, number = self._waiting.pop(future)
                         self._try(run, self._take, number, future)
                 self._hand_out()
