@@ -71,12 +71,12 @@ def test_read_only_output(locked: str):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_during_the_conversion(workers: int, tmp_path: Path, monkeypatch):
-    """A disk with room for 9 kB, which takes no write as a whole; what it took is not lost."""
+    """A disk with room for 40 kB, which takes no write as a whole; what it took is not lost."""
     path = write_rows(tmp_path / "rows", sample_rows("alpaca", 500), ".json")
     pwrite = os.pwrite
 
     def full(file: int, data: memoryview, offset: int) -> int:
-        if offset > 9000:
+        if offset > 40_000:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return pwrite(file, data[:700], offset)
 
