@@ -118,8 +118,9 @@ def convert(task: Task, board: Board) -> State:
             raise Miscounted
         for piece, field_ in ((data, DATA), (rejects, REJECTS)):
             begin = board.wait(task.run, task.entry, field_)
-            board.put(task.entry + 1, field_, begin + piece.size)
             piece.place(begin)
+            # Not before: two that write into one file at once wait for each other, and not idly.
+            board.put(task.entry + 1, field_, begin + piece.size)
     return state
 
 
