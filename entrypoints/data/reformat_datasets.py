@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
         help="read a set from this file, folder or hub id (owner/name) instead",
     )
     parser.add_argument(
-        "--workers", type=int, default=WORKERS, help="processes, about 100 MB each; the files do not depend on it"
+        "--workers", type=int, default=WORKERS, help="processes, about 60 MB each; the files do not depend on it"
     )
     parser.add_argument("--resume", action="store_true", help="go on where a killed or failed run stopped")
     parser.add_argument(

@@ -18,6 +18,7 @@ from utils.data.array import ArrayReader, separator_of
 from utils.data.blocks import Block, Place
 from utils.data.containers import read_blocks, recognise
 from utils.data.conversion import State, convert_block
+from utils.data.escapes import canonical
 from utils.data.fast_lane import lane_of
 from utils.data.formats import FORMATS
 from utils.data.lines import line_blocks
@@ -92,13 +93,68 @@ def test_real_files_row_by_row(folder: Path):
 @pytest.mark.parametrize("ascii_only", [True, False])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_clean_rows_take_the_fast_lane(name: str, ascii_only: bool, end: bytes):
-    rows = sample_rows(name, 40)
+    rows = [{**row, "pad": "of plain words" * 400} for row in sample_rows(name, 40)]
     if name in TURNS:
         rows = [{**row, "weight": None, "more": [{"from": [1.5, True]}]} for row in rows]
     texts = [json.dumps(row, ensure_ascii=ascii_only).encode() for row in rows]
     lane, wanted = lane_of(name), b"".join(careful_lines(name, rows))
     assert lane.convert(lane.lines(b"".join(text + end for text in texts)), 0, forbidden) == wanted
     assert lane.convert(lane.array(b"[" + (b"," + end).join(texts) + b"]"), 0, forbidden) == wanted
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("words", ["été", "🙂", "世界", "a/b", "\x1b[0m \x7f\b\f", "\\u0041 \\/ \\\\u", "<b> &'"])
+@pytest.mark.parametrize("every", [1, 40])
+def test_escapes_come_out_as_by_the_careful_way(name: str, words: str, every: int):
+    """Few of them in long texts, and many, also of letters that need no escape."""
+    plain = "word " * 400
+    rows = sample_rows(name, 80)
+    for number, row in enumerate(rows):
+        text = f"{words} {plain}" if number % every == 0 else plain
+        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": text}]
+        row.update({field: turns if name in TURNS else text for field in FORMATS[name].columns})
+    wanted, lane = b"".join(careful_lines(name, rows)), lane_of(name)
+    usual = "".join(json.dumps(row) + "\n" for row in rows)
+    more = usual.replace("/", "\\/").replace("<", "\\u003C").replace("&", "\\u0026").replace("'", "\\u0027")
+    for text in (usual, more):
+        typed = lane.lines(text.encode())
+        assert typed or every == 1
+        assert not typed or lane.convert(typed, 0, forbidden) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        (r'["a\\u0041\\\\u0041"]', r'["a\\u0041\\\\u0041"]'),
+        (r'["\\\\/\/"]', r'["\\\\//"]'),
+        (r'["\u00e9\/"]', '["é/"]'),
+        (r'["\ud83d\ude42"]', '["🙂"]'),
+        (r'["\u001B"]', r'["\u001b"]'),
+        (r'["\u0022"]', r'["\""]'),
+        (r'["\u005C"]', r'["\\"]'),
+        (r'["\u000a"]', r'["\n"]'),
+        (r'["\u0026"]', '["&"]'),
+        (r'["\n\" a/b u"]', r'["\n\" a/b u"]'),
+        (r'["\u0041"]', None),  # not told apart from an escape outside of a string
+        (r"[\u0074rue]", None),
+        (r"[\u0020true]", None),
+        (r"[1\u002c2]", None),
+        (r'["\ud83d"]', None),
+        (r'["\ud83d\u0041"]', None),
+        (r'["\u12g4"]', None),
+        (r'["\u12', None),
+        (r'["\u', None),
+        ('["\\', '["\\'),
+        ("[", "["),
+    ],
+)
+def test_canonical_escapes(text: str, plain: str | None):
+    assert canonical(text.encode()) == (plain and plain.encode())
+
+
+def test_more_escapes_than_are_worth_it():
+    assert canonical(b'["' + b"\\u00e9 " * 3 + b"x" * 1500 + b'"]') == '["é é é '.encode() + b"x" * 1500 + b'"]'
+    assert canonical(b'["' + b"\\u00e9 " * 30 + b"x" * 1500 + b'"]') is None
 
 
 HUMAN, GPT = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
@@ -110,10 +166,13 @@ DOUBTFUL = [
     {"conversations": [{"from": "system", "value": " "}, HUMAN, GPT]},
     {"conversations": [{"from": "bing", "value": "b"}, GPT]},
     {"conversations": [{"from": "robot", "value": "b"}, GPT]},
+    {"conversations": [HUMAN, {"from": "gpt", "value": 5}]},
+    {"conversations": [HUMAN, {"from": "gpt", "value": 1.5}]},
+    {"conversations": [HUMAN, {"from": "gpt", "value": None}]},
+    {"conversations": [HUMAN, {"from": "gpt", "value": ["a"]}]},
+    {"conversations": [HUMAN, {"from": "gpt", "value": {"a": "b"}}]},
 ]
 ODD = [
-    {"conversations": [HUMAN, {"from": "gpt", "value": 5}]},
-    {"conversations": [HUMAN, {"from": "gpt", "value": None}]},
     {"conversations": [HUMAN, {"from": "gpt"}]},
     {"conversations": [HUMAN, {"from": None, "value": "a"}]},
     {"conversations": [HUMAN, "a"]},
@@ -153,8 +212,7 @@ def test_pairs_with_a_blank_or_without_text(name: str, value: object):
     row = sample_rows(name, 1)[0]
     for field in FORMATS[name].columns[:: len(FORMATS[name].columns) - 1]:
         typed = lane_of(name).array(json.dumps([{**row, "input": "", field: value}]).encode())
-        assert (typed is None) == (not isinstance(value, str))
-        assert typed is None or lane_of(name).convert(typed, 0, lambda number: b"careful\n") == b"careful\n"
+        assert lane_of(name).convert(typed, 0, lambda number: b"careful\n") == b"careful\n"
 
 
 @pytest.mark.parametrize(

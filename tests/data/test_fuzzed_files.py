@@ -116,7 +116,7 @@ def test_every_line_is_accepted_as_published_or_listed(name: str, tmp_path: Path
     assert [(reject["id"], reject["line"]) for reject in rejects] == refused
     assert all(reject["reason"] and reject["detail"] and ("row" in reject or "text" in reject) for reject in rejects)
     in_threads(monkeypatch)
-    monkeypatch.setattr(planning, "UNIT_BYTES", 20_000)
+    monkeypatch.setattr(planning, "STRETCH_BYTES", 20_000)
     again = convert(name, path, tmp_path / "again", workers=3, **NO_LIMIT)
     assert [(again / made).read_bytes() for made in ("data.jsonl", "rejects.jsonl", "reformat.json")] == [
         (folder / made).read_bytes() for made in ("data.jsonl", "rejects.jsonl", "reformat.json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import errno
+import json
 import os
 import random
 import shutil
@@ -15,14 +15,18 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from raw_data import in_threads, sample_rows, write_rows
+from raw_data import in_threads, outcome_of, sample_rows, write_rows
 
-from utils.data import conversion, lines, planning
+from utils.data import conversion, lines, pieces, planning
+from utils.data.blocks import BOM, Place
 from utils.data.containers import recognise
-from utils.data.conversion import Task, convert, load_state
-from utils.data.planning import Unit
+from utils.data.conversion import Task
+from utils.data.dataset_run import DatasetRun
+from utils.data.planning import Plan, Stretch
+from utils.data.progress import Progress
 from utils.data.reformat import Settings, reformat
 from utils.data.sources import source_of
+from utils.data.writing import WriteError
 
 FILES = ("data.jsonl", "rejects.jsonl", "reformat.json")
 
@@ -38,81 +42,134 @@ def some_bad_rows(name: str, count: int) -> list[dict]:
 
 
 @settings(max_examples=200, deadline=None)
-@example(ending=".parquet", checkpoint=1, kills=[10], garbage=b"\x00").via("killed with all rows done")
-@example(ending=".json", checkpoint=1, kills=[3, 12, 12], garbage=b"").via("killed behind the end of the array")
+@example(ending=".parquet", checkpoint=1, whole=True, kills=[10], garbage=b"\x00").via("killed with all rows done")
+@example(ending=".json", checkpoint=1, whole=True, kills=[3, 12, 12], garbage=b"").via("killed behind the array's end")
 @given(
     ending=st.sampled_from([".json", ".jsonl", ".jsonl.gz", ".json.zst", ".parquet", ".arrow"]),
     checkpoint=st.integers(1, 3000),
+    whole=st.booleans(),
     kills=st.lists(st.integers(0, 12), max_size=3),
     garbage=st.binary(max_size=50),
 )
-def test_a_unit_killed_anywhere_ends_the_same(ending, checkpoint, kills, garbage, tmp_path_factory):
-    base = tmp_path_factory.getbasetemp() / "units"
+def test_a_run_killed_anywhere_ends_the_same(ending, checkpoint, whole, kills, garbage, tmp_path_factory):
+    """Killed behind any block, with more in the files than the run has noted down."""
+    base = tmp_path_factory.getbasetemp() / "killed"
     source = base / f"rows{ending}"
     if not source.exists():
         write_rows(base / "rows", some_bad_rows("meta_math_qa", 60), ending, indent=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conversion, "CHECKPOINT_BYTES", checkpoint)
+        patch.setattr(planning, "STRETCH_BYTES", 10**9 if whole else 1500)
+        patch.setattr(planning, "STRETCH_ROWS", 10**9 if whole else 10)
         patch.setattr(lines, "BLOCK_BYTES", 300)
         patch.setattr("utils.data.array.BLOCK_BYTES", 300)
         patch.setattr("utils.data.tables.BATCH_ROWS", 7)
         results = []
-        for calls in ([], kills):
-            folder = base / "parts"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            task = Task("meta_math_qa", Unit(recognise(source)), 0, 100, folder, "rows")
-            for limit in calls:
-                kill_after(task, limit)
-                for kind in ("data", "rejects"):
-                    with task.path(kind).open("ab") as file:
+        for limits in ([], kills):
+            shutil.rmtree(base / "out", ignore_errors=True)
+            for limit in limits:
+                kill_after(source, base / "out", limit)
+                for kind in ("data.jsonl", "rejects.jsonl"):
+                    with (base / "out" / "meta_math_qa" / ".partial" / kind).open("ab") as file:
                         file.write(garbage)
-            state = convert(task, lambda rows: None)
-            results.append((task.path("data").read_bytes(), task.path("rejects").read_bytes(), state))
+            (outcome,) = reformat([source_of("meta_math_qa", source)], base / "out", Settings(1, True, 1.0))
+            assert outcome.rows == 60 and outcome.reasons == {"empty_turn": 6}
+            results.append(contents(base / "out" / "meta_math_qa"))
     assert results[0] == results[1]
-    assert results[0][2].rows == 60 and results[0][2].reasons == {"empty_turn": 6}
 
 
-def kill_after(task: Task, calls: int) -> None:
-    left = [calls]
+def kill_after(source: Path, save_path: Path, blocks: int) -> None:
+    """Convert until so many blocks are done."""
+    left = [blocks]
 
-    def progress(rows: int) -> None:
+    def convert_block(*arguments: object) -> tuple[bytes, bytes]:
         left[0] -= 1
         if left[0] < 0:
             raise Killed
+        return converting(*arguments)
 
-    try:
-        convert(task, progress)
-    except Killed:
-        pass
+    converting = conversion.convert_block
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "convert_block", convert_block)
+        patch.setattr(DatasetRun, "publish", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            reformat([source_of("meta_math_qa", source)], save_path, Settings(1, True))
 
 
 def test_resuming_reads_only_what_is_missing(tmp_path: Path, monkeypatch):
+    """Of a stream behind its last checkpoint, of a file in stretches behind the last complete one."""
     monkeypatch.setattr(conversion, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(planning, "STRETCH_BYTES", 1000)
     monkeypatch.setattr(lines, "BLOCK_BYTES", 500)
-    path = write_rows(tmp_path / "rows", sample_rows("meta_math_qa", 100), ".jsonl.gz")
-    task = Task("meta_math_qa", Unit(recognise(path)), 0, 0, tmp_path, "rows")
-    kill_after(task, 9)
-    saved = load_state(task).rows
-    told: list[int] = []
-    convert(task, told.append)
-    assert 0 < saved < 100 and told[0] == saved and sum(told) == 100
+    converting, rows = conversion.convert_block, []
+    for ending in (".jsonl.gz", ".jsonl"):
+        path = write_rows(tmp_path / "rows", sample_rows("meta_math_qa", 100), ending)
+        kill_after(path, tmp_path / ending, 9)
+        rows.clear()
+        monkeypatch.setattr(conversion, "convert_block", lambda *task: rows.append(len(task[1])) or converting(*task))
+        assert outcome_of("meta_math_qa", path, tmp_path / ending, resume=True).accepted == 100
+        assert 20 < sum(rows) < 90
+        monkeypatch.setattr(conversion, "convert_block", converting)
 
 
-def test_parts_that_are_lost_are_made_again(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(conversion, "CHECKPOINT_BYTES", 1)
-    path = write_rows(tmp_path / "rows", sample_rows("meta_math_qa", 20), ".jsonl")
-    task = Task("meta_math_qa", Unit(recognise(path)), 0, 0, tmp_path, "rows")
-    convert(task, lambda rows: None)
-    whole = task.path("data").read_bytes()
-    for damage in (lambda: task.path("data").unlink(), lambda: os.truncate(task.path("data"), 10)):
-        damage()
-        assert load_state(task) is None
-        convert(task, lambda rows: None)
-        assert task.path("data").read_bytes() == whole
-    for text in ("{", '{"place": 1}', "[]"):
-        task.path("state").write_text(text)
-        assert load_state(task) is None
+def test_output_that_is_lost_is_made_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(planning, "STRETCH_BYTES", 500)
+    path = write_rows(tmp_path / "rows", sample_rows("meta_math_qa", 40), ".jsonl")
+    container = recognise(path)
+    partial = tmp_path / "out" / "meta_math_qa" / ".partial"
+    for name, damage in (
+        ("data.jsonl", Path.unlink),
+        ("data.jsonl", lambda file: os.truncate(file, 10)),
+        ("journal.jsonl", Path.unlink),
+        ("journal.jsonl", lambda file: file.write_text("{}\n")),
+        ("journal.jsonl", lambda file: file.write_text("[]\n")),
+        ("plan.json", lambda file: file.write_text("{")),
+    ):
+        shutil.rmtree(partial, ignore_errors=True)
+        kill_after(path, tmp_path / "out", 5)
+        plan, states, _ = Progress(partial).load([container])
+        assert 2 < len(states) < len(plan.stretches)
+        damage(partial / name)
+        assert Progress(partial).load([container]) is None
+        assert outcome_of("meta_math_qa", path, tmp_path / "out", resume=True).accepted == 40
+        shutil.rmtree(partial.parent)
+
+
+def test_a_line_of_the_journal_that_was_cut_short_is_none(tmp_path: Path):
+    path = write_rows(tmp_path / "rows", sample_rows("alpaca", 3), ".jsonl")
+    container = recognise(path)
+    progress = Progress(tmp_path / "partial")
+    progress.begin(Plan([Stretch(container)] * 3))
+    for rows in (1, 2):
+        progress.add(conversion.State(Place(), rows))
+    journal = tmp_path / "partial" / "journal.jsonl"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-4])
+    _, states, _ = progress.load([container])
+    assert [state.rows for state in states] == [1]
+    progress.add(conversion.State(Place(), 2))
+    assert journal.read_bytes() == whole
+
+
+def test_a_checkpoint_of_bytes_that_are_written_anew_is_forgotten(tmp_path: Path):
+    """It was for the third stretch, when the second had not been noted down: what it says comes true a second time
+    only when that stretch is as far again, and until then there may be gaps."""
+    path = write_rows(tmp_path / "rows", sample_rows("alpaca", 3), ".jsonl")
+    container = recognise(path)
+    partial = tmp_path / "partial"
+    progress = Progress(partial)
+    progress.begin(Plan([Stretch(container)] * 3))
+    task = Task("alpaca", Stretch(container), 2, partial, "rows", 0, 2)
+    state = conversion.State(Place(5, 1), 1, 10)
+    progress.add(conversion.State(Place(), 1))
+    (partial / "data.jsonl").write_bytes(bytes(100))
+    conversion._save(task, state)
+    assert progress.load([container])[2] is None
+    progress.add(conversion.State(Place(), 1))
+    assert progress.load([container])[2] is None
+    (partial / "data.jsonl").write_bytes(bytes(100))
+    conversion._save(task, state)
+    assert progress.load([container])[2] == state and os.path.getsize(partial / "data.jsonl") == 10
 
 
 def contents(folder: Path) -> list[bytes]:
@@ -133,7 +190,7 @@ def test_a_run_that_was_complete_is_left_alone(tmp_path: Path, convert):
 
 
 def test_another_file_is_not_taken_for_the_one_begun(tmp_path: Path, monkeypatch, convert):
-    monkeypatch.setattr(conversion, "CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr(planning, "STRETCH_BYTES", 500)
     raw = write_rows(tmp_path / "raw" / "rows", sample_rows("meta_math_qa", 30), ".jsonl")
     (outcome,) = reformat([source_of("meta_math_qa", raw)], tmp_path / "out", Settings(strict=True))
     assert outcome.error is None
@@ -149,16 +206,19 @@ DRIVER = """
 import runpy, sys
 import utils.data.conversion, utils.data.planning
 utils.data.conversion.CHECKPOINT_BYTES = 30_000
+utils.data.planning.STRETCH_BYTES = 30_000
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+"""Workers that are forked have these sizes, too."""
 
 
+@pytest.mark.parametrize("endings", [(".jsonl", ".json.gz", ".jsonl.zst"), (".jsonl", ".json")])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_kill_9_at_random_points(workers: int, tmp_path: Path, root: Path):
+def test_kill_9_at_random_points(workers: int, endings: tuple[str, ...], tmp_path: Path, root: Path):
     raw = tmp_path / "raw" / "alpaca"
     for shard in range(6):
-        write_rows(raw / f"part_{shard}", sample_rows("alpaca", 1500), (".jsonl", ".json.gz", ".jsonl.zst")[shard % 3])
+        write_rows(raw / f"part_{shard}", sample_rows("alpaca", 1500), endings[shard % len(endings)])
     entry = str(root / "entrypoints" / "data" / "reformat_datasets.py")
     options = ["--raw_data_root", str(tmp_path / "raw"), "--workers", str(workers), "--save_path"]
     command = [sys.executable, "-c", DRIVER, entry, *options]
@@ -170,8 +230,8 @@ def test_kill_9_at_random_points(workers: int, tmp_path: Path, root: Path):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        begun = len(list(folder.glob(".partial/*.state")))
-        while process.poll() is None and len(list(folder.glob(".partial/*.state"))) in (0, begun):
+        begun = noted(folder)
+        while process.poll() is None and noted(folder) in (0, begun):
             time.sleep(0.002)
         time.sleep(draw.random() * 0.03)
         process.send_signal(signal.SIGKILL)
@@ -183,6 +243,12 @@ def test_kill_9_at_random_points(workers: int, tmp_path: Path, root: Path):
     subprocess.run([*command, str(folder.parent), "--resume"], check=True, capture_output=True)
     assert contents(folder) == contents(tmp_path / "calm" / "alpaca")
     assert not (folder / ".partial").exists()
+
+
+def noted(folder: Path) -> int:
+    """Bytes of the journal of a run."""
+    journal = folder / ".partial" / "journal.jsonl"
+    return journal.stat().st_size if journal.exists() else 0
 
 
 def test_workers_do_not_show(tmp_path: Path, monkeypatch, convert):
@@ -197,29 +263,71 @@ def test_workers_do_not_show(tmp_path: Path, monkeypatch, convert):
         if raw == "plain":
             blank.write_bytes(blank.read_bytes().replace(b"\n", b"\n\n", 3))
         wanted = contents(convert("vicuna_sharegpt", folder, tmp_path / f"{raw}_1"))
-        assert contents(convert("vicuna_sharegpt", folder, tmp_path / f"{raw}_2", workers=2)) == wanted
-        for size in (1, 700, 5000):
-            monkeypatch.setattr(planning, "UNIT_BYTES", size)
+        for size in (1, 700, 5000, 10**9):
+            monkeypatch.setattr(planning, "STRETCH_BYTES", size)
+            assert contents(convert("vicuna_sharegpt", folder, tmp_path / f"{raw}_2_{size}", workers=2)) == wanted
             in_threads(monkeypatch)
+            monkeypatch.setattr(pieces, "WRITE_BYTES", 400)
+            monkeypatch.setattr(pieces, "HELD_BYTES", 1000)
             assert contents(convert("vicuna_sharegpt", folder, tmp_path / f"{raw}_{size}", workers=3)) == wanted
             monkeypatch.undo()
 
 
-@pytest.mark.parametrize("copied", [0, 10])
-def test_parts_are_joined_where_the_system_does_not_copy(copied: int, tmp_path: Path, monkeypatch, convert):
-    """Files that it refuses to copy between, at once or after some bytes."""
-    raw = write_rows(tmp_path / "rows", sample_rows("alpaca", 200), ".jsonl")
-    wanted = contents(convert("alpaca", raw, tmp_path / "one"))
-    monkeypatch.setattr(planning, "UNIT_BYTES", 5000)
+LAYOUTS = {
+    "lines": lambda rows: b"".join(json.dumps(row).encode() + b"\n" for row in rows),
+    "blank lines in the middle": lambda rows: LAYOUTS["lines"](rows).replace(b"\n", b"\n \r\n\n", 30)[3:],
+    "CRLF": lambda rows: LAYOUTS["lines"](rows).replace(b"\n", b"\r\n"),
+    "BOM": lambda rows: BOM + LAYOUTS["lines"](rows),
+    "no newline at the end": lambda rows: LAYOUTS["lines"](rows)[:-1],
+    "array": lambda rows: json.dumps(rows).encode(),
+    "array over lines": lambda rows: json.dumps(rows, indent=1).encode() + b"\n",
+    "array with other elements": lambda rows: json.dumps([*rows[:50], 7, None, *rows[50:]]).encode(),
+    "broken rows": lambda rows: LAYOUTS["lines"](rows).replace(b"output", b"outp\xff", 20).replace(b'"}', b'"', 9),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [1, 97, 1000, 4099, 20_000])
+def test_stretches_of_odd_sizes(layout: str, size: int, tmp_path: Path, monkeypatch, convert):
+    """Two processes make the bytes that one worker makes, also of rows that are larger than a stretch."""
+    rows = sample_rows("alpaca", 60 if size == 1 else 300)
+    rows[20]["output"] = "long " * 3000
+    rows[30]["output"] = " "
+    path = tmp_path / "rows.json"
+    path.write_bytes(LAYOUTS[layout](rows))
+    wanted = contents(convert("alpaca", path, tmp_path / "one", max_reject_rate=1))
+    monkeypatch.setattr(planning, "STRETCH_BYTES", size)
+    assert contents(convert("alpaca", path, tmp_path / "alone", max_reject_rate=1)) == wanted
+    assert contents(convert("alpaca", path, tmp_path / "two", max_reject_rate=1, workers=2)) == wanted
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_nobody_waits_for_a_stretch_that_failed(workers: int, tmp_path: Path, monkeypatch):
+    """What lies behind it is given up, the other data set goes on."""
+    monkeypatch.setattr(planning, "STRETCH_BYTES", 500)
     in_threads(monkeypatch)
-    copy, calls = os.copy_file_range, []
+    converting = conversion.convert_block
 
-    def refused(source: int, target: int, count: int) -> int:
-        calls.append(count)
-        if not copied or len(calls) % 2 == 0:
-            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-        return copy(source, target, copied)
+    def failing(known, block, first, *rest):
+        if known.name == "alpaca" and first > 30:
+            time.sleep(0.05)  # so that the others wait
+            raise WriteError("the disk is gone")
+        return converting(known, block, first, *rest)
 
-    monkeypatch.setattr(os, "copy_file_range", refused)
-    assert contents(convert("alpaca", raw, tmp_path / "many", workers=2)) == wanted
-    assert len(calls) > 4
+    monkeypatch.setattr(conversion, "convert_block", failing)
+    sources = [
+        source_of(name, write_rows(tmp_path / name, sample_rows(name, 200), ".jsonl"))
+        for name in ("alpaca", "meta_math_qa")
+    ]
+    failed, done = reformat(sources, tmp_path / "out", Settings(workers))
+    assert failed.error == "the disk is gone" and done.error is None and done.accepted == 200
+    monkeypatch.setattr(conversion, "convert_block", converting)
+    assert outcome_of("alpaca", sources[0].files[0], tmp_path / "out", resume=True, workers=workers).accepted == 200
+
+
+def test_a_worker_that_dies_is_named(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(planning, "STRETCH_BYTES", 500)
+    monkeypatch.setattr(conversion, "convert_block", lambda *_: os._exit(9))
+    path = write_rows(tmp_path / "rows", sample_rows("alpaca", 200), ".jsonl")
+    outcome = outcome_of("alpaca", path, tmp_path / "out", workers=2)
+    assert "a worker died" in outcome.error and "--resume" in outcome.error

@@ -14,9 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from raw_data import outcome_of, published_files, sample_rows, write_rows
+from raw_data import in_threads, outcome_of, published_files, sample_rows, write_rows
 
-from utils.data import conversion, lines
+from utils.data import planning
 from utils.data.mix_plan import MixPlan
 from utils.data.mixing import mix
 from utils.errors import UserError
@@ -69,39 +69,29 @@ def test_read_only_output(locked: str):
         assert published_files(base / "out") == {"data.jsonl"}
 
 
-def test_a_full_disk_during_the_conversion(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_during_the_conversion(workers: int, tmp_path: Path, monkeypatch):
+    """A disk with room for 40 kB, which takes no write as a whole; what it took is not lost."""
     path = write_rows(tmp_path / "rows", sample_rows("alpaca", 500), ".json")
-    reopened = conversion._reopened
+    pwrite = os.pwrite
 
-    class Full:
-        """A file on a disk with room for 9 kB."""
+    def full(file: int, data: memoryview, offset: int) -> int:
+        if offset > 40_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(file, data[:700], offset)
 
-        def __init__(self, file):
-            self.file, self.left = file, 9000
-
-        def write(self, data: bytes) -> None:
-            self.left -= len(data)
-            if self.left < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
-            self.file.write(data)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def flush(self):
-            self.file.flush()
-
-    monkeypatch.setattr(lines, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr("utils.data.array.BLOCK_BYTES", 1000)
-    monkeypatch.setattr(conversion, "_reopened", lambda *args: Full(reopened(*args)))
-    outcome = outcome_of("alpaca", path, tmp_path / "out")
-    assert "No space left" in outcome.error and "00000.data" in outcome.error
+    monkeypatch.setattr(planning, "STRETCH_BYTES", 3000)
+    in_threads(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        outcome = outcome_of("alpaca", path, tmp_path / "out", workers=workers)
+    assert "No space left" in outcome.error and "data.jsonl" in outcome.error
     assert published_files(tmp_path / "out") == set()
-    monkeypatch.undo()
+    assert len((tmp_path / "out" / "alpaca" / ".partial" / "journal.jsonl").read_bytes().splitlines()) > 1
     assert outcome_of("alpaca", path, tmp_path / "out", resume=True).accepted == 500
+    assert outcome_of("alpaca", path, tmp_path / "fresh").accepted == 500
+    made = [(tmp_path / folder / "alpaca" / "data.jsonl").read_bytes() for folder in ("out", "fresh")]
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("entry", ["reformat_datasets.py", "mix_datasets.py"])

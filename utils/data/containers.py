@@ -32,6 +32,11 @@ class Container:
         """Whether places in it are rows rather than bytes."""
         return self.kind in (PARQUET, ARROW)
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether it is a plain text with a known separator."""
+        return bool(self.separator) and not self.compressed
+
 
 def recognise(path: Path) -> Container:
     """Find out by content what a file is; raises :class:`UserError` for what holds no rows."""

@@ -1,39 +1,44 @@
-"""One unit of rows to messages, in files that a killed run leaves fit to be continued.
+"""One stretch of rows to messages, numbered and put to its place beside those that others convert.
 
-A unit writes three files: rows, rejects, and a state that says how much of the two is good, and from where in the
-source to go on. The state is replaced as a whole after the rows that it speaks of are written; whatever a killed run
-wrote behind it is cut off. Rows do not depend on where blocks or units begin, so neither kills nor the number of
-workers show in the result.
+The stretches of a data set go into the same two files. A stretch is numbered once the rows before it are counted, and
+written once the size of what is made of them is known; the board says both. Rows do not depend on where blocks or
+stretches begin, so neither kills nor the number of workers show in the result.
+
+A stretch that takes long leaves a checkpoint, which is replaced as a whole after the rows that it speaks of are
+written. It counts only if all before the stretch was complete, see :mod:`utils.data.progress`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import orjson
 
 from utils.data.blocks import Block, Place, Unreadable
+from utils.data.board import DATA, LINES, READ, REJECTS, ROWS, UNKNOWN, Board
 from utils.data.containers import read_blocks
+from utils.data.counting import count
 from utils.data.fast_lane import lane_of
 from utils.data.formats import FORMATS, Format
-from utils.data.planning import Unit
+from utils.data.pieces import Piece
+from utils.data.planning import Stretch
 from utils.data.policy import Reject, json_type
 from utils.data.writing import replace_file, writing
 
 CHECKPOINT_BYTES = 32 << 20
+CHECKPOINT = "checkpoint.json"
+"""Name of the file that says how far the stretch behind the last complete one is."""
+
 LINE = orjson.OPT_APPEND_NEWLINE
 
 
 @dataclass
 class State:
-    """Progress of a unit: what was read, what of it is written (sizes in bytes), and counts by reason."""
+    """Progress of a stretch: what was read, what of it is written (sizes in bytes), and counts by reason."""
 
     place: Place
     rows: int = 0
@@ -41,70 +46,81 @@ class State:
     rejects_size: int = 0
     accepted: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
-    done: bool = False
+
+    @classmethod
+    def of(cls, saved: dict) -> State:
+        """From ``asdict``; raises TypeError or KeyError if it is not."""
+        return cls(**{**saved, "place": Place(**saved["place"])})
 
 
 @dataclass(frozen=True)
 class Task:
-    """A unit to convert: number ``number`` of its data set, whose rows before it are ``first_row``."""
+    """Stretch number ``number`` of a data set to convert.
+
+    ``run`` and ``entry``: the data set and what lies before the stretch, on the board. ``counting``: whether to count
+    the rows first. ``shown``: the file's name as rejects give it. ``begun``: how far an earlier run came.
+    """
 
     name: str
-    unit: Unit
+    stretch: Stretch
     number: int
-    first_row: int
     folder: Path
     shown: str
-    """The file's name as rejects give it."""
-
-    def path(self, kind: str) -> Path:
-        """Its file of ``data``, ``rejects`` or ``state``."""
-        return self.folder / f"{self.number:05d}.{kind}"
-
-
-class Stopped(Exception):
-    """The run is over for another reason."""
+    run: int
+    entry: int
+    counting: bool = False
+    begun: State | None = None
 
 
-def load_state(task: Task) -> State | None:
-    """How far an earlier run came, if its files are all there."""
-    try:
-        saved = orjson.loads(task.path("state").read_bytes())
-        state = State(Place(**saved.pop("place")), **saved)
-        sizes = [os.path.getsize(task.path(kind)) for kind in ("data", "rejects")]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return state if sizes[0] >= state.data_size and sizes[1] >= state.rejects_size else None
+class Miscounted(Exception):
+    """A stretch has other rows than were counted, so that what lies behind it has wrong numbers."""
 
 
-def convert(task: Task, progress: Callable[[int], None]) -> State:
-    """Convert a unit, from where an earlier run left it; ``progress`` is told of rows read and may raise Stopped.
+def convert(task: Task, board: Board) -> State:
+    """Convert a stretch, from where an earlier run left it.
 
-    Raises :class:`UserError` if the source cannot be read to its end or the results cannot be written.
+    Raises :class:`UserError` if the source cannot be read to its end or the results cannot be written,
+    :class:`Miscounted`, and :class:`Stopped` when told to.
     """
-    state = load_state(task) or State(task.unit.start)
-    progress(state.rows)
-    known = FORMATS[task.name]
+    stretch, known = task.stretch, FORMATS[task.name]
+    rows, lines = count(stretch) if task.counting else (stretch.rows, 0)
+    first_row = board.wait(task.run, task.entry, ROWS)
+    line = board.wait(task.run, task.entry, LINES) if stretch.start else 0
+    if rows is not None:
+        board.put(task.entry + 1, LINES, line + lines)
+        board.put(task.entry + 1, ROWS, first_row + rows)
+    is_table = stretch.container.is_table
+    state = task.begun or State(Place(stretch.start, stretch.start if is_table else line))
+    saved = state.data_size
+    lane = None if is_table else lane_of(task.name)
     with ExitStack() as stack:
-        stack.enter_context(writing(task.folder))
-        data, rejects = (stack.enter_context(_reopened(task, kind, state)) for kind in ("data", "rejects"))
-        if state.done:
-            return state
-        saved = state.data_size
-        lane = None if task.unit.container.is_table else lane_of(task.name)
-        for block in read_blocks(task.unit.container, known.columns, state.place, task.unit.stop, lane):
-            good, bad = convert_block(known, block, task.first_row + state.rows, task.shown, state)
-            data.write(good)
-            rejects.write(bad)
+        data = stack.enter_context(Piece(task.folder / "data.jsonl", state.data_size))
+        rejects = stack.enter_context(Piece(task.folder / "rejects.jsonl", state.rejects_size))
+        for block in read_blocks(stretch.container, known.columns, state.place, stretch.stop, lane):
+            board.check(task.run)
+            good, bad = convert_block(known, block, first_row + state.rows, task.shown, state)
+            begins = board.get(task.entry, DATA), board.get(task.entry, REJECTS)
+            data.write(good, begins[0])
+            rejects.write(bad, begins[1])
             state.place = block.after
             state.rows += len(block)
-            state.data_size += len(good)
-            state.rejects_size += len(bad)
-            if state.data_size - saved >= CHECKPOINT_BYTES:
-                _save(task, state, data, rejects)
+            state.data_size, state.rejects_size = data.size, rejects.size
+            board.put(task.entry + 1, READ, state.rows)
+            if UNKNOWN not in begins and state.data_size - saved >= CHECKPOINT_BYTES:
+                data.place(begins[0])
+                rejects.place(begins[1])
+                _save(task, state)
                 saved = state.data_size
-            progress(len(block))
-        state.done = True
-        _save(task, state, data, rejects)
+        if rows is None:
+            board.put(task.entry + 1, LINES, state.place.line)
+            board.put(task.entry + 1, ROWS, first_row + state.rows)
+        elif rows != state.rows:
+            raise Miscounted
+        for piece, field_ in ((data, DATA), (rejects, REJECTS)):
+            begin = board.wait(task.run, task.entry, field_)
+            piece.place(begin)
+            # Not before: two that write into one file at once wait for each other, and not idly.
+            board.put(task.entry + 1, field_, begin + piece.size)
     return state
 
 
@@ -167,14 +183,6 @@ def _as_text(row: object) -> str:
         return ""
 
 
-def _reopened(task: Task, kind: str, state: State) -> BinaryIO:
-    """A file of the unit, cut to what the state vouches for."""
-    file = task.path(kind).open("ab")
-    file.truncate(state.data_size if kind == "data" else state.rejects_size)
-    return file
-
-
-def _save(task: Task, state: State, *files: BinaryIO) -> None:
-    for file in files:
-        file.flush()
-    replace_file(task.path("state"), orjson.dumps(asdict(state)))
+def _save(task: Task, state: State) -> None:
+    with writing(task.folder):
+        replace_file(task.folder / CHECKPOINT, orjson.dumps({"number": task.number, "state": asdict(state)}))

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import orjson
 
+from utils.data.board import DATA, LINES, REJECTS, ROWS, Board
 from utils.data.containers import Container
 from utils.data.conversion import State, Task
-from utils.data.planning import Unit, plan_of, resumed_units, whole_files
+from utils.data.planning import Plan, Stretch, cut_file
 from utils.data.policy import FILTERED
+from utils.data.progress import Progress
 from utils.data.sources import Source
 from utils.data.writing import replace_file, writing
 
-COPY_BYTES = 1 << 20
 PRETTY = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 
 
@@ -46,30 +47,37 @@ class Outcome:
 
 
 class DatasetRun:
-    """Units of a data set, handed out as tasks as soon as the number of their first row is known."""
+    """Stretches of a data set, handed out one after the other, and what became of them.
 
-    def __init__(self, source: Source, folder: Path) -> None:
-        self.source, self.folder, self.partial = source, folder, folder / ".partial"
+    ``number`` is that of the data set on the board.
+    """
+
+    def __init__(self, source: Source, folder: Path, number: int = 0) -> None:
+        self.source, self.folder, self.partial, self.number = source, folder, folder / ".partial", number
         self.outcome = Outcome(source.name)
-        self._units: list[Unit] = []
-        self._states: list[State | None] = []
-        self._next = self._first_row = self._joined = 0
+        self._progress = Progress(self.partial)
+        self._set(Plan([]))
 
-    @property
-    def total(self) -> int | None:
-        """Rows of the data set, where all units are counted."""
-        counts = [unit.rows for unit in self._units]
-        return None if None in counts else sum(counts)
+    def _set(self, plan: Plan, states: Sequence[State] = (), begun: State | None = None) -> None:
+        """Take up a plan of which an earlier run has done the first stretches, and the next one in part."""
+        self._plan, self._begun = plan, {len(states): begun}
+        self._states = [*states, *[None] * (len(plan.stretches) - len(states))]
+        self._next = self._complete = len(states)
 
     @property
     def is_cut(self) -> bool:
-        """Whether the plan has stretches of files in it."""
-        return any(unit.stop is not None for unit in self._units)
+        """Whether the plan has parts of files in it."""
+        return any(stretch.stop is not None for stretch in self._plan.stretches)
 
     @property
     def over(self) -> bool:
         """Whether nothing is left to do."""
-        return self.outcome.error is not None or self.outcome.resumed or None not in self._states
+        return self.outcome.error is not None or self.outcome.resumed or self._complete == len(self._states)
+
+    @property
+    def entries(self) -> int:
+        """How many it needs on the board."""
+        return len(self._states) + 1
 
     def published_before(self) -> bool:
         """Whether the folder already holds the result for these files; then it is this run's outcome, too."""
@@ -90,74 +98,78 @@ class DatasetRun:
         return True
 
     def resume(self, containers: Sequence[Container]) -> bool:
-        """Take up the plan of a killed run, if it was for these files as they are now."""
-        try:
-            units = resumed_units(orjson.loads((self.partial / "plan.json").read_bytes()), containers)
-        except (OSError, ValueError):
-            return False
-        self._set(units or [])
-        return bool(units)
-
-    def start(self, units: Sequence[Unit]) -> None:
-        """Begin anew with these units."""
+        """Take up what a killed run left, if that was for these files as they are now."""
         with writing(self.folder):
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-            replace_file(self.partial / "plan.json", orjson.dumps(plan_of(units)))
-        self._set(units)
-
-    def _set(self, units: Sequence[Unit]) -> None:
-        self._units, self._states = list(units), [None] * len(units)
-        self._next = self._first_row = self._joined = 0
-
-    def ready(self) -> list[Task]:
-        """The tasks that can start now, each handed out once."""
-        tasks = []
-        while self._next < len(self._units):
-            number = self._next
-            if number and self._units[number - 1].rows is None:
-                before = self._states[number - 1]
-                if before is None:
-                    break
-                self._first_row += before.rows
-            elif number:
-                self._first_row += self._units[number - 1].rows
-            unit = self._units[number]
-            shown = self.source.shown(unit.container.path)
-            tasks.append(Task(self.source.name, unit, number, self._first_row, self.partial, shown))
-            self._next += 1
-        return tasks
-
-    def finish(self, number: int, state: State) -> bool:
-        """Take the result of a unit; False if its rows are not as many as counted, so that ids behind it are wrong."""
-        expected = self._units[number].rows
-        if expected is not None and expected != state.rows and number + 1 < len(self._units):
+            left = self._progress.load(containers)
+        if left is None:
             return False
-        self._states[number] = state
-        self._join()
+        self._set(*left)
         return True
 
-    def start_uncounted(self) -> None:
-        """Begin anew without counts, file after file."""
-        self.start(whole_files(list(dict.fromkeys(unit.container for unit in self._units))))
+    def start(self, containers: Sequence[Container]) -> None:
+        """Begin anew, with the files cut into stretches."""
+        self._start(Plan([stretch for container in containers for stretch in cut_file(container)]))
 
-    def _join(self) -> None:
-        """Append what is complete, in order, while other units are still being converted."""
-        with writing(self.partial):
-            while self._joined < len(self._states) and self._states[self._joined] is not None:
-                for kind in ("data", "rejects"):
-                    self._append(kind, fresh=self._joined == 0)
-                self._joined += 1
+    def start_whole(self) -> None:
+        """Begin anew, file after file: their rows are not what stands between separators."""
+        containers = dict.fromkeys(stretch.container for stretch in self._plan.stretches)
+        self._start(Plan([Stretch(container) for container in containers], counting=False))
+        self.show(self._board, self._first_entry)
 
-    def _append(self, kind: str, fresh: bool) -> None:
-        part, whole = self.partial / f"{self._joined:05d}.{kind}", self.partial / f"{kind}.jsonl"
-        if len(self._units) == 1 and _linked(part, whole):
-            return
-        if fresh:
-            whole.write_bytes(b"")
-        if not _copied(part, whole):
-            with part.open("rb") as source, whole.open("ab") as target:
-                shutil.copyfileobj(source, target, COPY_BYTES)
+    def _start(self, plan: Plan) -> None:
+        with writing(self.folder):
+            self._progress.begin(plan)
+        self._set(plan)
+
+    def show(self, board: Board, first: int) -> None:
+        """Put on the board, from entry ``first`` on, what is known so far: what lies before the next stretch."""
+        self._board, self._first_entry = board, first
+        board.clear(first, self.entries)
+        done = [state for state in self._states if state]
+        entry = first + len(done)
+        board.put(entry, ROWS, sum(state.rows for state in done))
+        board.put(entry, LINES, done[-1].place.line if done else 0)
+        board.put(entry, DATA, sum(state.data_size for state in done))
+        board.put(entry, REJECTS, sum(state.rejects_size for state in done))
+
+    def next_task(self, alone: bool) -> Task | None:
+        """The next stretch, if it can be worked on now; each is handed out once.
+
+        ``alone``: there is one worker, so that all stretches before are done when it comes to this one.
+        """
+        number = self._next
+        if number == len(self._states):
+            return None
+        if number and not (alone or self._states[number - 1] or self._counted(number - 1)):
+            return None
+        self._next += 1
+        stretch = self._plan.stretches[number]
+        return Task(
+            name=self.source.name,
+            stretch=stretch,
+            number=number,
+            folder=self.partial,
+            shown=self.source.shown(stretch.container.path),
+            run=self.number,
+            entry=self._first_entry + number,
+            counting=not alone and self._counted(number) and stretch.rows is None,
+            begun=self._begun.get(number),
+        )
+
+    def _counted(self, number: int) -> bool:
+        """Whether the rows of a stretch are known before it is converted; nobody needs to know those of the last."""
+        stretch = self._plan.stretches[number]
+        if number + 1 == len(self._states) or not self._plan.counting:
+            return False
+        return stretch.rows is not None or stretch.can_be_counted
+
+    def finish(self, number: int, state: State) -> None:
+        """Take the result of a stretch, and note down what is complete from the first stretch on."""
+        self._states[number] = state
+        with writing(self.folder):
+            while self._complete < len(self._states) and self._states[self._complete]:
+                self._progress.add(self._states[self._complete])
+                self._complete += 1
 
     def publish(self, hashes: Sequence[str], max_reject_rate: float, strict: bool) -> None:
         """Move the result to its final names, unless it has no rows or too many rejects; says so in ``outcome``."""
@@ -207,28 +219,3 @@ class DatasetRun:
                 for path, digest in files
             ],
         }
-
-
-def _copied(part: Path, whole: Path) -> bool:
-    """Whether the part could be appended within the system, without passing through this process."""
-    with part.open("rb", 0) as source, whole.open("r+b", 0) as target:
-        end = target.seek(0, os.SEEK_END)
-        try:
-            while os.copy_file_range(source.fileno(), target.fileno(), COPY_BYTES):
-                pass
-        except (AttributeError, OSError):  # not on every system, and not between all files
-            pass
-        if target.tell() - end == os.path.getsize(part):
-            return True
-        target.truncate(end)
-    return False
-
-
-def _linked(part: Path, whole: Path) -> bool:
-    """Whether the part could be given the name of the whole, which spares a copy; some file systems know no links."""
-    whole.unlink(missing_ok=True)
-    try:
-        os.link(part, whole)
-    except OSError:
-        return False
-    return True

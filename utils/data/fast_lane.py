@@ -1,96 +1,87 @@
-"""Clean rows in bulk: a block of JSON to finished lines with two calls of ``msgspec``, which knows their fields.
+"""Clean rows in bulk: ``msgspec`` finds the texts in a block of JSON, and they are copied into finished lines.
 
-It makes objects of the fields that are kept and of nothing else, and of no row a ``dict``. A row goes this way only
-if it is certain to be accepted, and comes out as the same bytes as by :mod:`utils.data.formats`; a row in doubt, and
-a block with anything odd in it, is left to that, so that every rule has one implementation.
+They are copied as they stand there, with the escapes that :mod:`utils.data.escapes` has mended. A row goes this way
+only if it is certain to be accepted, and comes out as the same bytes as by the rules of :mod:`utils.data.formats`. A
+row in doubt, and a block with anything odd in it, is left to those: every rule has one implementation.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from functools import cache
 
 import msgspec
+import orjson
 
+from utils.data.escapes import canonical
 from utils.data.formats import FORMATS, Format
 
-OPEN, CLOSE = b"{}"
+OPEN, CLOSE, QUOTE = b'{}"'
 _UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
-_ENCODE_LINES = msgspec.json.Encoder().encode_lines
+_begin = struct.Struct("<H").unpack_from
+_INKED = frozenset(_begin(b'"%c' % letter) for letter in range(0x21, 0x7F) if letter not in b'"\\')
+"""How most strings begin that are not blank: with a letter which shows, and no escape."""
 
 Careful = Callable[[int], bytes]
+Add = Callable[[bytes | memoryview | msgspec.Raw], None]
 
 
 class Turn(msgspec.Struct, gc=False):
-    """A turn of a conversation, as it comes."""
+    """A turn of a conversation."""
 
     sender: str = msgspec.field(name="from")
-    value: str
+    value: msgspec.Raw
 
 
 class Conversation(msgspec.Struct, gc=False):
-    """A row of turns, as it comes."""
+    """A row of turns."""
 
     conversations: list[Turn]
 
 
-class Message(msgspec.Struct, gc=False):
-    """A turn, as it goes."""
-
-    role: str
-    content: str
-
-
-class Line(msgspec.Struct, gc=False):
-    """A row, as it goes."""
-
-    dataset: str
-    id: str
-    messages: list[Message]
-
-
-Messages = Callable[[msgspec.Struct], list[Message] | None]
-"""Messages of a row, None where it is in doubt whether it is accepted as it is."""
+Writer = Callable[[msgspec.Struct, Add], bool]
+"""Hands on the messages of a row, piece by piece; False, perhaps after some of them, where it is in doubt whether the
+row is accepted as it is."""
 
 
 class FastLane:
     """Reads and converts rows of one data set."""
 
     def __init__(self, known: Format) -> None:
-        row, self._messages = _conversations(known) if known.senders else _pairs(known)
-        self._label = known.label
+        row, self._write = _conversations(known) if known.senders else _pairs(known)
+        self._head = f'{{"dataset":"{known.label}","id":"{known.label}_'.encode()
         self._lines = msgspec.json.Decoder(row).decode_lines
         self._array = msgspec.json.Decoder(list[row]).decode
 
     def lines(self, text: bytes) -> list | None:
         """Rows of whole lines, each with its end; None unless every line is one row."""
-        try:
-            rows = self._lines(_utf8(text))
-        except _UNREADABLE:
-            return None
-        return rows if _one_a_line(text, len(rows)) else None
+        rows = _read(self._lines, text)
+        return rows if rows is not None and _one_a_line(text, len(rows)) else None
 
     def array(self, text: bytes) -> list | None:
         """Rows of an array; None if there is anything else in it."""
-        try:
-            return self._array(_utf8(text))
-        except _UNREADABLE:
-            return None
+        return _read(self._array, text)
 
     def convert(self, rows: list, first: int, careful: Careful) -> bytes:
         """Lines of the accepted ones of ``rows``, the first of which has the number ``first``.
 
         ``careful`` makes the line of a row in doubt, by its number: empty if it is left out.
         """
-        label, messages_of = self._label, self._messages
-        made: list[Line | msgspec.Raw] = []
+        write, head, made = self._write, self._head, []
+        add = made.append
         for number, row in enumerate(rows, first):
-            messages = messages_of(row)
-            if messages is not None:
-                made.append(Line(label, f"{label}_{number}", messages))
-            elif line := careful(number):
-                made.append(msgspec.Raw(line[:-1]))
-        return _ENCODE_LINES(made)
+            begin = len(made)
+            add(b'%b%d","messages":[' % (head, number))
+            try:
+                accepted = write(row, add)
+            except struct.error:  # a number of one digit
+                accepted = False
+            if accepted:
+                add(b"}]}\n")
+            else:
+                made[begin:] = (careful(number),)
+        return b"".join(made)
 
 
 @cache
@@ -99,11 +90,14 @@ def lane_of(name: str) -> FastLane:
     return FastLane(FORMATS[name])
 
 
-def _utf8(text: bytes) -> bytes:
-    """The text; UnicodeDecodeError unless it is UTF-8, which the decoder does not look at in what it passes over."""
-    if not text.isascii():
-        text.decode("utf-8")
-    return text
+def _read(decode: Callable[[bytes], list], text: bytes) -> list | None:
+    try:
+        if not text.isascii():
+            text.decode("utf-8")  # the decoder does not look at what it passes over
+        plain = canonical(text)
+        return None if plain is None else decode(plain)
+    except _UNREADABLE:
+        return None
 
 
 def _one_a_line(text: bytes, count: int) -> bool:
@@ -121,41 +115,61 @@ def _one_a_line(text: bytes, count: int) -> bool:
     return begin == len(text)
 
 
-def _conversations(known: Format) -> tuple[type, Messages]:
+def _is_text(value: msgspec.Raw) -> bool:
+    """Whether JSON is a string that is not blank."""
+    if memoryview(value)[0] != QUOTE:
+        return False
+    text = orjson.loads(bytes(value))
+    return bool(text) and not text.isspace()
+
+
+def _opening(role: str) -> bytes:
+    return b'{"role":"%b","content":' % role.encode()
+
+
+def _conversations(known: Format) -> tuple[type, Writer]:
     """Rows of turns: all of them by known senders and not blank, one by the assistant."""
-    senders = known.senders
-    answering = {sender for sender, role in senders.items() if role == "assistant"}
+    answering = {sender for sender, role in known.senders.items() if role == "assistant"}
+    leading = {sender: _opening(role) for sender, role in known.senders.items()}
+    following = {sender: b"}," + opening for sender, opening in leading.items()}
 
-    def messages(row: Conversation) -> list[Message] | None:
-        turns, made = row.conversations, []
-        try:
-            for turn in turns:
-                text = turn.value
-                if not text or text.isspace():
-                    return None
-                made.append(Message(senders[turn.sender], text))
-        except KeyError:
-            return None
-        if turns and turn.sender in answering or any(turn.sender in answering for turn in turns):
-            return made
-        return None
+    def write(row: Conversation, add: Add) -> bool:
+        openings, sender = leading, None
+        for turn in row.conversations:
+            sender, text = turn.sender, turn.value
+            if sender not in openings or (_begin(text) not in _INKED and not _is_text(text)):
+                return False
+            add(openings[sender])
+            add(text)
+            openings = following
+        return sender in answering or any(turn.sender in answering for turn in row.conversations)
 
-    return Conversation, messages
+    return Conversation, write
 
 
-def _pairs(known: Format) -> tuple[type, Messages]:
+def _pairs(known: Format) -> tuple[type, Writer]:
     """Rows of a question and an answer, neither of them blank, and of what may be given between the two."""
     question, *given, answer = known.columns
-    fields = [("question", str), ("answer", str), *(("given", str | None, None) for _ in given)]
+    raw = msgspec.Raw
+    fields = [("question", raw), ("answer", raw), *(("given", raw, raw(b"null")) for _ in given)]
     names = dict(zip(("question", "answer", "given"), (question, answer, *given), strict=False))
     row_type = msgspec.defstruct("Pair", fields, rename=names, gc=False)
+    user, assistant = _opening("user"), b"}," + _opening("assistant")
 
-    def messages(row: msgspec.Struct) -> list[Message] | None:
-        user, assistant = row.question, row.answer
-        if given and row.given:
-            user = f"{user}\nInput: {row.given}\n"
-        if not user or user.isspace() or not assistant or assistant.isspace():
-            return None
-        return [Message("user", user), Message("assistant", assistant)]
+    def write(row: msgspec.Struct, add: Add) -> bool:
+        asked, said = row.question, row.answer
+        if not all(_begin(text) in _INKED or _is_text(text) for text in (asked, said)):
+            return False
+        add(user)
+        if given and (more := bytes(row.given)) not in (b"null", b'""'):
+            if more[0] != QUOTE:
+                return False
+            for part in (memoryview(asked)[:-1], b"\\nInput: ", more[1:-1], b'\\n"'):
+                add(part)
+        else:
+            add(asked)
+        add(assistant)
+        add(said)
+        return True
 
-    return row_type, messages
+    return row_type, write

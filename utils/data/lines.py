@@ -14,7 +14,7 @@ from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, SPACE, Block, Pla
 def line_blocks(stream: BinaryIO, start: Place, typed: Typed | None = None) -> Iterator[Block]:
     """Blocks of a JSONL stream that stands at ``start``; a line that is no JSON is an :class:`Unreadable` row.
 
-    Lines end with LF or CRLF, the last one with the end of the stream; blank lines are no rows.
+    Lines end with LF or CRLF, the last one with the end of the stream; blank lines are no rows: a block may have none.
     """
     place, rest = start, b""
     while True:
@@ -34,8 +34,7 @@ def line_blocks(stream: BinaryIO, start: Place, typed: Typed | None = None) -> I
         text, rest = b"".join((rest, memoryview(chunk)[:end])), chunk[end:]
         block = _block(text, place, typed)
         place = block.after
-        if len(block):
-            yield block
+        yield block
     if rest.strip(SPACE):
         yield _block(rest, place, None)
 

@@ -11,22 +11,25 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.data.board import Board, Stopped
 from utils.data.containers import recognise
-from utils.data.conversion import Stopped
+from utils.data.conversion import Miscounted
 from utils.data.dataset_run import DatasetRun, Outcome
-from utils.data.planning import cut_file, whole_files
 from utils.data.sources import Source
 from utils.data.streams import reading
-from utils.data.workers import STOP, Workers, run_task
+from utils.data.workers import Workers, run_task
+from utils.data.writing import WriteError
 from utils.errors import UserError
 
 POLL_SECONDS = 0.2
-HASHED_BYTES = 1 << 20
+AHEAD = 4
+"""Stretches handed out for each worker: enough that none is idle, and few to take back."""
+
+HASHED_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -51,49 +54,60 @@ def reformat(sources: Sequence[Source], save_path: Path, settings: Settings) -> 
     Each folder gets ``data.jsonl``, ``rejects.jsonl`` and ``reformat.json``. The files are the same bytes for any
     number of workers, and after any number of kills and resumptions.
     """
-    runs = [DatasetRun(source, save_path / source.name) for source in sources]
-    with ExitStack() as stack:
-        workers = stack.enter_context(Workers(settings.workers, len(runs)))
-        hashing = stack.enter_context(ThreadPoolExecutor(1))
-        stack.callback(hashing.shutdown, wait=False, cancel_futures=True)
-        stack.callback(workers.board.__setitem__, STOP, 1)
-        _Schedule(runs, workers, hashing, settings).run()
+    runs = [DatasetRun(source, save_path / source.name, number) for number, source in enumerate(sources)]
+    _Schedule(runs, settings).run()
     return [run.outcome for run in runs]
 
 
 class _Schedule:
-    def __init__(
-        self, runs: list[DatasetRun], workers: Workers, hashing: ThreadPoolExecutor, settings: Settings
-    ) -> None:
-        self._runs, self._workers, self._settings = runs, workers, settings
-        self._hashing = hashing
-        self._counts: dict[int, list[Future]] = {}
-        self._hashes: dict[int, list[Future]] = {}
-        self._waiting: dict[Future, tuple[int, int]] = {}
+    """Hands out the stretches of all data sets in order, a few more than the workers are at."""
+
+    def __init__(self, runs: list[DatasetRun], settings: Settings) -> None:
+        self._runs, self._settings = runs, settings
+        self._board = Board(len(runs), 0)  # without entries until the plans say how many
+        self._waiting: dict[Future, tuple[DatasetRun, int]] = {}
+        self._hashing: dict[Future, DatasetRun] = {}
+        self._hashes: dict[int, list[str]] = {}
 
     def run(self) -> None:
         """Until every data set is published or has failed."""
-        # All files are counted before the first is converted, or counting would queue behind the conversion.
-        for step in (self._count, self._start):
-            for number in range(len(self._runs)):
-                self._try(number, step, number)
-        total = [run.total for run in self._runs if not run.over]
-        with tqdm(desc="reformat", unit=" rows", total=None if None in total else sum(total)) as bar:
-            while self._waiting:
-                done, _ = wait(self._waiting, POLL_SECONDS, FIRST_COMPLETED)
-                for future in done:
-                    if future in self._waiting:
-                        number, unit = self._waiting.pop(future)
-                        self._try(number, self._take, number, unit, future)
-                bar.update(sum(self._workers.board[1:]) - bar.n)
+        for run in self._runs:
+            self._try(run, self._plan)
+        self._board = Board(len(self._runs), sum(run.entries for run in self._runs))
+        first = 0
+        for run in self._runs:
+            run.show(self._board, first)
+            first += run.entries
+        with ExitStack() as stack:
+            self._executor = stack.enter_context(Workers(self._settings.workers, self._board)).executor
+            self._hand_out()
+            hashing = stack.enter_context(ThreadPoolExecutor(1))
+            stack.callback(hashing.shutdown, wait=False, cancel_futures=True)
+            stack.callback(self._board.stop)
+            for run in self._runs:
+                if not run.outcome.error and not run.outcome.resumed:
+                    self._hashing[hashing.submit(self._hash, run)] = run
+            self._convert()
 
-    def _try(self, number: int, step: Callable, *arguments: object) -> None:
+    def _convert(self) -> None:
+        with tqdm(desc="reformat", unit=" rows") as bar:
+            while self._waiting or self._hashing:
+                done, _ = wait((*self._waiting, *self._hashing), POLL_SECONDS, FIRST_COMPLETED)
+                for future in [future for future in (*self._waiting, *self._hashing) if future in done]:
+                    if future in self._hashing:
+                        self._try(self._hashing.pop(future), self._take_hashes, future)
+                    elif future in self._waiting:  # and not withdrawn
+                        run, number = self._waiting.pop(future)
+                        self._try(run, self._take, number, future)
+                self._hand_out()
+                bar.update(self._board.read() - bar.n)
+
+    def _try(self, run: DatasetRun, step: Callable, *arguments: object) -> None:
         """A step of one data set, unless it has failed before; if it fails now, that is the data set's outcome."""
-        run = self._runs[number]
         if run.outcome.error:
             return
         try:
-            step(*arguments)
+            step(run, *arguments)
         except UserError as error:
             run.outcome.error = str(error)
         except BrokenProcessPool:
@@ -101,73 +115,68 @@ class _Schedule:
                 f"{run.source.name}: a worker died (killed, or out of memory?); run again with --resume"
             )
         if run.outcome.error:
-            self._withdraw(number)
+            self._withdraw(run)
 
-    def _withdraw(self, number: int) -> None:
-        for future in [future for future, (run, _) in self._waiting.items() if run == number]:
-            future.cancel()
+    def _withdraw(self, run: DatasetRun) -> list[Future]:
+        """Take the stretches of a data set back; gives those that a worker is at, which will end soon."""
+        withdrawn = [future for future, (other, _) in self._waiting.items() if other is run]
+        for future in withdrawn:
             del self._waiting[future]
+        self._board.stop(run.number)
+        return [future for future in withdrawn if not future.cancel()]
 
-    def _count(self, number: int) -> None:
-        run, settings = self._runs[number], self._settings
-        if settings.resume and run.published_before():
+    def _plan(self, run: DatasetRun) -> None:
+        resume = self._settings.resume
+        if resume and run.published_before():
             return
         containers = [recognise(path) for path in run.source.files]
-        if settings.resume and run.resume(containers):
-            return
-        if settings.workers == 1:
-            run.start(whole_files(containers))
-        else:
-            self._counts[number] = [self._workers.executor.submit(cut_file, container) for container in containers]
+        if not (resume and run.resume(containers)):
+            run.start(containers)
 
-    def _start(self, number: int) -> None:
-        run = self._runs[number]
-        if number in self._counts:
-            self._hash(number)  # beside the counting, which leaves a processor free
-            run.start([unit for counted in self._counts[number] for unit in counted.result()])
-        if run.over:
-            return
-        if number not in self._hashes:
-            self._hash(number)
-        self._submit(number)
+    def _hand_out(self) -> None:
+        for run in self._runs:
+            self._try(run, self._submit)
 
-    def _hash(self, number: int) -> None:
-        stopped, files = partial(self._workers.board.__getitem__, STOP), self._runs[number].source.files
-        self._hashes[number] = [self._hashing.submit(sha256_of, path, stopped) for path in files]
+    def _submit(self, run: DatasetRun) -> None:
+        workers = self._settings.workers
+        while len(self._waiting) < AHEAD * workers and (task := run.next_task(alone=workers == 1)):
+            self._waiting[self._executor.submit(run_task, task)] = run, task.number
 
-    def _submit(self, number: int) -> None:
-        for task in self._runs[number].ready():
-            self._waiting[self._workers.executor.submit(run_task, task, number + 1)] = (number, task.number)
-
-    def _take(self, number: int, unit: int, future: Future) -> None:
-        run = self._runs[number]
+    def _take(self, run: DatasetRun, number: int, future: Future) -> None:
         try:
-            as_counted = run.finish(unit, future.result())
-        except UserError:
+            run.finish(number, future.result())
+        except Stopped:
+            return  # for the sake of another stretch, which says why
+        except Miscounted:
+            self._begin_whole(run)
+        except UserError as error:
             # A separator that is none, in a file of odd shape, cuts a row in two; whole files have the last word.
-            if not run.is_cut:
+            if isinstance(error, WriteError) or not run.is_cut:
                 raise
-            as_counted = False
-        if as_counted:
-            self._submit(number)
-        else:
-            self._begin_uncounted(number)
-        if run.over:
-            hashes = [future.result() for future in self._hashes[number]]
-            run.publish(hashes, self._settings.max_reject_rate, self._settings.strict)
+            self._begin_whole(run)
+        self._publish(run)
 
-    def _begin_uncounted(self, number: int) -> None:
-        """The files have other rows than separators; what still runs would write into the folder of the new start."""
-        running = [future for future, (run, _) in self._waiting.items() if run == number and not future.cancel()]
-        wait(running)
-        self._withdraw(number)
-        with self._workers.board.get_lock():
-            self._workers.board[number + 1] = 0
-        self._runs[number].start_uncounted()
-        self._submit(number)
+    def _begin_whole(self, run: DatasetRun) -> None:
+        wait(self._withdraw(run))  # they would write into the folder of the new start
+        self._board.allow(run.number)
+        run.start_whole()
+
+    def _hash(self, run: DatasetRun) -> list[str]:
+        def stopped() -> bool:
+            return self._board.over or run.outcome.error is not None
+
+        return [sha256_of(path, stopped) for path in run.source.files]
+
+    def _take_hashes(self, run: DatasetRun, future: Future) -> None:
+        self._hashes[run.number] = future.result()
+        self._publish(run)
+
+    def _publish(self, run: DatasetRun) -> None:
+        if run.over and run.number in self._hashes:
+            run.publish(self._hashes[run.number], self._settings.max_reject_rate, self._settings.strict)
 
 
-def sha256_of(path: Path, stopped: Callable[[], int]) -> str:
+def sha256_of(path: Path, stopped: Callable[[], bool]) -> str:
     """Of a file's bytes as they are on disk; raises Stopped when told to stop."""
     digest, chunk = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES))
     with reading(path), path.open("rb", 0) as file:

@@ -1,66 +1,64 @@
-"""Work in other processes, or in a thread of this one, with counters that all of them share."""
+"""Work in other processes, or in a thread of this one, with a board that all of them share."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import connection, get_context, parent_process
-from multiprocessing.sharedctypes import SynchronizedArray
 
-from utils.data.conversion import State, Stopped, Task, convert
+from utils.data.board import Board
+from utils.data.conversion import State, Task, convert
 
-STOP = 0
-_SPAWN = get_context("spawn")
-_board: SynchronizedArray | None = None
+_PROCESSES = get_context("fork" if sys.platform == "linux" else "spawn")
+"""Forked where that is safe as long as there are no other threads: to start anew takes a third of a second."""
+
+_board: Board | None = None
+
+KEPT_BYTES = 8 << 20
+"""Once so much memory has been given back at a time, the C library keeps smaller amounts at hand instead of asking the
+system for new pages with every block, which would take longer than all else that is done to it."""
 
 
 class Workers:
-    """An executor for :func:`run_task` and other functions of one argument, and the board of its progress.
+    """An executor for :func:`run_task`, which starts tasks in the order in which they are submitted.
 
-    ``board[STOP]`` is 1 once the work is to end; the other cells count the rows of each data set.
+    Submit a first one before any thread is started: the processes begin with that, and may be forks.
     """
 
-    def __init__(self, count: int, cells: int) -> None:
-        self.board = _SPAWN.Array("q", cells + 1)
+    def __init__(self, count: int, board: Board) -> None:
+        self._board = board
         self.executor: Executor
         if count == 1:
-            self.executor = ThreadPoolExecutor(1, initializer=_share, initargs=(self.board,))
+            self.executor = ThreadPoolExecutor(1, initializer=_share, initargs=(board,))
         else:
-            self.executor = ProcessPoolExecutor(count, _SPAWN, initializer=_start, initargs=(self.board,))
+            self.executor = ProcessPoolExecutor(count, _PROCESSES, initializer=_start, initargs=(board,))
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.board[STOP] = 1
+        self._board.stop()
         self.executor.shutdown(wait=True, cancel_futures=True)
 
 
-def run_task(task: Task, cell: int) -> State:
-    """Convert a unit, counting its rows in a cell of the board."""
-    return convert(task, _counter(cell))
+def run_task(task: Task) -> State:
+    """Convert a stretch; if that fails, nobody waits for what lies behind it."""
+    try:
+        return convert(task, _board)
+    except BaseException:
+        _board.stop(task.run)
+        raise
 
 
-def _counter(cell: int) -> Callable[[int], None]:
-    board = _board
-
-    def count(rows: int) -> None:
-        if board[STOP]:
-            raise Stopped
-        with board.get_lock():
-            board[cell] += rows
-
-    return count
-
-
-def _share(board: SynchronizedArray) -> None:
+def _share(board: Board) -> None:
     global _board
     _board = board
+    bytearray(KEPT_BYTES)
 
 
-def _start(board: SynchronizedArray) -> None:
+def _start(board: Board) -> None:
     _share(board)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from utils.errors import UserError
 
 
+class WriteError(UserError):
+    """A result could not be written."""
+
+
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn what goes wrong while something is written under ``folder`` into a :class:`UserError`."""
+    """Turn what goes wrong while something is written under ``folder`` into a :class:`WriteError`."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from None
+        raise WriteError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from None
 
 
 def replace_file(path: Path, content: bytes) -> None:
