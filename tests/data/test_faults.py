@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import xxhash
 from raw_data import GOOD, NO_LIMIT, in_threads, outcome_of, published_files, read_jsonl, sample_rows, write_rows
 
 from utils.data.reformat import Settings, reformat
@@ -80,6 +81,8 @@ def test_bad_lines_are_counted_with_their_place(line: bytes, reason: str, tmp_pa
     ]
     report = json.loads((folder / "reformat.json").read_text())
     assert report["rows"] == 4 and report["accepted"] == 2 and report["left_out"] == {reason: 2}
+    digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
+    assert report["sources"] == [{"file": "rows.jsonl", "bytes": path.stat().st_size, "xxh3_128": digest}]
 
 
 def test_a_bad_first_line_that_looks_like_an_array(tmp_path: Path, convert):

@@ -215,7 +215,7 @@ class DatasetRun:
             "left_out": self.outcome.reasons,
             "bytes": os.path.getsize(self.partial / "data.jsonl"),
             "sources": [
-                {"file": self.source.shown(path), "bytes": path.stat().st_size, "sha256": digest}
+                {"file": self.source.shown(path), "bytes": path.stat().st_size, "xxh3_128": digest}
                 for path, digest in files
             ],
         }

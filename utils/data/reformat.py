@@ -5,7 +5,6 @@ Everything is made in ``<save_path>/<name>/.partial`` and moved to its final nam
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
 from tqdm import tqdm
 
 from utils.data.board import Board, Stopped
@@ -165,7 +165,7 @@ class _Schedule:
         def stopped() -> bool:
             return self._board.over or run.outcome.error is not None
 
-        return [sha256_of(path, stopped) for path in run.source.files]
+        return [hash_of(path, stopped) for path in run.source.files]
 
     def _take_hashes(self, run: DatasetRun, future: Future) -> None:
         self._hashes[run.number] = future.result()
@@ -176,9 +176,13 @@ class _Schedule:
             run.publish(self._hashes[run.number], self._settings.max_reject_rate, self._settings.strict)
 
 
-def sha256_of(path: Path, stopped: Callable[[], bool]) -> str:
-    """Of a file's bytes as they are on disk; raises Stopped when told to stop."""
-    digest, chunk = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES))
+def hash_of(path: Path, stopped: Callable[[], bool]) -> str:
+    """XXH3 (128 bits) of a file's bytes as they are on disk, as ``xxhsum -H2`` gives it; Stopped when told to stop.
+
+    It tells which file it was, and guards against chance, not against malice: sha256 takes ten times as long, a sixth
+    of all the work on a data set.
+    """
+    digest, chunk = xxhash.xxh3_128(), memoryview(bytearray(HASHED_BYTES))
     with reading(path), path.open("rb", 0) as file:
         while size := file.readinto(chunk):
             digest.update(chunk[:size])

@@ -11,9 +11,6 @@ from multiprocessing import connection, get_context, parent_process
 from utils.data.board import Board
 from utils.data.conversion import State, Task, convert
 
-_PROCESSES = get_context("fork" if sys.platform == "linux" else "spawn")
-"""Forked where that is safe as long as there are no other threads: to start anew takes a third of a second."""
-
 _board: Board | None = None
 
 KEPT_BYTES = 8 << 20
@@ -24,7 +21,8 @@ system for new pages with every block, which would take longer than all else tha
 class Workers:
     """An executor for :func:`run_task`, which starts tasks in the order in which they are submitted.
 
-    Submit a first one before any thread is started: the processes begin with that, and may be forks.
+    Submit a first one before any thread is started: the processes begin with that, and may be forks, which spares a
+    third of a second. Where other threads run already, or on another system, they are started anew.
     """
 
     def __init__(self, count: int, board: Board) -> None:
@@ -33,7 +31,9 @@ class Workers:
         if count == 1:
             self.executor = ThreadPoolExecutor(1, initializer=_share, initargs=(board,))
         else:
-            self.executor = ProcessPoolExecutor(count, _PROCESSES, initializer=_start, initargs=(board,))
+            forking = sys.platform == "linux" and threading.active_count() == 1
+            processes = get_context("fork" if forking else "spawn")
+            self.executor = ProcessPoolExecutor(count, processes, initializer=_start, initargs=(board,))
 
     def __enter__(self) -> Workers:
         return self
