@@ -41,7 +41,7 @@ class Stretch:
     @property
     def can_be_counted(self) -> bool:
         """Whether its rows can be counted before they are converted, for less than that takes."""
-        return self.container.can_be_cut or self.container.kind == ARROW
+        return bool(self.container.separator) or self.container.kind == ARROW
 
 
 def cut_file(container: Container) -> list[Stretch]:

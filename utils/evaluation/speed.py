@@ -9,10 +9,11 @@ difference; skip efficiency is the saving that was reached over that ideal.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def reduced(dense: PreTrainedModel, parts: dict[str, str], layers: list[int], keys_only: bool) -> PreTrainedModel:
+def reduced(dense: PreTrainedModel, parts: Mapping[str, str], layers: list[int], keys_only: bool) -> PreTrainedModel:
     """The dense model without the routed modules, or with what ``keep`` leaves of them."""
     model = shared_copy(dense)
     for index in layers:
@@ -219,6 +220,7 @@ def benchmark(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel 
     Returns one dict per capacity: seconds, ``time_ratio`` (routed / dense), ``ideal_ratio``, ``skip_efficiency``
     (None where nothing is skipped), FLOPs, bytes of keys and values, peak bytes.
     """
+    gc.collect()  # the models of the cell before, which hold references to each other
     parts = ModConfig(mod_layers=[0], granularity=setting.granularity).parts
     if routed is None:
         routed = route(

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
@@ -29,7 +30,7 @@ def parse_granularity(granularity: str) -> dict[str, str]:
 
 
 @functools.cache
-def _parts_of(granularity: str) -> dict[str, str]:
+def _parts_of(granularity: str) -> Mapping[str, str]:
     parts: dict[str, str] = {}
     for name in granularity.split("+"):
         if name not in GRANULARITIES:
@@ -44,7 +45,7 @@ def _parts_of(granularity: str) -> dict[str, str]:
         raise ValueError(f"granularity {granularity!r}: a block already holds attention and MLP; route it alone")
     if "expert" in parts and "mlp" in parts:
         raise ValueError(f"granularity {granularity!r}: experts live inside the MLP; route one of the two")
-    return parts
+    return MappingProxyType(parts)
 
 
 def select_layers(num_layers: int, mod_n: int | None, mod_layers: list[int] | None) -> list[int]:
@@ -103,9 +104,9 @@ class ModConfig:
             raise ValueError(f"gradient_scale {self.gradient_scale!r} must be a finite number")
 
     @property
-    def parts(self) -> dict[str, str]:
+    def parts(self) -> Mapping[str, str]:
         """``{part: level}`` of the granularity."""
-        return parse_granularity(self.granularity)
+        return _parts_of(self.granularity)
 
     def thresholds(self, routers: list[tuple[int, str]]) -> dict[tuple[int, str], float]:
         """τ of each router ``(layer, part)``; ValueError unless a mapping names exactly these routers."""

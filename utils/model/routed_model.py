@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -69,10 +70,11 @@ class RoutedDecoder:
             use_cache = False
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        sequence = "sequence" in self.mod_config.parts.values()
+        parts = self.mod_config.parts
+        sequence = "sequence" in parts.values()
         past = 0
         if past_key_values is not None:
-            self._adopt(past_key_values, sequence)
+            self._adopt(past_key_values, parts, sequence)
             past = int(past_key_values.get_seq_length())
         shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         real, pool = self._tokens(input_ids, attention_mask, position_ids, past, shape[1], sequence)
@@ -98,8 +100,7 @@ class RoutedDecoder:
                 **kwargs,
             )
 
-    def _adopt(self, cache: Any, sequence: bool) -> None:
-        parts = self.mod_config.parts
+    def _adopt(self, cache: Any, parts: Mapping[str, str], sequence: bool) -> None:
         attends = parts.get("attn") or parts.get("block")
         if attends == "token" and self.mod_config.kv_policy == "drop":
             adopt_layers(cache, self.mod_config.mod_layers, RaggedCacheLayer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,7 +102,7 @@ def _odd_module(part: str, seen: dict, layer: int) -> str | None:
     return None
 
 
-def _odd_cache(parts: dict[str, str], stored: Any) -> str | None:
+def _odd_cache(parts: Mapping[str, str], stored: Any) -> str | None:
     if "sequence" not in parts.values() and not {"attn", "block"} & set(parts):
         return None
     if type(stored) in (DynamicLayer, DynamicSlidingWindowLayer) and isinstance(stored.keys, Tensor):
