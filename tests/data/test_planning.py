@@ -52,8 +52,7 @@ def test_counted_stretches_are_the_file(ending: str, indent: int | None, mark: b
     stretches = cut_file(container)
     assert (len(stretches) > 3) == (ending in (".json", ".jsonl", ".parquet"))
     parts = rows_and_lines(stretches)
-    if not container.compressed:
-        assert [len(part) for part in parts] == [rows_of(stretch) for stretch in stretches]
+    assert [len(part) for part in parts] == [rows_of(stretch) for stretch in stretches]
     assert [pair for part in parts for pair in part] == rows_and_lines([Stretch(container)])[0]
 
 
