@@ -39,16 +39,15 @@ class PackedHidden(Tensor):
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func is not linear:
-                result = func(*args, **(kwargs or {}))
-                if not isinstance(result, Tensor) or func is Tensor.as_subclass:
-                    return result
-                known = next(value for value in args if isinstance(value, cls))
-                return cls.of(result, known.spared, known.head_dim)
-            hidden, weight = args[:2]
-            if any(weight is known for known in hidden.spared):
-                return hidden.new_zeros(()).expand(*hidden.shape[:-1], hidden.head_dim)
-            return func(*args, **(kwargs or {}))
+            known = next((value for value in args if isinstance(value, cls)), None)
+            if func is linear and known is not None:
+                if any(weight is spared for weight in args[1:2] for spared in known.spared):
+                    return known.new_zeros(()).expand(*known.shape[:-1], known.head_dim)
+                return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if known is None or not isinstance(result, Tensor) or func is Tensor.as_subclass:
+                return result
+            return cls.of(result, known.spared, known.head_dim)
 
 
 class ChunkedMask(Tensor):
