@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -328,6 +329,7 @@ def test_nobody_waits_for_a_stretch_that_failed(workers: int, tmp_path: Path, mo
 def test_a_worker_that_dies_is_named(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(planning, "STRETCH_BYTES", 500)
     monkeypatch.setattr(conversion, "convert_block", lambda *_: os._exit(9))
+    monkeypatch.setattr(threading, "active_count", lambda: 1)  # forked, or it would not have that function
     path = write_rows(tmp_path / "rows", sample_rows("alpaca", 200), ".jsonl")
     outcome = outcome_of("alpaca", path, tmp_path / "out", workers=2)
     assert "a worker died" in outcome.error and "--resume" in outcome.error
