@@ -112,15 +112,12 @@ class Launch:
         return [codes[pid] for pid in self.pids]
 
 
-def cut_short(run: Path, rng: random.Random) -> str | None:
-    """Truncate one file of the newest checkpoint; its name, or None where there is no checkpoint."""
-    found = checkpoints(run)
-    if not found:
-        return None
-    files = sorted(path for path in found[0][1].rglob("*") if path.is_file() and path.stat().st_size)
+def cut_short(checkpoint: Path, rng: random.Random) -> str:
+    """Truncate one file of a checkpoint; its name."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
     chosen = rng.choice(files)
     os.truncate(chosen, rng.randrange(chosen.stat().st_size))
-    return f"{found[0][1].name}/{chosen.relative_to(found[0][1])}"
+    return f"{checkpoint.name}/{chosen.relative_to(checkpoint)}"
 
 
 class Engine:
@@ -128,6 +125,7 @@ class Engine:
 
     def __init__(self, name: str, parts: dict[str, Path], folder: Path, epochs: int) -> None:
         self.name, self.parts, self.folder, self.epochs, self.runs = name, parts, folder, epochs, 0
+        self.found = 0  # kills that left a checkpoint: the first of them, and every third, has it cut short
         folder.mkdir(parents=True)
         whole = folder / "undisturbed"
         launch = self._start(whole, folder / "undisturbed.log")
@@ -157,7 +155,8 @@ class Engine:
                 found = checkpoints(run)
                 record = {"engine": self.name, "run": self.runs, "killed_ranks": ranks}
                 record |= {"after_seconds": round(after, 2), "newest_checkpoint": found[0][0] if found else None}
-                record["cut_short"] = cut_short(run, rng) if number % 3 == 2 else None
+                record["cut_short"] = cut_short(found[0][1], rng) if found and self.found % 3 == 0 else None
+                self.found += bool(found)
                 whole, _ = newest_complete(run)
                 record["newest_complete"] = whole and int(whole.name.removeprefix("checkpoint-"))
                 records.append(record)

@@ -118,6 +118,14 @@ def outcome_of(name: str, place: Path, save_path: Path, **options: object) -> Ou
     return outcome
 
 
+PUBLISHED = ("data.jsonl", "rejects.jsonl", "reformat.json")
+
+
+def contents(folder: Path) -> list[bytes]:
+    """What a conversion publishes, as bytes."""
+    return [(folder / name).read_bytes() for name in PUBLISHED]
+
+
 def published_files(save_path: Path) -> set[str]:
     """Names of the files that a run left under their final names."""
     return {path.name for path in save_path.rglob("*") if path.is_file() and ".partial" not in path.parts}

@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from types import MappingProxyType
 from typing import Any
 
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
@@ -45,7 +44,7 @@ def _parts_of(granularity: str) -> Mapping[str, str]:
         raise ValueError(f"granularity {granularity!r}: a block already holds attention and MLP; route it alone")
     if "expert" in parts and "mlp" in parts:
         raise ValueError(f"granularity {granularity!r}: experts live inside the MLP; route one of the two")
-    return MappingProxyType(parts)
+    return parts
 
 
 def select_layers(num_layers: int, mod_n: int | None, mod_layers: list[int] | None) -> list[int]:
