@@ -3,9 +3,9 @@
     python tests/kill_and_resume.py --kills 20 --seed 0 --output figures/kill_and_resume.json
 
 Half of the kills hit one rank (the launcher then ends the other, as torchrun does), half hit both. A resumed run may
-be killed again. After every third kill the newest checkpoint is cut short as well, as by a full disk. In the end the
-routers must have the bits of an undisturbed run under the same engine. The processes are forked from one that has
-imported everything, so that a moment drawn at random lies in the run and not in Python's start.
+be killed again. The first checkpoint that a kill leaves, and every third, is cut short as well, as by a full disk. In
+the end the routers must have the bits of an undisturbed run under the same engine. The processes are forked from one
+that has imported everything, so that a moment drawn at random lies in the run and not in Python's start.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
+from utils.data.pages import keep_freed_pages
 from utils.errors import UserError, cli
-from utils.evaluation.pages import keep_freed_pages
 from utils.evaluation.provenance import provenance
 from utils.evaluation.speed import Setting, benchmark, shared_copy
 from utils.evaluation.speed_figure import draw_speed

@@ -10,12 +10,9 @@ from multiprocessing import connection, get_context, parent_process
 
 from utils.data.board import Board
 from utils.data.conversion import State, Task, convert
+from utils.data.pages import keep_freed_pages
 
 _board: Board | None = None
-
-KEPT_BYTES = 8 << 20
-"""Once so much memory has been given back at a time, the C library keeps smaller amounts at hand instead of asking the
-system for new pages with every block, which would take longer than all else that is done to it."""
 
 
 class Workers:
@@ -55,7 +52,7 @@ def run_task(task: Task) -> State:
 def _share(board: Board) -> None:
     global _board
     _board = board
-    bytearray(KEPT_BYTES)
+    keep_freed_pages()  # to ask for new ones with every block would take longer than all else that is done to it
 
 
 def _start(board: Board) -> None:

@@ -60,7 +60,8 @@ class ChunkedMask(Tensor):
     the queries, from which each chunk makes its own.
 
     Attributes:
-        size: queries in a chunk. behind: how many of the last keys each chunk does not see.
+        size: queries in a chunk. behind: how many of the last keys each chunk does not see. positions: whether the
+        values are positions.
     """
 
     size: int

@@ -1,4 +1,4 @@
-"""Memory pages that tensors have freed: kept by the process, or given back to the system and mapped anew."""
+"""Memory pages that have been freed: kept by the process, or given back to the system and mapped anew."""
 
 from __future__ import annotations
 
