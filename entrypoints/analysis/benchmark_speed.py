@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from utils.data.pages import keep_freed_pages
 from utils.errors import UserError, cli
 from utils.evaluation.provenance import provenance
-from utils.evaluation.speed import Setting, benchmark, shared_copy
+from utils.evaluation.speed import Setting, benchmark
 from utils.evaluation.speed_figure import draw_speed
+from utils.evaluation.speed_ideal import shared_copy
 from utils.model import GRANULARITIES, is_routed, unroute
 from utils.pipeline.arguments import ROOT
 
@@ -59,7 +60,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--batches", help="default: 4 for prefill, 1 for decode")
     parser.add_argument("--lengths", help="default: 512 for prefill, 256 for decode")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="rounds per build; ten times as many in decode")
+    parser.add_argument("--builds", type=int, default=3, help="how often the models of a cell are built anew")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--seed", type=int, default=0)
@@ -90,9 +92,8 @@ def settings(args: argparse.Namespace, layers: int) -> list[Setting]:
                             continue
                         capacities = [None if c == "own" else float(c) for c in args.capacities.split(",")]
                         repeats = args.repeats * (10 if phase == "decode" else 1)
-                        cells.append(
-                            Setting(phase, batch, length, granularity, policy, routed, capacities, repeats, args.seed)
-                        )
+                        cell = (phase, batch, length, granularity, policy, routed, capacities, repeats, args.builds)
+                        cells.append(Setting(*cell, seed=args.seed))
     return cells
 
 

@@ -12,23 +12,22 @@ from tiny_models import tiny_model
 from tiny_routed import LAYERS
 
 from utils.evaluation.cost import count_flops
-from utils.evaluation.speed import Setting, benchmark, forced_mask, reduced
+from utils.evaluation.speed import Setting, benchmark, forced_mask
+from utils.evaluation.speed_ideal import reduced
 from utils.model import ModConfig, force_routing, route
 
 GRANULARITIES = ["attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"]
 
 
 def setting(phase, granularity, capacities=(0.0, 0.5, 1.0), batch=4):
-    return Setting(phase, batch, 16, granularity, "keep", LAYERS, list(capacities), repeats=2)
+    return Setting(phase, batch, 16, granularity, "keep", LAYERS, list(capacities), repeats=2, builds=2)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_rows_hold_reached_capacity_work_and_memory(phase, granularity):
     none, half, everything = benchmark(tiny_model(), setting(phase, granularity))
-    assert none["capacity"] == 0 and everything["capacity"] == 1
-    # A decoding token of its own has a decision of its own: the capacity of the prompt is the exact one.
-    assert half["capacity"] == pytest.approx(0.5, abs=0.1)
+    assert (none["capacity"], half["capacity"], everything["capacity"]) == (0, 0.5, 1)
     assert none["flops_routed"] < half["flops_routed"] <= everything["flops_routed"] == everything["flops_dense"]
     assert everything["skip_efficiency"] is None
     for row in (none, half, everything):
@@ -53,11 +52,48 @@ def test_the_ideal_does_exactly_the_work_that_skipping_leaves(granularity):
 
 
 @pytest.mark.parametrize("capacity", [0.0, 0.25, 0.5, 0.75, 1.0])
-def test_forced_masks_have_the_capacity_asked_for(capacity):
-    for level, tokens in (("sequence", 16), ("token", 16)):
-        masks = forced_mask(setting("prefill", f"attn_{level}"), level, capacity, tokens)
-        shares = torch.cat([mask.flatten().float() for mask in masks.values()])
-        assert shares.mean().item() == pytest.approx(capacity, abs=1e-6)
+@pytest.mark.parametrize("level", ["sequence", "token"])
+def test_forced_masks_have_the_capacity_asked_for(level, capacity):
+    masks = forced_mask(setting("prefill", f"attn_{level}"), capacity)
+    shares = torch.cat([mask.flatten().float() for mask in masks.values()])
+    assert shares.mean().item() == pytest.approx(capacity, abs=1e-6)
+
+
+def test_forced_masks_of_decoding_have_it_in_the_prompt_and_in_the_steps():
+    decoding = Setting("decode", 2, 15, "attn_token", "keep", LAYERS, [0.25], repeats=8)
+    for mask in forced_mask(decoding, 0.25).values():
+        assert mask.shape == (2, 16 + 8)
+        assert mask[:, :16].sum(1).tolist() == [4, 4] and mask[:, 16:].sum(1).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "attn_sequence+mlp_token"])
+def test_the_capacity_of_decoding_is_that_of_the_timed_steps(granularity):
+    """Own decisions, in a model whose tokens decide by their number: even ones are kept."""
+    dense = tiny_model()
+    routed = route(tiny_model(), mod_layers=[1], granularity=granularity)
+    decoding = Setting("decode", 1, 12, granularity, "keep", [1], [None], repeats=6, builds=2)
+    seen = []
+    routed.model.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["input_ids"]), with_kwargs=True)
+    part = granularity.split("+")[-1].split("_")[0]
+    module = routed.model.layers[1].self_attn if part == "attn" else routed.model.layers[1].mlp
+    module.mod_router.register_forward_hook(lambda *_: torch.where(seen[-1] % 2 == 0, 1.0, -1.0)[..., None])
+    (row,) = benchmark(dense, decoding, routed)
+    steps = torch.cat([ids for ids in seen if ids.shape[1] == 1], dim=1)[0]
+    assert len(steps) == 2 * 7 + 3, "two builds of seven steps; two in measuring, one of them for the peak"
+    expected = (steps[-6:] % 2 == 0).float().mean().item()
+    assert 0 < expected < 1
+    assert row["capacity"] == pytest.approx(expected if "+" not in granularity else (1 + expected) / 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from Linux")
+def test_peak_memory_is_that_of_the_step_though_freed_pages_are_kept(root):
+    program = (
+        "import torch; from utils.data.pages import keep_freed_pages; from utils.evaluation.speed import _peak_bytes\n"
+        "keep_freed_pages(); torch.ones(64 << 20)\n"
+        "print(_peak_bytes(lambda: torch.ones(16 << 20), torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    assert 63 << 20 < int(done.stdout) < 80 << 20
 
 
 def test_the_command_writes_its_rows_and_a_figure(root, tmp_path):

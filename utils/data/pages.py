@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LIMIT = 1 << 30
@@ -15,8 +16,20 @@ def keep_freed_pages() -> bool:
     pass then faults some ten thousand pages in, or none, whatever it computes. That is up to a quarter of its time,
     and more than the difference between a dense model and a routed one.
     """
+    set_option = _c_function("mallopt")
+    return set_option is not None and all(set_option(o, _LIMIT) for o in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
+
+
+def return_freed_pages() -> None:
+    """Give back once what is free now, so that the resident set tells what is in use; nothing where it can't be."""
+    trim = _c_function("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _c_function(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None on another system, or with another library."""
     try:
-        set_option = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # another system, or another C library
-        return False
-    return all(set_option(option, _LIMIT) for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError, TypeError):
+        return None

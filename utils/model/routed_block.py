@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,29 +14,32 @@ from .routed_attention import RoutedAttending
 
 
 class CarriesCall:
-    """A decoder layer that takes the pass along.
+    """A decoder layer that hands the pass to what gradient checkpointing runs again.
 
-    Gradient checkpointing runs ``forward`` again in the backward pass, in another thread and after the model's own
-    forward has ended: in training the pass therefore travels as an argument, not as state.
+    That is in the backward pass, in another thread and after the model's own forward has ended. transformers sets and
+    calls the checkpointing function as an attribute of each layer; there, and at no cost elsewhere, the pass is bound.
     """
 
-    def __call__(self, *args, **kwargs):
-        """Hand the current pass to ``forward`` where it may run again."""
-        call = current_call()
-        if call is not None and call.training:
-            kwargs["routing"] = call
-        return super().__call__(*args, **kwargs)
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        checkpoint, call = vars(self)["_gradient_checkpointing_func"], current_call()
+        return lambda run, *args: checkpoint(functools.partial(_within, call, run), *args)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint: Callable[..., Any]) -> None:
+        vars(self)["_gradient_checkpointing_func"] = checkpoint
+
+
+def _within(call: RoutingCall | None, run: Callable[..., Any], *args: Any) -> Any:
+    with routing_call(call):
+        return run(*args)
 
 
 class RoutedLayer(CarriesCall):
     """A decoder layer with routed children."""
 
-    def forward(self, hidden_states: Tensor, *args, routing: RoutingCall | None = None, **kwargs) -> Tensor:
-        """The layer, ``[b, t, d] → [b, t, d]``."""
-        if routing is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        with routing_call(routing):
-            return super().forward(hidden_states, *args, **kwargs)
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Nothing: the layer's own class has wrapped its forward for checkpointing, and once is enough."""
 
 
 class RoutedBlock(CarriesCall, RoutedAttending):
@@ -42,12 +47,9 @@ class RoutedBlock(CarriesCall, RoutedAttending):
 
     mod_part = "block"
 
-    def forward(self, hidden_states: Tensor, *, routing: RoutingCall | None = None, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """``x + m·F(x)`` for ``hidden_states [b, t, d]``."""
-        if routing is None:
-            return self.mod_forward(hidden_states, kwargs)
-        with routing_call(routing):
-            return self.mod_forward(hidden_states, kwargs)
+        return self.mod_forward(hidden_states, kwargs)
 
     def mod_run(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         return super(Routed, self).forward(hidden_states, **kwargs)
