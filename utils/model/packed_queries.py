@@ -14,7 +14,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from .packing import Packing
 
-_LEAST = 64
+_WORTH = 128
+_LEAST = 32
 _MOST_CHUNKS = 8
 """n chunks leave (n + 1) / 2n of the pairs: 0.56 at eight, against the 0.5 that no number of chunks goes below."""
 
@@ -56,17 +57,17 @@ class ChunkedMask(Tensor):
     A kernel that is told "causal" leaves out what lies behind the diagonal. Packed queries need a mask instead, and
     with one the kernels compute every pair: half of the queries would then cost as much as all of them.
 
-    Its values are a mask ``[r, 1, q, keys]`` or, for causal attention over one pass, the ``positions [r, 1, q, 1]`` of
-    the queries, from which each chunk makes its own.
+    Its values are a mask ``[r, 1, q, keys]`` or, for causal attention over one pass, how many keys lie ``ahead`` of
+    each query, int64 ``[r, 1, q, 1]``, from which each chunk makes its own.
 
     Attributes:
-        size: queries in a chunk. behind: how many of the last keys each chunk does not see. positions: whether the
-        values are positions.
+        size: queries in a chunk. behind: how many of the last keys each chunk does not see. ahead: whether the values
+        are these.
     """
 
     size: int
     behind: list[int]
-    positions: bool
+    ahead: bool
 
     @classmethod
     def of(cls, mask: Tensor | None, packing: Packing, tokens: int) -> Tensor:
@@ -77,18 +78,18 @@ class ChunkedMask(Tensor):
         """
         index, queries = packing.index, packing.index.shape[1]
         size = -(-queries // min(_MOST_CHUNKS, queries // _LEAST))
-        chunked = (index.int()[:, None, :, None] if mask is None else mask).as_subclass(cls)
+        chunked = ((tokens - 1 - index)[:, None, :, None] if mask is None else mask).as_subclass(cls)
         # Positions ascend in each row but for filler at its end, whose output nobody reads.
         reached = index if packing.slots is None else index.cummax(1).values
         ends = torch.cat([reached[:, size - 1 : queries - 1 : size], reached[:, -1:]], dim=1)
-        chunked.size, chunked.positions = size, mask is None
+        chunked.size, chunked.ahead = size, mask is None
         chunked.behind = [tokens - 1 - position for position in ends.amax(0).tolist()]
         return chunked
 
     @staticmethod
     def pays(packing: Packing) -> bool:
         """Whether there is more than one chunk; a graph that is being compiled stays as it is."""
-        return packing.index.shape[1] >= 2 * _LEAST and not torch.compiler.is_compiling()
+        return packing.index.shape[1] >= _WORTH and not torch.compiler.is_compiling()
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -99,12 +100,24 @@ class ChunkedMask(Tensor):
 
 
 def _in_chunks(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: ChunkedMask, **kwargs) -> Tensor:
-    size, parts = attn_mask.size, []
-    places = torch.arange(key.shape[2], dtype=torch.int32, device=query.device) if attn_mask.positions else None
-    chunks = zip(query.split(size, dim=2), attn_mask.split(size, dim=2), attn_mask.behind, strict=True)
-    for queries, mask, behind in chunks:
+    rows, heads, count, _ = query.shape
+    output = query.new_empty(rows, count, heads, value.shape[-1])  # as a module reads it next: token by token
+    size = attn_mask.size
+    causal = _causal_rows(key.shape[2], query) if attn_mask.ahead else None
+    splits = (query.split(size, dim=2), attn_mask.split(size, dim=2), output.split(size, dim=1))
+    for queries, mask, place, behind in zip(*splits, attn_mask.behind, strict=True):
         keys = key.shape[2] - behind
         seen = key.narrow(2, 0, keys), value.narrow(2, 0, keys)
-        mask = mask.narrow(3, 0, keys) if places is None else places.narrow(0, 0, keys) <= mask
-        parts.append(scaled_dot_product_attention(queries, *seen, attn_mask=mask, **kwargs).transpose(1, 2))
-    return torch.cat(parts, dim=1).transpose(1, 2)  # laid out as a module reads it next, token by token
+        if causal is None:
+            mask = mask.narrow(3, 0, keys)
+        else:
+            mask = causal.narrow(1, 0, keys).index_select(0, mask.flatten()).view(*mask.shape[:3], keys)
+        place.copy_(scaled_dot_product_attention(queries, *seen, attn_mask=mask, **kwargs).transpose(1, 2))
+    return output.transpose(1, 2)
+
+
+def _causal_rows(keys: int, like: Tensor) -> Tensor:
+    """Additive masks, row ``n`` for a query that ``n`` keys lie ahead of: a view of ``2·keys`` numbers."""
+    seen_or_not = like.new_zeros(2 * keys)
+    seen_or_not[keys:] = float("-inf")
+    return seen_or_not.unfold(0, keys, 1)
