@@ -104,6 +104,7 @@ def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, mon
         chunked.append(attn_mask.behind)
         return plain(*args, attn_mask=attn_mask, **kwargs)
 
+    monkeypatch.setattr(packed_queries, "_WORTH", 4)
     monkeypatch.setattr(packed_queries, "_LEAST", 2)
     monkeypatch.setattr(packed_queries, "_in_chunks", in_chunks)
     test_equals_masked_dense_model(family, granularity, "keep", "eager" if family == "gemma2" else "sdpa")

@@ -15,48 +15,47 @@ class AllKeys:
     """Keys and values of all tokens, known before the packed queries run; what the module itself brings is unused.
 
     Args:
-        cache: the real cache or None. packing: of the tokens that run. keys, values: ``[b, heads, t, head_dim]``.
+        packing: of the tokens that run. keys, values: ``[b, heads, keys, head_dim]``, those of the cache included.
     """
 
-    def __init__(self, cache, packing: Packing, keys: Tensor, values: Tensor) -> None:
-        self.cache, self.packing, self.states = cache, packing, (keys, values)
+    def __init__(self, packing: Packing, keys: Tensor, values: Tensor) -> None:
+        self.packing, self.states = packing, (keys, values)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> Sequence[Tensor]:
         """Called by the module with ``[r, heads, q, head_dim]`` of the packed tokens; returns what they attend to."""
-        states, rows = self.states, self.packing.row_list
-        batch = states[0].shape[0]
-        if self.cache is not None:
-            states = self.cache.update(*states, layer, *args, **kwargs)
-        if len(rows) == batch:
-            return states
+        rows = self.packing.row_list
+        if len(rows) == self.states[0].shape[0]:
+            return self.states
         adjacent = rows[-1] - rows[0] + 1 == len(rows)
-        return [s[rows[0] : rows[-1] + 1] if adjacent else s[self.packing.rows] for s in states]
+        return [s[rows[0] : rows[-1] + 1] if adjacent else s[self.packing.rows] for s in self.states]
 
 
 class MergedKeys(AllKeys):
     """Keys and values of all tokens: those of the skipped ones, merged with those that the packed queries bring.
 
     Args:
-        cache, packing: as above. shape: ``(b, t)``. skipped: int64 ``[n]``, flat indices ``row·t + position``.
-        keys, values: theirs, ``[heads, n, head_dim]``.
+        cache: the real cache or None. packing: as above. shape: ``(b, t)``. skipped: int64 ``[n]``, flat indices
+        ``row·t + position``. keys, values: theirs, ``[heads, n, head_dim]``.
     """
 
     def __init__(
         self, cache, packing: Packing, shape: torch.Size, skipped: Tensor, keys: Tensor, values: Tensor
     ) -> None:
-        self.flat = []
+        self.cache, self.flat = cache, []
         for states in (keys, values):
             heads, _, width = states.shape
             everything = states.new_empty(shape.numel(), heads * width)
             self.flat.append(everything.index_copy_(0, skipped, states.transpose(0, 1).flatten(1)))
         by_head = (flat.view(*shape, -1, keys.shape[-1]).transpose(1, 2) for flat in self.flat)
-        super().__init__(cache, packing, *by_head)
+        super().__init__(packing, *by_head)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> Sequence[Tensor]:
         """As above."""
         for everything, packed in zip(self.flat, (keys, values), strict=True):
             # Filler slots hold skipped tokens, whose keys come out the same: no need to leave them out.
             everything.index_copy_(0, self.packing.flat, packed.transpose(1, 2).flatten(0, 1).flatten(1))
+        if self.cache is not None:
+            self.states = self.cache.update(*self.states, layer, *args, **kwargs)
         return super().update(keys, values, layer, *args, **kwargs)
 
 

@@ -78,23 +78,28 @@ class RoutedAttending(Routed):
         self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int], kwargs: dict
     ) -> Tensor:
         """Queries of kept tokens, keys and values of all."""
-        cache, tokens, attention = kwargs.get("past_key_values"), keep.shape[1], self.mod_attention()
-        output = self.mod_residual(hidden_states)
+        attention, cache = self.mod_attention(), kwargs.get("past_key_values")
         if not any(counts):
             if cache is not None:
                 cache.update(*project_kv(attention, features, kwargs["position_embeddings"]), self.mod_layer)
-            return output
+            return self.mod_residual(hidden_states)
         check_packable(attention, self.mod_layer)
+        spared = spared_weights(attention)
+        if spared:  # first of all, while the features are at hand
+            states = project_kv(attention, features, kwargs["position_embeddings"])
+            states = states if cache is None else cache.update(*states, self.mod_layer)
         packing = pack(keep, counts)
         packed = select_tokens(kwargs, packing)
-        packed["attention_mask"] = self._packed_mask(kwargs.get("attention_mask"), packing, tokens, hidden_states)
-        spared = spared_weights(attention)
-        packed["past_key_values"] = self._all_keys(features, keep, packing, kwargs, known=bool(spared))
+        mask = kwargs.get("attention_mask")
+        packed["attention_mask"] = self._packed_mask(mask, packing, keep.shape[1], hidden_states)
         taken = packing.take(hidden_states)
         if spared:
+            packed["past_key_values"] = AllKeys(packing, *states)
             ran = self.mod_run(PackedHidden.of(taken, spared, attention.head_dim), packed).as_subclass(Tensor)
         else:
+            packed["past_key_values"] = self._merged_keys(features, keep, packing, kwargs)
             ran = self.mod_run(taken, packed)
+        output = self.mod_residual(hidden_states)
         packing.put_(ran, output)
         return output
 
@@ -106,16 +111,13 @@ class RoutedAttending(Routed):
             mask = self._mask_type(query_mask(mask, packing, length, tokens), like)
         return ChunkedMask.of(mask, packing, tokens) if chunked else mask
 
-    def _all_keys(self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict, known: bool) -> AllKeys:
-        """Keys and values of all tokens, projected here, or (unless ``known``) only those that will not be packed."""
-        attention, positions = self.mod_attention(), kwargs["position_embeddings"]
-        cache = kwargs.get("past_key_values")
-        if known:
-            return AllKeys(cache, packing, *project_kv(attention, features, positions))
+    def _merged_keys(self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict) -> MergedKeys:
+        """Keys and values of all tokens, where the module projects those that are packed: only the rest here."""
         skipped = true_places(~keep, keep.numel() - sum(packing.counts))
         chosen = features.flatten(0, 1).index_select(0, skipped)[None]
-        keys, values = project_kv(attention, chosen, flat_positions(positions, skipped, keep.shape[1]))
-        return MergedKeys(cache, packing, keep.shape, skipped, keys[0], values[0])
+        positions = flat_positions(kwargs["position_embeddings"], skipped, keep.shape[1])
+        keys, values = project_kv(self.mod_attention(), chosen, positions)
+        return MergedKeys(kwargs.get("past_key_values"), packing, keep.shape, skipped, keys[0], values[0])
 
     def _run_ragged(self, hidden_states: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, call) -> Tensor:
         """Queries, keys and values of kept tokens only."""
