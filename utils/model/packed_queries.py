@@ -15,7 +15,9 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from .packing import Packing
 
 _WORTH = 128
+"""Fewer queries than these run in one go: what chunks would save is less than what they cost."""
 _LEAST = 32
+"""Queries in a chunk, at least: the block of queries that the CPU kernel works on."""
 _MOST_CHUNKS = 8
 """n chunks leave (n + 1) / 2n of the pairs: 0.56 at eight, against the 0.5 that no number of chunks goes below."""
 
