@@ -61,6 +61,12 @@ def speed_block() -> str:
         for row in result["rows"]
         if row["decisions"] in ("0.0", "0.5", "1.0")
     ]
+    longer = _json("figures/benchmark_speed_attn_token_cpu.json")
+    again = ", ".join(
+        f"{row['skip_efficiency']:.2f} at capacity {row['capacity']:.2f}"
+        for row in longer["rows"]
+        if row["skip_efficiency"] is not None
+    )
     kept = "kept by the process" if result["pages_kept"] else "given back and mapped anew as the C library likes"
     return (
         f"Random weights, forced masks, {result['device']} ({result['date'][:10]}); dense and routed take turns in\n"
@@ -68,6 +74,8 @@ def speed_block() -> str:
         f"saving which is realised. Freed memory is {kept} (`--pages`); the models of a cell are\n"
         f"built {result['rows'][0]['builds']} times, because where they happen to lie moves a time by a percent.\n\n"
         f"{Table(header, rows).markdown()}\n\n`{result['command']}`\n\n"
+        f"Token-level attention has the least to save in prefill, so its efficiency is the least certain: a longer\n"
+        f"run with {longer['rows'][0]['builds']} builds gives {again}.\n\n`{longer['command']}`\n\n"
         "![Time against capacity](figures/benchmark_speed_cpu.svg)"
     )
 
