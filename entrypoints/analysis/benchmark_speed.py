@@ -92,8 +92,9 @@ def settings(args: argparse.Namespace, layers: int) -> list[Setting]:
                             continue
                         capacities = [None if c == "own" else float(c) for c in args.capacities.split(",")]
                         repeats = args.repeats * (10 if phase == "decode" else 1)
-                        cell = (phase, batch, length, granularity, policy, routed, capacities, repeats, args.builds)
-                        cells.append(Setting(*cell, seed=args.seed))
+                        cell = Setting(phase, batch, length, granularity, policy, routed, capacities, repeats)
+                        cell.builds, cell.seed = args.builds, args.seed
+                        cells.append(cell)
     return cells
 
 

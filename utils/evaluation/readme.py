@@ -74,7 +74,7 @@ def speed_block() -> str:
         f"saving which is realised. Freed memory is {kept} (`--pages`); the models of a cell are\n"
         f"built {result['rows'][0]['builds']} times, because where they happen to lie moves a time by a percent.\n\n"
         f"{Table(header, rows).markdown()}\n\n`{result['command']}`\n\n"
-        f"Token-level attention has the least to save in prefill, so its efficiency is the least certain: a longer\n"
+        "Token-level attention has the least to save in prefill, so its efficiency is the least certain: a longer\n"
         f"run with {longer['rows'][0]['builds']} builds gives {again}.\n\n`{longer['command']}`\n\n"
         "![Time against capacity](figures/benchmark_speed_cpu.svg)"
     )

@@ -126,8 +126,7 @@ class _Variant:
             return nullcontext()
         masks = self.masks
         if number is not None and self.setting.phase == "decode":
-            at = self.setting.length + number
-            masks = {key: mask if mask.dim() == 1 else mask[:, at : at + 1] for key, mask in masks.items()}
+            masks = {key: mask if mask.dim() == 1 else self._at(mask, number) for key, mask in masks.items()}
         return force_routing(self.model, masks)
 
     def forward(self, ids: Tensor, use_cache: bool = True):
@@ -144,11 +143,14 @@ class _Variant:
         if self.setting.phase == "prefill":
             self.forward(self.ids)
         else:
-            position = self.setting.length + number
-            self.forward(self.ids[:, position : position + 1])
+            self.forward(self._at(self.ids, number))
+
+    def _at(self, tokens: Tensor, number: int) -> Tensor:
+        """The column of a decoding step in ``[b, tokens]``."""
+        return tokens.narrow(1, self.setting.length + number, 1)
 
     def measure(self) -> dict[str, Any]:
-        """FLOPs, bytes of keys and values, and peak memory of a step; the share executed in the timed ones."""
+        """FLOPs, bytes of keys and values, peak memory, share executed in the timed steps; room for their times."""
         with self.forced():
             self.prepare()
             peak = _peak_bytes(lambda: self.step(0), self.ids.device)
@@ -158,11 +160,10 @@ class _Variant:
             if self.setting.phase == "prefill":
                 flops = count_flops(self.model, {"input_ids": self.ids})
             else:
-                position = self.setting.length
-                inputs = {"input_ids": self.ids[:, position : position + 1], "past_key_values": self.cache}
+                inputs = {"input_ids": self._at(self.ids, 0), "past_key_values": self.cache}
                 flops = count_flops(self.model, inputs, use_cache=True)
             capacity = 1.0 if self.masks is None else self._capacity()
-        return {"flops": flops, "kv_bytes": held, "peak_bytes": peak, "capacity": capacity}
+        return {"flops": flops, "kv_bytes": held, "peak_bytes": peak, "capacity": capacity, "times": []}
 
     def _capacity(self) -> float:
         """Mean over the routers: of the timed tokens, or of the decision that holds from the prompt on."""
@@ -214,12 +215,11 @@ def benchmark(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel 
     generator = torch.Generator().manual_seed(setting.seed)
     shape = (setting.batch, sum(setting.stretches))
     ids = torch.randint(3, dense.config.vocab_size, shape, generator=generator).to(dense.device)
-    static: list[dict[str, Any]] = []
-    times: list[list[float]] = [[] for _ in range(2 + len(setting.capacities))]
+    measured: list[dict[str, Any]] = []
     for _ in range(setting.builds):
         gc.collect()  # what was built before, whose parts hold references to each other
         variants = _variants(dense, setting, routed, ids)
-        static = static or [variant.measure() for variant in variants]
+        measured = measured or [variant.measure() for variant in variants]
         for variant in variants:
             with variant.forced():
                 variant.prepare()
@@ -229,25 +229,17 @@ def benchmark(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel 
                 with variants[place].forced(number):
                     seconds = _timed(lambda v=variants[place], n=number: v.step(n), ids.device)
                 if number:
-                    times[place].append(seconds)
-    return [
-        _row(setting, capacity, static[0], static[place], times[0], times[1], times[place])
-        for place, capacity in enumerate(setting.capacities, start=2)
-    ]
+                    measured[place]["times"].append(seconds)
+    dense_one, floor, *rest = measured
+    return [_row(setting, asked, dense_one, floor, one) for asked, one in zip(setting.capacities, rest, strict=True)]
 
 
 def _row(
-    setting: Setting,
-    asked: float | None,
-    dense: dict[str, Any],
-    routed: dict[str, Any],
-    dense_times: list[float],
-    floor_times: list[float],
-    routed_times: list[float],
+    setting: Setting, asked: float | None, dense: dict[str, Any], floor: dict[str, Any], routed: dict[str, Any]
 ) -> dict[str, Any]:
     capacity = routed["capacity"]
-    ratio = statistics.median(r / d for r, d in zip(routed_times, dense_times, strict=True))
-    floor_ratio = statistics.median(f / d for f, d in zip(floor_times, dense_times, strict=True))
+    ratio = statistics.median(r / d for r, d in zip(routed["times"], dense["times"], strict=True))
+    floor_ratio = statistics.median(f / d for f, d in zip(floor["times"], dense["times"], strict=True))
     ideal = (1 - capacity) * (1 - floor_ratio)
     return {
         "phase": setting.phase,
@@ -258,8 +250,8 @@ def _row(
         "routed_layers": setting.mod_layers,
         "decisions": "own" if asked is None else str(asked),
         "capacity": capacity,
-        "seconds_dense": _spread(dense_times),
-        "seconds_routed": _spread(routed_times),
+        "seconds_dense": _spread(dense["times"]),
+        "seconds_routed": _spread(routed["times"]),
         "time_ratio": ratio,
         "speed_up": 1 / ratio,
         "ideal_ratio": 1 - ideal,
