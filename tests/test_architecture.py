@@ -12,9 +12,13 @@ BELOW = {
     "errors": set(),
     "model": {"errors"},
     "data": {"errors"},
-    "pipeline": {"errors", "model", "data"},
-    "checkpoint": {"errors", "model", "data", "pipeline"},
-    "evaluation": {"errors", "model", "data", "pipeline", "checkpoint"},
+    "tuning": {"errors", "model", "data"},
+    "checkpoint": {"errors", "model", "data", "tuning"},
+    "evaluation": {"errors", "model", "data", "tuning", "checkpoint"},
+    "embedded": {"errors", "model", "data", "tuning", "checkpoint", "evaluation"},
+    "speed": {"errors", "model", "data", "tuning", "checkpoint", "evaluation"},
+    "viewer": {"errors", "model", "data", "tuning", "checkpoint", "evaluation"},
+    "experiments": {"errors", "model", "data", "tuning", "checkpoint", "evaluation", "embedded", "speed"},
 }
 SHIPPED_MAY_IMPORT = {"__future__", "collections", "contextlib", "contextvars", "dataclasses", "functools", "math"}
 SHIPPED_MAY_IMPORT |= {"sys", "typing", "weakref", "torch", "transformers"}
@@ -25,9 +29,15 @@ def sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
+def dotted(path: Path) -> tuple[str, ...]:
+    """The import name of a file, in parts: ``utils/`` is imported as ``router_tuning``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ("router_tuning", *parts[1:]) if parts[0] == "utils" else parts
+
+
 def imports(path: Path) -> list[str]:
     """Absolute dotted names of all modules that a file imports, at any depth; relative ones are resolved."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    package = dotted(path)[:-1]
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -36,7 +46,7 @@ def imports(path: Path) -> list[str]:
             base = list(package[: len(package) - node.level + 1]) if node.level else []
             stem = [*base, *(node.module.split(".") if node.module else [])]
             names.append(".".join(stem))
-            if stem in (["utils"], list(package)):  # `from utils import data`, `from . import packing`
+            if stem in (["router_tuning"], list(package)):  # `from router_tuning import data`, `from . import packing`
                 names += [".".join([*stem, alias.name]) for alias in node.names]
     return names
 
@@ -64,8 +74,8 @@ def offenders(paths: list[Path], forbidden: Callable[[Path, str], bool]) -> list
 
 def test_utils_import_downwards():
     def upwards(path, name):
-        package, parts = path.relative_to(ROOT).with_suffix("").parts[1], name.split(".")
-        inside = parts[0] == "utils" and len(parts) > 1 and parts[1] != package
+        package, parts = dotted(path)[1], name.split(".")
+        inside = parts[0] == "router_tuning" and len(parts) > 1 and parts[1] != package
         return parts[0] == "entrypoints" or (inside and parts[1] not in BELOW[package])
 
     assert offenders(sources("utils"), upwards) == []
@@ -78,7 +88,7 @@ def test_entrypoints_import_utils_only():
 
 def test_shipped_files_need_torch_and_transformers_only():
     def foreign(path, name):
-        return not name.startswith("utils.model") and name.split(".")[0] not in SHIPPED_MAY_IMPORT
+        return not name.startswith("router_tuning.model") and name.split(".")[0] not in SHIPPED_MAY_IMPORT
 
     assert offenders(shipped(), foreign) == []
 

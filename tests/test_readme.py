@@ -45,14 +45,14 @@ def test_linked_files_exist():
 
 
 def test_numbers_are_those_of_the_committed_json():
-    from utils.evaluation.readme import render
+    from router_tuning.experiments.readme import render
 
     assert render(README) == README, "run: python entrypoints/analysis/update_readme.py"
 
 
 def test_numbers_in_blocks_come_from_json_alone(monkeypatch):
     """Changing a JSON changes the README: the test above cannot pass by accident."""
-    from utils.evaluation import readme
+    from router_tuning.experiments import readme
 
     monkeypatch.setitem(readme.BLOCKS, "base", lambda: "other numbers")
     assert readme.render(README) != README

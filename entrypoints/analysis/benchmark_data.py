@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from utils.errors import UserError, cli
+from router_tuning.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL_ROWS = 2000

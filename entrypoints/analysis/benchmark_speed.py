@@ -20,14 +20,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from utils.data.pages import keep_freed_pages
-from utils.errors import UserError, cli
-from utils.evaluation.provenance import provenance
-from utils.evaluation.speed import Setting, benchmark
-from utils.evaluation.speed_figure import draw_speed
-from utils.evaluation.speed_ideal import shared_copy
-from utils.model import GRANULARITIES, is_routed, unroute
-from utils.pipeline.arguments import ROOT
+from router_tuning.data.pages import keep_freed_pages
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.provenance import provenance
+from router_tuning.model import GRANULARITIES, is_routed, unroute
+from router_tuning.speed.benchmark import Setting, benchmark
+from router_tuning.speed.figure import draw_speed
+from router_tuning.speed.ideal import shared_copy
+from router_tuning.tuning.arguments import ROOT
 
 SHAPES = {
     "small": LlamaConfig(

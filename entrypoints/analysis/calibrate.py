@@ -11,16 +11,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.checkpoint.run_folder import base_of
-from utils.errors import UserError, cli
-from utils.evaluation.models import load_tokenizer, load_tuned
-from utils.evaluation.rows import read_rows
-from utils.model import save_routers, set_thresholds
-from utils.model.dial import calibrate
-from utils.model.saving import read_router_config, thresholds_for
-from utils.pipeline.batching import Collator
-from utils.pipeline.encoding import encode_conversation
-from utils.pipeline.recipes.budget import inputs_to_calibrate_on, is_sequence_level
+from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.models import load_tokenizer, load_tuned
+from router_tuning.evaluation.rows import read_rows
+from router_tuning.model import save_routers, set_thresholds
+from router_tuning.model.dial import calibrate
+from router_tuning.model.saving import read_router_config, thresholds_for
+from router_tuning.tuning.batching import Collator
+from router_tuning.tuning.encoding import encode_conversation
+from router_tuning.tuning.recipes.budget.recipe import inputs_to_calibrate_on, is_sequence_level
 
 OURS = ("format", "base")
 

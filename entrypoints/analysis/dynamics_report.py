@@ -9,21 +9,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.checkpoint.run_folder import base_of
-from utils.data.sample_files import read_heldout
-from utils.data.sample_tasks import FREE_TASKS, TASKS, generate
-from utils.errors import UserError, cli
-from utils.evaluation import controls
-from utils.evaluation.dynamics import dynamics
-from utils.evaluation.experiments_score import score_generation
-from utils.evaluation.models import load_tokenizer, load_tuned
-from utils.evaluation.oracle import at_budget
-from utils.evaluation.output import write_json
-from utils.evaluation.provenance import provenance
-from utils.evaluation.rows import labelled_batches
-from utils.evaluation.tables import Table
-from utils.model import routed_modules
-from utils.pipeline.arguments import ROOT
+from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.embedded.sample_files import read_heldout
+from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS, generate
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation import controls
+from router_tuning.evaluation.dynamics import dynamics
+from router_tuning.evaluation.models import load_tokenizer, load_tuned
+from router_tuning.evaluation.output import write_json
+from router_tuning.evaluation.provenance import provenance
+from router_tuning.evaluation.rows import labelled_batches
+from router_tuning.evaluation.tables import Table
+from router_tuning.experiments.oracle import at_budget
+from router_tuning.experiments.score import score_generation
+from router_tuning.model import routed_modules
+from router_tuning.tuning.arguments import ROOT
 
 
 def parse_args() -> argparse.Namespace:

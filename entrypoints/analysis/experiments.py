@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils.errors import UserError, cli
-from utils.evaluation.experiments import Laboratory
-from utils.evaluation.experiments_plan import Plan, read_plan
-from utils.evaluation.experiments_report import build
-from utils.pipeline.arguments import ROOT
-from utils.pipeline.quiet import quieten
+from router_tuning.errors import UserError, cli
+from router_tuning.experiments.plan import Plan, read_plan
+from router_tuning.experiments.report import build
+from router_tuning.experiments.runner import Laboratory
+from router_tuning.tuning.arguments import ROOT
+from router_tuning.tuning.quiet import quieten
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,16 +15,16 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from utils.checkpoint.run_folder import base_of, data_of, read_run
-from utils.errors import UserError, cli
-from utils.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
-from utils.evaluation.output import write_json, write_text
-from utils.evaluation.page_picture import PROGRAM, take_picture
-from utils.evaluation.provenance import provenance
-from utils.evaluation.routing_page import routing_figure, routing_page
-from utils.evaluation.routing_trace import collect, dial_curve, threshold_sweep
-from utils.evaluation.rows import labelled_batches, read_rows
-from utils.model.saving import read_router_config, thresholds_for
+from router_tuning.checkpoint.run_folder import base_of, data_of, read_run
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
+from router_tuning.evaluation.output import write_json, write_text
+from router_tuning.evaluation.provenance import provenance
+from router_tuning.evaluation.rows import labelled_batches, read_rows
+from router_tuning.model.saving import read_router_config, thresholds_for
+from router_tuning.viewer.page_picture import PROGRAM, take_picture
+from router_tuning.viewer.routing_page import routing_figure, routing_page
+from router_tuning.viewer.routing_trace import collect, dial_curve, threshold_sweep
 
 DIAL = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 

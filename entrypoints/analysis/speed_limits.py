@@ -1,7 +1,7 @@
 """The most that skipping can save on a GPU, by operations and bytes, for the shapes of the published checkpoints.
 
     python entrypoints/analysis/speed_limits.py --output figures/speed_limits.json
-No GPU is needed: see utils/evaluation/speed_limits.py for what is counted.
+No GPU is needed: see utils/speed/limits.py for what is counted.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from utils.errors import UserError, cli
-from utils.evaluation.output import write_json
-from utils.evaluation.speed_limits import ACCELERATORS, GRANULARITIES, Workload, limit, limits_table
-from utils.pipeline.arguments import ROOT
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.output import write_json
+from router_tuning.speed.limits import ACCELERATORS, GRANULARITIES, Workload, limit, limits_table
+from router_tuning.tuning.arguments import ROOT
 
 FOLDERS = ("llama3-8b-mod", "mistral-7b-mod", "qwen-2.5-7b-mod")
 PREFILL, PAST, BATCHES = (512, 2048, 8192, 32768), (512, 8192, 32768), (1, 8, 32)

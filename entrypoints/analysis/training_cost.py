@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from utils.errors import UserError, cli
-from utils.evaluation.experiments_cost import MODES, measure_steps
-from utils.evaluation.models import default_device, load_dense
-from utils.evaluation.output import write_json
-from utils.evaluation.provenance import provenance
-from utils.evaluation.tables import Table
-from utils.model import route
-from utils.pipeline.arguments import ROOT
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.models import default_device, load_dense
+from router_tuning.evaluation.output import write_json
+from router_tuning.evaluation.provenance import provenance
+from router_tuning.evaluation.tables import Table
+from router_tuning.experiments.cost import MODES, measure_steps
+from router_tuning.model import route
+from router_tuning.tuning.arguments import ROOT
 
 
 def parse_args() -> argparse.Namespace:

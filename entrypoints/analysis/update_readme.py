@@ -9,8 +9,8 @@ import argparse
 import os
 from pathlib import Path
 
-from utils.errors import UserError, cli
-from utils.evaluation.readme import render
+from router_tuning.errors import UserError, cli
+from router_tuning.experiments.readme import render
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 

@@ -12,12 +12,12 @@ import argparse
 import json
 from pathlib import Path
 
-from utils.checkpoint.card import model_card
-from utils.checkpoint.export_forms import export_adapter, export_merged, export_peft
-from utils.checkpoint.export_full import export_full
-from utils.checkpoint.run_folder import base_of
-from utils.errors import UserError, cli
-from utils.evaluation.report import COMPARISON, measured
+from router_tuning.checkpoint.card import model_card
+from router_tuning.checkpoint.export_forms import export_adapter, export_merged, export_peft
+from router_tuning.checkpoint.export_full import export_full
+from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.report import COMPARISON, measured
 
 
 def parse_args() -> argparse.Namespace:

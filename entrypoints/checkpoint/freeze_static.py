@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from utils.checkpoint.freeze import freeze, seldom_used, write_frozen
-from utils.checkpoint.run_folder import base_of
-from utils.errors import UserError, cli
-from utils.evaluation.models import load_dense, load_tokenizer, load_tuned
-from utils.evaluation.rows import labelled_batches, read_rows
-from utils.evaluation.static_drop import answer_loss
-from utils.evaluation.tables import Table
-from utils.model import record_routing, routed_modules
+from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
+from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.models import load_dense, load_tokenizer, load_tuned
+from router_tuning.evaluation.rows import labelled_batches, read_rows
+from router_tuning.evaluation.static_drop import answer_loss
+from router_tuning.evaluation.tables import Table
+from router_tuning.model import record_routing, routed_modules
 
 
 def parse_args() -> argparse.Namespace:

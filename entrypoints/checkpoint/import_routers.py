@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.checkpoint.import_published import import_published
-from utils.errors import UserError, cli
+from router_tuning.checkpoint.import_published import import_published
+from router_tuning.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.errors import UserError, cli
-from utils.pipeline.prepare_base import prepare_base
+from router_tuning.checkpoint.prepare_base import prepare_base
+from router_tuning.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 

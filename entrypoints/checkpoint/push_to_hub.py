@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.checkpoint.hub import push_export
-from utils.errors import UserError, cli
+from router_tuning.checkpoint.hub import push_export
+from router_tuning.errors import UserError, cli
 
 
 def parse_args() -> argparse.Namespace:

@@ -30,12 +30,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from utils.data.sample_files import distinct_items
-from utils.data.sample_tasks import FREE_TASKS, TASKS
-from utils.errors import UserError, cli
-from utils.pipeline.base_checkpoint import read_checkpoint, write_card, write_checkpoint
-from utils.pipeline.base_scoring import score_tasks
-from utils.pipeline.base_training import (
+from router_tuning.embedded.base_checkpoint import read_checkpoint, write_card, write_checkpoint
+from router_tuning.embedded.base_scoring import score_tasks
+from router_tuning.embedded.base_training import (
     CURRICULUM,
     SampleStream,
     build_tokenizer,
@@ -43,7 +40,10 @@ from utils.pipeline.base_training import (
     tiny_config,
     tiny_moe_config,
 )
-from utils.pipeline.muon import MuonWithAdamW
+from router_tuning.embedded.muon import MuonWithAdamW
+from router_tuning.embedded.sample_files import distinct_items
+from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS
+from router_tuning.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 

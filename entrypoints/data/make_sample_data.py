@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.data.sample_files import write_sample_data
-from utils.errors import UserError, cli
+from router_tuning.embedded.sample_files import write_sample_data
+from router_tuning.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.data.mix_plan import PUBLISHED_PORTIONS, PUBLISHED_SEED, make_plan
-from utils.data.mixing import mix
-from utils.errors import UserError, cli
+from router_tuning.data.mix_plan import PUBLISHED_PORTIONS, PUBLISHED_SEED, make_plan
+from router_tuning.data.mixing import mix
+from router_tuning.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = ", ".join(f"{name} {float(portion):g}" for name, portion in PUBLISHED_PORTIONS.items())
@@ -57,7 +57,7 @@ def main() -> None:
         print(f"{name:<18}{row['rows']:>10,}{row['duplicates']:>12,}{portion:>9}{row['mixed']:>10,}")
     print(f"{report['rows']:,} rows in {args.save_path / 'data.jsonl'}, sha256 {report['sha256'][:16]}…, in mix.json")
     if args.preview:
-        from utils.pipeline import preview  # brings transformers, seconds that a mix does not need
+        from router_tuning.tuning import preview  # brings transformers, seconds that a mix does not need
 
         print(preview.report(args.save_path / "data.jsonl", args.tokenizer, args.preview))
 

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.errors import UserError, cli
+from router_tuning.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,7 @@ def main() -> None:
             raise UserError(f"--{name} must be at least 0")
     if args.max_seq_length < 1:
         raise UserError(f"--max_seq_length must be at least 1, not {args.max_seq_length}")
-    from utils.pipeline.preview import report  # brings transformers, seconds that --help does not need
+    from router_tuning.tuning.preview import report  # brings transformers, seconds that --help does not need
 
     measured = args.measured_rows or None
     colour = sys.stdout.isatty()

@@ -15,11 +15,11 @@ import os
 import sys
 from pathlib import Path
 
-from utils.data.dataset_run import Outcome
-from utils.data.formats import FORMATS
-from utils.data.reformat import Settings, reformat
-from utils.data.sources import Source, locate, source_of
-from utils.errors import UserError, cli
+from router_tuning.data.dataset_run import Outcome
+from router_tuning.data.formats import FORMATS
+from router_tuning.data.reformat import Settings, reformat
+from router_tuning.data.sources import Source, locate, source_of
+from router_tuning.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = min(2, os.cpu_count() or 1)
@@ -105,7 +105,7 @@ def main() -> None:
     if failed:
         raise SystemExit(1 if all(outcome.too_many for outcome in failed) else 2)
     if args.preview:
-        from utils.pipeline import preview  # brings transformers, seconds that a conversion does not need
+        from router_tuning.tuning import preview  # brings transformers, seconds that a conversion does not need
 
         for outcome in outcomes:
             print(preview.report(args.save_path / outcome.name / "data.jsonl", args.tokenizer, args.preview))

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, TextStreamer
 
-from utils.checkpoint.run_folder import base_of
-from utils.errors import UserError, cli
-from utils.evaluation.chatting import answer
-from utils.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
-from utils.model import set_thresholds
-from utils.model.saving import read_router_config, thresholds_for
+from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
+from router_tuning.model import set_thresholds
+from router_tuning.model.saving import read_router_config, thresholds_for
+from router_tuning.viewer.chatting import answer
 
 HELP = __doc__.strip().splitlines()[-1]
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from utils.checkpoint.run_folder import base_of, data_of, read_run, training_log
-from utils.errors import UserError, cli
-from utils.evaluation.comparison import Plan, compare
-from utils.evaluation.figures import capacity_figure, quality_figure
-from utils.evaluation.models import load_dense, load_tokenizer, load_tuned
-from utils.evaluation.output import write_json, write_text
-from utils.evaluation.report import COMPARISON, report, summary_table
-from utils.evaluation.results import cost_table, headline, score_table
-from utils.evaluation.rows import labelled_batches, prompt_batches, prompt_text, read_rows
+from router_tuning.checkpoint.run_folder import base_of, data_of, read_run, training_log
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.comparison import Plan, compare
+from router_tuning.evaluation.figures import capacity_figure, quality_figure
+from router_tuning.evaluation.models import load_dense, load_tokenizer, load_tuned
+from router_tuning.evaluation.output import write_json, write_text
+from router_tuning.evaluation.report import COMPARISON, report, summary_table
+from router_tuning.evaluation.results import cost_table, headline, score_table
+from router_tuning.evaluation.rows import labelled_batches, prompt_batches, prompt_text, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,12 +12,12 @@ import argparse
 import json
 from pathlib import Path
 
-from utils.checkpoint.run_folder import base_of
-from utils.errors import UserError, cli
-from utils.evaluation.harness import evaluate, main_score
-from utils.evaluation.models import load_dense, load_tokenizer, load_tuned
-from utils.evaluation.output import write_json
-from utils.evaluation.tables import Table, with_error
+from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.harness import evaluate, main_score
+from router_tuning.evaluation.models import load_dense, load_tokenizer, load_tuned
+from router_tuning.evaluation.output import write_json
+from router_tuning.evaluation.tables import Table, with_error
 
 
 def parse_args() -> argparse.Namespace:

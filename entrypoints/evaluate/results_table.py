@@ -13,10 +13,10 @@ import argparse
 import json
 from pathlib import Path
 
-from utils.errors import UserError, cli
-from utils.evaluation.output import write_text
-from utils.evaluation.results import cost_table, files_table, score_table
-from utils.evaluation.tables import Table
+from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.output import write_text
+from router_tuning.evaluation.results import cost_table, files_table, score_table
+from router_tuning.evaluation.tables import Table
 
 
 def parse_args() -> argparse.Namespace:

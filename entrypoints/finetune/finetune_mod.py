@@ -13,13 +13,13 @@ import logging
 import os
 from pathlib import Path
 
-from utils.errors import cli
-from utils.pipeline.command_line import parse_command
-from utils.pipeline.dry_run import dry_run
-from utils.pipeline.engines import lost_contact
-from utils.pipeline.interruption import Interruption
-from utils.pipeline.quiet import quieten
-from utils.pipeline.tuning import Preparation, run_tuning
+from router_tuning.errors import cli
+from router_tuning.tuning.command_line import parse_command
+from router_tuning.tuning.dry_run import dry_run
+from router_tuning.tuning.engines import lost_contact
+from router_tuning.tuning.interruption import Interruption
+from router_tuning.tuning.quiet import quieten
+from router_tuning.tuning.tuning import Preparation, run_tuning
 
 RANK = int(os.environ.get("RANK", 0))
 EXIT_CODE_FILE = "ROUTER_TUNING_EXIT_CODE_FILE"

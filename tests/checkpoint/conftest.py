@@ -12,7 +12,7 @@ from tiny_checkpoint import write_base, write_run
 from tiny_models import random_batch
 from transformers import AutoModelForCausalLM
 
-from utils.model import load_routers
+from router_tuning.model import load_routers
 
 
 @pytest.fixture(scope="session")

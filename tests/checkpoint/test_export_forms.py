@@ -11,13 +11,13 @@ from peft import PeftModel
 from tiny_models import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.checkpoint.card import model_card, tuning_command
-from utils.checkpoint.export_forms import export_adapter, export_merged, export_peft
-from utils.checkpoint.export_full import export_full
-from utils.checkpoint.run_folder import base_of, data_of
-from utils.errors import UserError
-from utils.evaluation.models import load_tuned
-from utils.model import load_routers
+from router_tuning.checkpoint.card import model_card, tuning_command
+from router_tuning.checkpoint.export_forms import export_adapter, export_merged, export_peft
+from router_tuning.checkpoint.export_full import export_full
+from router_tuning.checkpoint.run_folder import base_of, data_of
+from router_tuning.errors import UserError
+from router_tuning.evaluation.models import load_tuned
+from router_tuning.model import load_routers
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def test_run_that_tuned_all_weights(tmp_path, run, base):
     model.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "model")
     expected = logits(model)
-    from utils.model import save_routers
+    from router_tuning.model import save_routers
 
     save_routers(model, folder)
     torch.testing.assert_close(logits(load_tuned(base, folder)), expected)

@@ -14,9 +14,9 @@ from tiny_checkpoint import write_base, write_run
 from tiny_models import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.checkpoint.export_full import export_full
-from utils.errors import UserError
-from utils.model import load_routers
+from router_tuning.checkpoint.export_full import export_full
+from router_tuning.errors import UserError
+from router_tuning.model import load_routers
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_stock_transformers_loads_every_named_family(tmp_path):
         "    model = AutoModelForCausalLM.from_pretrained('./' + family, trust_remote_code=True).eval()\n"
         "    assert type(model).__module__.startswith('transformers_modules'), type(model)\n"
         "    torch.testing.assert_close(model(saved['ids'], attention_mask=saved['mask']).logits, logits)\n"
-        "assert 'utils.model' not in sys.modules\n"
+        "assert 'router_tuning.model' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True, timeout=300)
 

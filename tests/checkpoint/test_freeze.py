@@ -12,9 +12,9 @@ from tiny_checkpoint import LAYERS, write_base, write_run
 from tiny_models import random_batch, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.checkpoint.freeze import freeze, seldom_used, write_frozen
-from utils.errors import UserError
-from utils.model import force_routing, is_routed, route
+from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
+from router_tuning.errors import UserError
+from router_tuning.model import force_routing, is_routed, route
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
-from utils.checkpoint.export_full import export_full
-from utils.checkpoint.hub import push_export
-from utils.errors import UserError
+from router_tuning.checkpoint.export_full import export_full
+from router_tuning.checkpoint.hub import push_export
+from router_tuning.errors import UserError
 
 
 def upload(folder, repo_id, endpoint):
@@ -21,7 +21,13 @@ def upload(folder, repo_id, endpoint):
     }
     env = keep | {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "*"}
     env["HF_ENDPOINT"] = endpoint
-    command = [sys.executable, str(Path(__file__).parents[1] / "hub_upload.py"), str(folder), repo_id, endpoint]
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "support" / "hub_upload.py"),
+        str(folder),
+        repo_id,
+        endpoint,
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=150)
     return done.stdout.strip()
 

@@ -11,11 +11,11 @@ from tiny_checkpoint import write_base
 from tiny_models import random_batch
 from transformers import AutoModelForCausalLM
 
-from utils.checkpoint.base import base_probes
-from utils.checkpoint.import_published import import_published
-from utils.errors import UserError
-from utils.model import load_routers, record_routing, route, routed_modules
-from utils.model.saving import base_identity
+from router_tuning.checkpoint.base import base_probes
+from router_tuning.checkpoint.import_published import import_published
+from router_tuning.errors import UserError
+from router_tuning.model import load_routers, record_routing, route, routed_modules
+from router_tuning.model.saving import base_identity
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import write_base
 from tiny_models import random_batch
 
-from utils.checkpoint.export_forms import export_merged, export_peft
-from utils.checkpoint.export_full import export_full
-from utils.checkpoint.run_folder import base_of, read_run
-from utils.errors import UserError
-from utils.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
-from utils.model.saving import read_router_config
+from router_tuning.checkpoint.export_forms import export_merged, export_peft
+from router_tuning.checkpoint.export_full import export_full
+from router_tuning.checkpoint.run_folder import base_of, read_run
+from router_tuning.errors import UserError
+from router_tuning.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
+from router_tuning.model.saving import read_router_config
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def test_a_pickled_or_broken_adapter_is_never_read(tmp_path, lora_run, base):
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "..", "/etc", 7])
 def test_a_run_cannot_name_a_base_outside_ckpt(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("utils.checkpoint.run_folder.ROOT", tmp_path / "root")
+    monkeypatch.setattr("router_tuning.checkpoint.run_folder.ROOT", tmp_path / "root")
     for folder in (tmp_path / "elsewhere", tmp_path / "root", tmp_path / "root" / "ckpt" / "base"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text("{}")

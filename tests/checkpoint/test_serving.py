@@ -9,8 +9,8 @@ from tiny_models import random_batch
 from tiny_routed import routed_model
 from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer
 
-from utils.evaluation.models import load_tuned
-from utils.model import unroute
+from router_tuning.evaluation.models import load_tuned
+from router_tuning.model import unroute
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token", "attn_token+mlp_token"])

@@ -9,10 +9,10 @@ import torch
 from isolated_environment import IsolatedPython
 from transformers import AutoTokenizer
 
-from utils.checkpoint.export_forms import export_merged, export_peft
-from utils.checkpoint.export_full import export_full
-from utils.evaluation.harness import TASK_CONFIGS, evaluate
-from utils.evaluation.models import load_tuned
+from router_tuning.checkpoint.export_forms import export_merged, export_peft
+from router_tuning.checkpoint.export_full import export_full
+from router_tuning.evaluation.harness import TASK_CONFIGS, evaluate
+from router_tuning.evaluation.models import load_tuned
 
 TASKS = ["mod_copy_gen", "mod_math_mc", "mod_story_text"]
 PROMPTS = [
@@ -52,7 +52,7 @@ for form, (folder, adapter) in forms.items():
             bootstrap_iters=0, task_manager=TaskManager(include_path=configs, include_defaults=False),
         )
         found[form]["scores"][size] = json.dumps(result["results"], default=str)
-assert "utils" not in sys.modules
+assert "router_tuning" not in sys.modules
 torch.save(found, target)
 """
 
@@ -110,7 +110,7 @@ def plain(scores):
 def test_the_repository_is_absent_there(outside, tmp_path):
     code = (
         "import importlib.util as u; assert all(map(u.find_spec, ('torch', 'transformers', 'peft', 'lm_eval'))); "
-        "print([name for name in ('utils', 'entrypoints', 'deepspeed', 'orjson') if u.find_spec(name)])"
+        "print([name for name in ('router_tuning', 'entrypoints', 'deepspeed', 'orjson') if u.find_spec(name)])"
     )
     assert outside.run("-c", code, cwd=tmp_path).strip().endswith("[]")
 

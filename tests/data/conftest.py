@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.data.reformat import Settings, reformat
-from utils.data.sources import source_of
+from router_tuning.data.reformat import Settings, reformat
+from router_tuning.data.sources import source_of
 
 
 @pytest.fixture

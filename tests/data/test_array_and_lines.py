@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data import array, lines
-from utils.data.array import ArrayReader, separator_of
-from utils.data.blocks import Place, Unreadable
-from utils.data.lines import line_blocks
-from utils.errors import UserError
+from router_tuning.data import array, lines
+from router_tuning.data.array import ArrayReader, separator_of
+from router_tuning.data.blocks import Place, Unreadable
+from router_tuning.data.lines import line_blocks
+from router_tuning.errors import UserError
 
 VALUE = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 99) | st.text(alphabet='ab}],{"\\:é\n x[', max_size=8),

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from raw_data import read_jsonl, sample_rows, write_rows
 
-from utils.data.blocks import Place, Unreadable
-from utils.data.containers import read_blocks, recognise
-from utils.errors import UserError
+from router_tuning.data.blocks import Place, Unreadable
+from router_tuning.data.containers import read_blocks, recognise
+from router_tuning.errors import UserError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet", ".arrow")
 COLUMNS = ("conversations", "query", "response", "instruction", "input", "output")

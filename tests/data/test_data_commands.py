@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from raw_data import read_jsonl, sample_rows, write_rows
 
-from utils.data.formats import FORMATS
+from router_tuning.data.formats import FORMATS
 
 
 def run(root: Path, entry: str, *options: object, cwd: Path | None = None) -> subprocess.CompletedProcess:

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_data import SHARED, sample_rows
 
-from utils.data import array, lines
-from utils.data.array import ArrayReader, separator_of
-from utils.data.blocks import Block, Place
-from utils.data.containers import read_blocks, recognise
-from utils.data.conversion import State, convert_block
-from utils.data.escapes import canonical
-from utils.data.fast_lane import lane_of
-from utils.data.formats import FORMATS
-from utils.data.lines import line_blocks
-from utils.data.policy import Reject
-from utils.errors import UserError
+from router_tuning.data import array, lines
+from router_tuning.data.array import ArrayReader, separator_of
+from router_tuning.data.blocks import Block, Place
+from router_tuning.data.containers import read_blocks, recognise
+from router_tuning.data.conversion import State, convert_block
+from router_tuning.data.escapes import canonical
+from router_tuning.data.fast_lane import lane_of
+from router_tuning.data.formats import FORMATS
+from router_tuning.data.lines import line_blocks
+from router_tuning.data.policy import Reject
+from router_tuning.errors import UserError
 
 TURNS = [name for name, known in FORMATS.items() if known.senders]
 
@@ -49,7 +49,7 @@ def converted(name: str, blocks: Iterator[Block]) -> tuple:
 
 
 def careful_lines(name: str, rows: list[dict]) -> list[bytes]:
-    """What :mod:`utils.data.formats` makes of rows, all of them accepted."""
+    """What :mod:`router_tuning.data.formats` makes of rows, all of them accepted."""
     known = FORMATS[name]
     made = [
         {"dataset": known.label, "id": f"{known.label}_{at}", "messages": known.convert(row)}

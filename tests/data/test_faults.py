@@ -10,8 +10,8 @@ import pytest
 import xxhash
 from raw_data import GOOD, NO_LIMIT, in_threads, outcome_of, published_files, read_jsonl, sample_rows, write_rows
 
-from utils.data.reformat import Settings, reformat
-from utils.data.sources import source_of
+from router_tuning.data.reformat import Settings, reformat
+from router_tuning.data.sources import source_of
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".arrow", ".json"])

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_data import SHARED, published, read_jsonl, sample_rows, write_rows
 
-from utils.data.formats import FORMATS
-from utils.data.policy import FILTERED, Reject, json_type
+from router_tuning.data.formats import FORMATS
+from router_tuning.data.policy import FILTERED, Reject, json_type
 
 CONVERSATIONS = ("vicuna_sharegpt", "evol_instruct", "slim_orca")
 PAIRS = {"meta_math_qa": ("query", "response"), "evol_code_alpaca": ("instruction", "output")}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from raw_data import NO_LIMIT, in_threads, published, read_jsonl, sample_rows
 
-from utils.data import planning
-from utils.data.formats import FORMATS
+from router_tuning.data import planning
+from router_tuning.data.formats import FORMATS
 
 ROWS = 2000
 TEXTS = [

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_data import read_jsonl
 
-from utils.data import mixing
-from utils.data.mix_plan import PUBLISHED_PORTIONS, MixPlan, make_plan
-from utils.data.mixing import mix
-from utils.errors import UserError
+from router_tuning.data import mixing
+from router_tuning.data.mix_plan import PUBLISHED_PORTIONS, MixPlan, make_plan
+from router_tuning.data.mixing import mix
+from router_tuning.errors import UserError
 
 
 def make_set(folder: Path, name: str, count: int, prefix: str = "") -> list[dict]:

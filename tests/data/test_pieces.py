@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.data import pieces
-from utils.data.board import DATA, READ, ROWS, UNKNOWN, Board, Stopped
-from utils.data.pieces import Piece
-from utils.data.writing import WriteError
+from router_tuning.data import pieces
+from router_tuning.data.board import DATA, READ, ROWS, UNKNOWN, Board, Stopped
+from router_tuning.data.pieces import Piece
+from router_tuning.data.writing import WriteError
 
 
 @settings(max_examples=300, deadline=None)

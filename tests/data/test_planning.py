@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_data import sample_rows, write_rows
 
-from utils.data import counting, planning
-from utils.data.blocks import BOM, Place
-from utils.data.containers import ARRAY, LINES, read_blocks, recognise
-from utils.data.counting import count
-from utils.data.planning import Plan, Stretch, cut_file
-from utils.errors import UserError
+from router_tuning.data import counting, planning
+from router_tuning.data.blocks import BOM, Place
+from router_tuning.data.containers import ARRAY, LINES, read_blocks, recognise
+from router_tuning.data.counting import count
+from router_tuning.data.planning import Plan, Stretch, cut_file
+from router_tuning.errors import UserError
 
 COLUMNS = ("id", "query", "response")
 

@@ -16,15 +16,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from raw_data import PUBLISHED, contents, outcome_of, sample_rows, write_rows
 
-from utils.data import conversion, lines, planning
-from utils.data.blocks import Place
-from utils.data.containers import recognise
-from utils.data.conversion import Task
-from utils.data.dataset_run import DatasetRun
-from utils.data.planning import Plan, Stretch
-from utils.data.progress import Progress
-from utils.data.reformat import Settings, reformat
-from utils.data.sources import source_of
+from router_tuning.data import conversion, lines, planning
+from router_tuning.data.blocks import Place
+from router_tuning.data.containers import recognise
+from router_tuning.data.conversion import Task
+from router_tuning.data.dataset_run import DatasetRun
+from router_tuning.data.planning import Plan, Stretch
+from router_tuning.data.progress import Progress
+from router_tuning.data.reformat import Settings, reformat
+from router_tuning.data.sources import source_of
 
 
 class Killed(Exception):
@@ -58,8 +58,8 @@ def test_a_run_killed_anywhere_ends_the_same(ending, checkpoint, whole, kills, g
         patch.setattr(planning, "STRETCH_BYTES", 10**9 if whole else 1500)
         patch.setattr(planning, "STRETCH_ROWS", 10**9 if whole else 10)
         patch.setattr(lines, "BLOCK_BYTES", 300)
-        patch.setattr("utils.data.array.BLOCK_BYTES", 300)
-        patch.setattr("utils.data.tables.BATCH_ROWS", 7)
+        patch.setattr("router_tuning.data.array.BLOCK_BYTES", 300)
+        patch.setattr("router_tuning.data.tables.BATCH_ROWS", 7)
         results = []
         for limits in ([], kills):
             shutil.rmtree(base / "out", ignore_errors=True)
@@ -196,9 +196,9 @@ def test_another_file_is_not_taken_for_the_one_begun(tmp_path: Path, monkeypatch
 
 DRIVER = """
 import runpy, sys
-import utils.data.conversion, utils.data.planning
-utils.data.conversion.CHECKPOINT_BYTES = 30_000
-utils.data.planning.STRETCH_BYTES = 30_000
+import router_tuning.data.conversion, router_tuning.data.planning
+router_tuning.data.conversion.CHECKPOINT_BYTES = 30_000
+router_tuning.data.planning.STRETCH_BYTES = 30_000
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

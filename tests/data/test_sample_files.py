@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.data.sample_files import RAW_FILES, distinct_items, raw_text, read_heldout, sample_files
-from utils.data.sample_tasks import TASKS
+from router_tuning.embedded.sample_files import RAW_FILES, distinct_items, raw_text, read_heldout, sample_files
+from router_tuning.embedded.sample_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "data" / "sample"

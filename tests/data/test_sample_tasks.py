@@ -12,9 +12,17 @@ import sys
 
 import pytest
 
-from utils.data.sample_tasks import FORMAT_OF_TASK, FREE_TASKS, TASKS, Item, final_answer, generate, split_of
-from utils.data.sample_tasks_worlds import facts
-from utils.errors import UserError
+from router_tuning.embedded.sample_tasks import (
+    FORMAT_OF_TASK,
+    FREE_TASKS,
+    TASKS,
+    Item,
+    final_answer,
+    generate,
+    split_of,
+)
+from router_tuning.embedded.sample_tasks_worlds import facts
+from router_tuning.errors import UserError
 
 COUNT = 300
 
@@ -164,7 +172,8 @@ def test_share_of_held_out_keys():
 
 def test_items_do_not_depend_on_the_process():
     """Python randomises ``hash`` per process; nothing here may depend on it."""
-    code = "from utils.data.sample_tasks import *\nprint([generate(t, s, 'train') for t in TASKS for s in range(5)])"
+    code = "from router_tuning.embedded.sample_tasks import *\n"
+    code += "print([generate(t, s, 'train') for t in TASKS for s in range(5)])"
     printed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "77"}
     ).stdout

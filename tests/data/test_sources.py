@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from raw_data import read_jsonl, sample_rows, write_rows
 
-from utils.data.sources import locate, source_of
-from utils.errors import UserError
+from router_tuning.data.sources import locate, source_of
+from router_tuning.errors import UserError
 
 
 def test_layouts_of_the_hub(tmp_path: Path, convert):

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from raw_data import contents, in_threads, outcome_of, sample_rows, write_rows
 
-from utils.data import conversion, pieces, planning
-from utils.data.blocks import BOM
-from utils.data.reformat import Settings, reformat
-from utils.data.sources import source_of
-from utils.data.writing import WriteError
+from router_tuning.data import conversion, pieces, planning
+from router_tuning.data.blocks import BOM
+from router_tuning.data.reformat import Settings, reformat
+from router_tuning.data.sources import source_of
+from router_tuning.data.writing import WriteError
 
 
 def test_workers_do_not_show(tmp_path: Path, monkeypatch, convert):

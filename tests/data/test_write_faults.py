@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 import pytest
 from raw_data import in_threads, outcome_of, published_files, sample_rows, write_rows
 
-from utils.data import planning
-from utils.data.mix_plan import MixPlan
-from utils.data.mixing import mix
-from utils.errors import UserError
+from router_tuning.data import planning
+from router_tuning.data.mix_plan import MixPlan
+from router_tuning.data.mixing import mix
+from router_tuning.errors import UserError
 
 NOBODY = 65534
 

@@ -18,10 +18,10 @@ from transformers import (
     Qwen2Config,
 )
 
-from utils.errors import UserError
-from utils.pipeline import prepare_base as module
-from utils.pipeline.base_training import build_tokenizer
-from utils.pipeline.prepare_base import INDEX, RECORD, prepare_base
+from router_tuning.checkpoint import prepare_base as module
+from router_tuning.checkpoint.prepare_base import INDEX, RECORD, prepare_base
+from router_tuning.embedded.base_training import build_tokenizer
+from router_tuning.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from utils.data.sample_files import distinct_items
-from utils.data.sample_tasks import TASKS, generate
-from utils.errors import UserError
-from utils.pipeline.base_checkpoint import ROUTING_FIELDS, read_checkpoint, write_card
-from utils.pipeline.base_scoring import exact_match, generate_answers, text_perplexity
-from utils.pipeline.base_training import CURRICULUM, SampleStream, build_tokenizer, collate, tiny_config
-from utils.pipeline.encoding import render, render_prompt
-from utils.pipeline.muon import MuonWithAdamW
+from router_tuning.embedded.base_checkpoint import ROUTING_FIELDS, read_checkpoint, write_card
+from router_tuning.embedded.base_scoring import exact_match, generate_answers, text_perplexity
+from router_tuning.embedded.base_training import CURRICULUM, SampleStream, build_tokenizer, collate, tiny_config
+from router_tuning.embedded.muon import MuonWithAdamW
+from router_tuning.embedded.sample_files import distinct_items
+from router_tuning.embedded.sample_tasks import TASKS, generate
+from router_tuning.errors import UserError
+from router_tuning.tuning.encoding import render, render_prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "entrypoints" / "checkpoint" / "train_tiny_base.py"

@@ -11,8 +11,8 @@ import torch
 from tiny_checkpoint import write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.evaluation.chatting import Answer, answer, prompt_of
-from utils.model import load_routers, record_routing
+from router_tuning.model import load_routers, record_routing
+from router_tuning.viewer.chatting import Answer, answer, prompt_of
 
 TALK = [{"role": "user", "content": "Add 3 and 9."}]
 

@@ -6,9 +6,9 @@ import torch
 from tiny_models import random_batch
 from tiny_routed import routed_model
 
-from utils.evaluation import controls
-from utils.evaluation.static_drop import answer_loss
-from utils.model import record_routing
+from router_tuning.evaluation import controls
+from router_tuning.evaluation.static_drop import answer_loss
+from router_tuning.model import record_routing
 
 
 def batches():

@@ -7,9 +7,9 @@ from itertools import product
 import pytest
 import torch
 
-from utils.evaluation.dynamics import dynamics
-from utils.evaluation.oracle import allocation_oracle, at_budget, static_curve
-from utils.pipeline.recipes.budget_search import all_masks
+from router_tuning.evaluation.dynamics import dynamics
+from router_tuning.experiments.oracle import allocation_oracle, at_budget, static_curve
+from router_tuning.tuning.recipes.budget.search import all_masks
 
 
 def test_a_static_policy_has_no_entropy():

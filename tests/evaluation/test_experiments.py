@@ -9,17 +9,17 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from utils.errors import UserError
-from utils.evaluation.experiments import Laboratory
-from utils.evaluation.experiments_data import scored_items, search_rows, train_file
-from utils.evaluation.experiments_plan import Cell, read_plan
-from utils.evaluation.experiments_report import build
-from utils.evaluation.experiments_score import score_generation
-from utils.model import record_routing, routed_modules, set_thresholds
-from utils.model.dial import calibrate
-from utils.model.saving import thresholds_for
-from utils.pipeline.base_training import build_tokenizer
-from utils.pipeline.encoding import render_prompt
+from router_tuning.embedded.base_training import build_tokenizer
+from router_tuning.errors import UserError
+from router_tuning.experiments.data import scored_items, search_rows, train_file
+from router_tuning.experiments.plan import Cell, read_plan
+from router_tuning.experiments.report import build
+from router_tuning.experiments.runner import Laboratory
+from router_tuning.experiments.score import score_generation
+from router_tuning.model import record_routing, routed_modules, set_thresholds
+from router_tuning.model.dial import calibrate
+from router_tuning.model.saving import thresholds_for
+from router_tuning.tuning.encoding import render_prompt
 
 PLAN = {
     "name": "small",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from tiny_models import random_batch, tiny_model
 
-from utils.evaluation.experiments_cost import MODES, measure_steps
-from utils.model import route
+from router_tuning.experiments.cost import MODES, measure_steps
+from router_tuning.model import route
 
 
 def test_memory_of_a_step_by_what_trains():

@@ -8,9 +8,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.errors import UserError
-from utils.evaluation.harness import TASK_CONFIGS, evaluate, main_score
-from utils.model import force_routing, load_routers
+from router_tuning.errors import UserError
+from router_tuning.evaluation.harness import TASK_CONFIGS, evaluate, main_score
+from router_tuning.model import force_routing, load_routers
 
 TASKS = ["mod_copy_gen", "mod_math_mc", "mod_dialogue_mc", "mod_story_text"]
 

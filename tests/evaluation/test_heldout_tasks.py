@@ -11,9 +11,9 @@ import pytest
 import yaml
 from lm_eval.tasks import TaskManager
 
-from utils.data.sample_tasks import FREE_TASKS, TASKS
-from utils.evaluation.harness import TASK_CONFIGS
-from utils.pipeline.encoding import render, render_prompt
+from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS
+from router_tuning.evaluation.harness import TASK_CONFIGS
+from router_tuning.tuning.encoding import render, render_prompt
 
 HELDOUT = TASK_CONFIGS / "heldout"
 
@@ -75,7 +75,7 @@ def test_loads_from_any_directory_without_the_repository(tmp_path):
         f"manager = TaskManager(include_path={str(TASK_CONFIGS)!r}, include_defaults=False);"
         "task = manager.load(['mod_math_gen'])['tasks']['mod_math_gen'];"
         "doc = task.eval_docs[0];"
-        "assert 'utils' not in sys.modules, 'the repository was imported';"
+        "assert 'router_tuning' not in sys.modules, 'the repository was imported';"
         "print(task.doc_to_text(doc) + task.doc_to_target(doc))"
     )
     done = subprocess.run(

@@ -17,8 +17,8 @@ from lm_eval.tasks import TaskManager
 from paper_rows import write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from utils.evaluation.harness import TASK_CONFIGS, evaluate
-from utils.evaluation.models import load_dense
+from router_tuning.evaluation.harness import TASK_CONFIGS, evaluate
+from router_tuning.evaluation.models import load_dense
 
 PAPER = TASK_CONFIGS / "paper"
 SHOTS = {

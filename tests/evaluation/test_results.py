@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from utils.evaluation.figures import capacity_figure, quality_figure
-from utils.evaluation.report import measured, report
-from utils.evaluation.results import cost_table, files_table, headline, score_table
-from utils.evaluation.tables import Table, with_error
+from router_tuning.evaluation.figures import capacity_figure, quality_figure
+from router_tuning.evaluation.report import measured, report
+from router_tuning.evaluation.results import cost_table, files_table, headline, score_table
+from router_tuning.evaluation.tables import Table, with_error
 
 
 def test_score_table(comparison):

@@ -9,10 +9,10 @@ import torch
 from tiny_checkpoint import write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.evaluation.routing_page import routing_figure, routing_page
-from utils.evaluation.routing_trace import capacities, collect, dial_curve, threshold_sweep, trace_prompt
-from utils.evaluation.rows import labelled_batches, prompt_text
-from utils.model import load_routers, record_routing
+from router_tuning.evaluation.rows import labelled_batches, prompt_text
+from router_tuning.model import load_routers, record_routing
+from router_tuning.viewer.routing_page import routing_figure, routing_page
+from router_tuning.viewer.routing_trace import capacities, collect, dial_curve, threshold_sweep, trace_prompt
 
 
 def row(task, question, answer="12"):

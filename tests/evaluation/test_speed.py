@@ -11,10 +11,10 @@ import torch
 from tiny_models import tiny_model
 from tiny_routed import LAYERS
 
-from utils.evaluation.cost import count_flops
-from utils.evaluation.speed import Setting, benchmark, forced_mask
-from utils.evaluation.speed_ideal import reduced
-from utils.model import ModConfig, force_routing, route
+from router_tuning.evaluation.cost import count_flops
+from router_tuning.model import ModConfig, force_routing, route
+from router_tuning.speed.benchmark import Setting, benchmark, forced_mask
+from router_tuning.speed.ideal import reduced
 
 GRANULARITIES = ["attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"]
 
@@ -88,7 +88,8 @@ def test_the_capacity_of_decoding_is_that_of_the_timed_steps(granularity):
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from Linux")
 def test_peak_memory_is_that_of_the_step_though_freed_pages_are_kept(root):
     program = (
-        "import torch; from utils.data.pages import keep_freed_pages; from utils.evaluation.speed import _peak_bytes\n"
+        "import torch; from router_tuning.data.pages import keep_freed_pages\n"
+        "from router_tuning.speed.benchmark import _peak_bytes\n"
         "keep_freed_pages(); torch.ones(64 << 20)\n"
         "print(_peak_bytes(lambda: torch.ones(16 << 20), torch.device('cpu')))"
     )

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from utils.evaluation.speed_limits import ACCELERATORS, BYTES, Work, Workload, layer_work, limit, model_work
-from utils.model import force_routing, kv_cache_bytes, route
+from router_tuning.model import force_routing, kv_cache_bytes, route
+from router_tuning.speed.limits import ACCELERATORS, BYTES, Work, Workload, layer_work, limit, model_work
 
 GRANULARITIES = ["attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token"]
 ROWS, TOKENS = 4, 16

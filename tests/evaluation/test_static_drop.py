@@ -10,10 +10,10 @@ from tiny_models import tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
 
-from utils.errors import UserError
-from utils.evaluation.rows import labelled_batches, read_rows
-from utils.evaluation.static_drop import answer_loss, best_static
-from utils.model import force_routing, route
+from router_tuning.errors import UserError
+from router_tuning.evaluation.rows import labelled_batches, read_rows
+from router_tuning.evaluation.static_drop import answer_loss, best_static
+from router_tuning.model import force_routing, route
 
 LAYERS = [1, 2, 3]
 

@@ -12,9 +12,9 @@ from tiny_routed import LAYERS, routed_model, router_weights
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache
 
-from utils.model import force_routing, kv_cache_bytes, route
-from utils.model.cache_mod import RowCacheLayer
-from utils.model.configuration_mod import parse_granularity
+from router_tuning.model import force_routing, kv_cache_bytes, route
+from router_tuning.model.cache_mod import RowCacheLayer
+from router_tuning.model.configuration_mod import parse_granularity
 
 ROWS, PROMPT, STEPS = 3, 7, 3
 TOTAL = PROMPT + STEPS

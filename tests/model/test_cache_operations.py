@@ -15,7 +15,7 @@ from tiny_models import COMMON, tiny_model
 from tiny_routed import routed_model, router_weights
 from transformers import DynamicCache
 
-from utils.model.configuration_mod import parse_granularity
+from router_tuning.model.configuration_mod import parse_granularity
 
 CASES = [
     ("attn_sequence", "keep"),

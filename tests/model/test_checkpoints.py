@@ -12,7 +12,7 @@ from tiny_models import random_batch, tiny_model
 from tiny_routed import LAYERS, routed_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from utils.model import ModConfig, is_routed, route, routed_modules, unroute
+from router_tuning.model import ModConfig, is_routed, route, routed_modules, unroute
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
@@ -40,7 +40,7 @@ def test_a_saved_unrouted_model_is_a_plain_one(tmp_path):
 
 STRANGER = """
 import sys, torch
-sys.modules["accelerate"] = sys.modules["utils"] = None  # neither this package nor what it does not ask for
+sys.modules["accelerate"] = sys.modules["router_tuning"] = None  # neither this package nor what it does not ask for
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids, mask, expected = torch.load(sys.argv[2])

@@ -7,9 +7,9 @@ import torch
 from tiny_models import random_batch
 from tiny_routed import routed_model
 
-from utils.model import load_routers, record_routing, routed_modules, save_routers, set_thresholds
-from utils.model.dial import calibrate
-from utils.model.saving import thresholds_for
+from router_tuning.model import load_routers, record_routing, routed_modules, save_routers, set_thresholds
+from router_tuning.model.dial import calibrate
+from router_tuning.model.saving import thresholds_for
 
 
 def batches(count=3, rows=40, seed=5):

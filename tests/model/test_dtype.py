@@ -10,7 +10,7 @@ import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import CASES, LAYERS, routed_model
 
-from utils.model import force_routing, record_routing, route, routed_modules
+from router_tuning.model import force_routing, record_routing, route, routed_modules
 
 HALF = [torch.bfloat16, torch.float16]
 

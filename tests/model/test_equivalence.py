@@ -11,8 +11,8 @@ import torch
 from masked_reference import MaskedReference
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 
-from utils.model import packed_queries, record_routing, route, routed_modules
-from utils.model.configuration_mod import parse_granularity
+from router_tuning.model import packed_queries, record_routing, route, routed_modules
+from router_tuning.model.configuration_mod import parse_granularity
 
 TOLERANCE = 1e-4
 CASES = [

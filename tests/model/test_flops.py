@@ -14,7 +14,7 @@ from tiny_routed import LAYERS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.model import force_routing, route
+from router_tuning.model import force_routing, route
 
 ROWS, TOKENS, DEPTH, VOCAB = 4, 32, 5, 61
 HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 32, 48, 4, 2, 8

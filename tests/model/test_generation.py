@@ -11,8 +11,8 @@ from masked_reference import MaskedReference
 from tiny_models import random_batch, tiny_model
 from tiny_routed import routed_model, router_weights
 
-from utils.model import kv_cache_bytes, record_routing
-from utils.model.configuration_mod import parse_granularity
+from router_tuning.model import kv_cache_bytes, record_routing
+from router_tuning.model.configuration_mod import parse_granularity
 
 CASES = [
     ("attn_sequence", "keep"),

@@ -9,7 +9,7 @@ from tiny_routed import CASES, LAYERS, routed_model
 from tiny_training import freeze_base, gradients, labels_of, same
 from torch.nn import functional
 
-from utils.model import record_routing, route, routed_modules
+from router_tuning.model import record_routing, route, routed_modules
 
 DENSE_CASES = [(granularity, policy) for family, granularity, policy in CASES if family == "llama"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from utils.model.packed_queries import ChunkedMask, PackedHidden
-from utils.model.packing import pack
+from router_tuning.model.packed_queries import ChunkedMask, PackedHidden
+from router_tuning.model.packing import pack
 
 HEAD_DIM = 4
 

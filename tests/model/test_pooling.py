@@ -7,8 +7,8 @@ import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import LAYERS, routed_model
 
-from utils.model import record_routing
-from utils.model.routed_model import prompt_length_from
+from router_tuning.model import record_routing
+from router_tuning.model.routed_model import prompt_length_from
 
 SEQUENCE = ["attn_sequence", "mlp_sequence", "block_sequence", "attn_sequence+mlp_sequence"]
 
@@ -174,7 +174,7 @@ def test_a_boundary_of_another_shape_is_refused(value):
 
 
 def test_threshold_is_inclusive_and_zero_routers_keep_everything():
-    from utils.model import route
+    from router_tuning.model import route
 
     model = route(tiny_model(), mod_layers=LAYERS, threshold=0.5)
     assert decisions(model, random_batch()[0])[1].all()

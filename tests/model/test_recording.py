@@ -8,7 +8,7 @@ import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import LAYERS, routed_model
 
-from utils.model import force_routing, record_routing, route
+from router_tuning.model import force_routing, record_routing, route
 
 ROWS, TOKENS = 3, 12
 

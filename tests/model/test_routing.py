@@ -9,8 +9,8 @@ import torch
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 from tiny_routed import CASES, LAYERS, routed_model
 
-from utils.model import GRANULARITIES, force_routing, is_routed, route, routed_modules, unroute
-from utils.model.configuration_mod import parse_granularity, select_layers
+from router_tuning.model import GRANULARITIES, force_routing, is_routed, route, routed_modules, unroute
+from router_tuning.model.configuration_mod import parse_granularity, select_layers
 
 WHERE = {"attn": "self_attn.", "mlp": "mlp.", "block": "", "expert": "mlp.experts."}
 
@@ -114,7 +114,7 @@ def test_a_bad_argument_is_refused_and_leaves_the_model_dense(field, value):
 
 def test_thresholds_per_router():
     model = route(tiny_model(), mod_layers=LAYERS, threshold={"1.attn": 0.1, "2.attn": 0.5, "3.attn": 0.9})
-    from utils.model import record_routing
+    from router_tuning.model import record_routing
 
     with torch.no_grad(), record_routing(model) as log:
         model(random_batch()[0])

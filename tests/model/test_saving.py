@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_batch, tiny_model
 from tiny_routed import CASES, LAYERS, routed_model
 
-from utils.errors import UserError
-from utils.model import is_routed, load_routers, record_routing, route, routed_modules, save_routers, unroute
+from router_tuning.errors import UserError
+from router_tuning.model import is_routed, load_routers, record_routing, route, routed_modules, save_routers, unroute
 
 WEIGHTS, CONFIG = "router.safetensors", "router_config.json"
 
@@ -122,7 +122,7 @@ def test_a_failing_write_leaves_no_file(failing, tmp_path, monkeypatch):
             open(args[1], "wb").write(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr("utils.model.saving.save_file" if failing == "save_file" else f"os.{failing}", fail)
+    monkeypatch.setattr("router_tuning.model.saving.save_file" if failing == "save_file" else f"os.{failing}", fail)
     with pytest.raises(OSError, match="disk full"):
         save_routers(model, tmp_path)
     assert not list(tmp_path.iterdir())

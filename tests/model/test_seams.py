@@ -11,9 +11,9 @@ from tiny_models import COMMON, FAMILIES, random_batch
 from tiny_routed import routed_model, router_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.model import is_routed, route
-from utils.model.configuration_mod import parse_granularity
-from utils.model.seams import PROVEN, decoder_of
+from router_tuning.model import is_routed, route
+from router_tuning.model.configuration_mod import parse_granularity
+from router_tuning.model.seams import PROVEN, decoder_of
 
 
 @pytest.mark.parametrize(

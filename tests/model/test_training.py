@@ -11,7 +11,7 @@ from tiny_models import random_batch, tiny_model
 from tiny_routed import CASES, routed_model
 from tiny_training import freeze_base, gradients, labels_of, same
 
-from utils.model import force_routing, record_routing, route, routed_modules
+from router_tuning.model import force_routing, record_routing, route, routed_modules
 
 DENSE_CASES = [(granularity, policy) for family, granularity, policy in CASES if family == "llama"]
 

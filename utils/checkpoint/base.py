@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-from utils.checkpoint.links import weight_map
-from utils.errors import UserError
+from router_tuning.checkpoint.links import weight_map
+from router_tuning.errors import UserError
 
-PROBES = 16  # values of each probe, as utils.model.saving.base_identity takes them from a loaded model
+PROBES = 16  # values of each probe, as router_tuning.model.saving.base_identity takes them from a loaded model
 
 
 def dense_config(base: Path) -> PretrainedConfig:
@@ -32,7 +32,7 @@ def dense_config(base: Path) -> PretrainedConfig:
 
 
 def base_probes(base: Path) -> list[float] | None:
-    """The values by which :func:`utils.model.saving.base_identity` tells bases apart, read from the shards."""
+    """The values by which :func:`router_tuning.model.saving.base_identity` tells bases apart, read from the shards."""
     files = weight_map(base)
     embedding = next((name for name in files if name.endswith("embed_tokens.weight")), None)
     norm = next((name for name in files if re.search(r"(^|model\.)norm\.weight$", name)), None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint.run_folder import read_run
-from utils.model.saving import read_router_config
+from router_tuning.checkpoint.run_folder import read_run
+from router_tuning.model.saving import read_router_config
 
 KNOBS = (
     "recipe",
@@ -38,7 +38,7 @@ VARIABLES = {
 """Environment variables of the published script, and the arguments that they set."""
 USAGE = {
     "adapter": (
-        "```python\nfrom utils.model import load_routers  # the Router-Tuning repository\n\n"
+        "```python\nfrom router_tuning.model import load_routers  # the Router-Tuning repository\n\n"
         'model = load_routers(AutoModelForCausalLM.from_pretrained("BASE"), "PATH")\n```'
     ),
     "peft": (

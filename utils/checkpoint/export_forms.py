@@ -12,12 +12,12 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils.checkpoint.base import dense_config
-from utils.checkpoint.export_full import link_routed, routed_skeleton
-from utils.checkpoint.links import new_folder, tensor_names
-from utils.errors import UserError
-from utils.model import load_routers
-from utils.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights
+from router_tuning.checkpoint.base import dense_config
+from router_tuning.checkpoint.export_full import link_routed, routed_skeleton
+from router_tuning.checkpoint.links import new_folder, tensor_names
+from router_tuning.errors import UserError
+from router_tuning.model import load_routers
+from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights
 
 ADAPTER = "adapter"
 """Folder of a LoRA run that holds what peft saved."""

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from utils.checkpoint.base import base_probes, dense_config
-from utils.checkpoint.links import INDEX, WEIGHTS, link, new_folder, weight_map
-from utils.errors import UserError
-from utils.model import load_routers
-from utils.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config
+from router_tuning.checkpoint.base import base_probes, dense_config
+from router_tuning.checkpoint.links import INDEX, WEIGHTS, link, new_folder, weight_map
+from router_tuning.errors import UserError
+from router_tuning.model import load_routers
+from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config
 
 BASE_FILES = (
     "tokenizer*",

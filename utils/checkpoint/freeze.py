@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.checkpoint.links import new_folder
-from utils.errors import UserError
-from utils.model import routed_modules, unroute
-from utils.model.routed_model import decoder_of
+from router_tuning.checkpoint.links import new_folder
+from router_tuning.errors import UserError
+from router_tuning.model import routed_modules, unroute
+from router_tuning.model.routed_model import decoder_of
 
 MARKER = "frozen_routing.json"
 OUTPUTS = {"attn": ("o_proj", "dense", "out_proj"), "mlp": ("down_proj", "fc2", "dense_4h_to_h")}

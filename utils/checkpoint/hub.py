@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from utils.errors import UserError
-from utils.model.saving import CONFIG_NAME
+from router_tuning.errors import UserError
+from router_tuning.model.saving import CONFIG_NAME
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 MARKERS = (CONFIG_NAME, "adapter_config.json")

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from utils.checkpoint.base import base_probes, dense_config
-from utils.checkpoint.links import new_folder, tensor_names, weight_map
-from utils.errors import UserError
-from utils.model import route, save_routers
-from utils.model.saving import CONFIG_NAME, base_identity, router_names
+from router_tuning.checkpoint.base import base_probes, dense_config
+from router_tuning.checkpoint.links import new_folder, tensor_names, weight_map
+from router_tuning.errors import UserError
+from router_tuning.model import route, save_routers
+from router_tuning.model.saving import CONFIG_NAME, base_identity, router_names
 
 PUBLISHED = re.compile(r"(?:^|\.)layers\.(\d+)\.router\.weight$")
 

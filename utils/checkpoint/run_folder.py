@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from router_tuning.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("arguments", "base", "data")

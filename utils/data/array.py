@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import orjson
 
-from utils.data.blocks import (
+from router_tuning.data.blocks import (
     BLOCK_BYTES,
     BOM,
     MAX_ROW_BYTES,
@@ -28,7 +28,7 @@ from utils.data.blocks import (
     newlines,
     whole_number,
 )
-from utils.errors import UserError
+from router_tuning.errors import UserError
 
 CUTS = 4
 """Cuts tried from the end of a block before its elements are taken one by one."""

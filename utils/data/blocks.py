@@ -27,7 +27,7 @@ SPACE = b" \t\r\n"
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands in a block for what should have been a row: ``reason`` as in :mod:`utils.data.policy`."""
+    """Stands in a block for what should have been a row: ``reason`` as in :mod:`router_tuning.data.policy`."""
 
     reason: str
     detail: str
@@ -52,7 +52,7 @@ class Place:
 class Block:
     """Consecutive rows; ``after`` is where the next block starts, ``line_of(i)`` the source line of row ``i``.
 
-    ``typed``: the rows as :mod:`utils.data.fast_lane` reads them, where it can read them all. ``parse`` makes the
+    ``typed``: the rows as :mod:`fast_lane` reads them, where it can read them all. ``parse`` makes the
     parsed values of the rows, which are only needed where the fast lane does not take them.
     """
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data.array import ArrayReader, separator_of
-from utils.data.blocks import BOM, SPACE, Block, Place, Typed, Unreadable, parse_slowly
-from utils.data.lines import line_blocks
-from utils.data.streams import compression_of, open_bytes, reading
-from utils.errors import UserError
+from router_tuning.data.array import ArrayReader, separator_of
+from router_tuning.data.blocks import BOM, SPACE, Block, Place, Typed, Unreadable, parse_slowly
+from router_tuning.data.lines import line_blocks
+from router_tuning.data.streams import compression_of, open_bytes, reading
+from router_tuning.errors import UserError
 
 HEAD_BYTES = 1 << 20
 BEGINNING = Place()
@@ -80,7 +80,7 @@ def read_blocks(
     path = container.path
     with reading(path):
         if container.is_table:
-            from utils.data.tables import table_blocks  # pyarrow takes 60 MB, which only tables need
+            from router_tuning.data.tables import table_blocks  # pyarrow takes 60 MB, which only tables need
 
             yield from table_blocks(path, container.kind == PARQUET, columns, start, stop)
             return

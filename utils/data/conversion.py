@@ -5,7 +5,7 @@ written once the size of what is made of them is known; the board says both. Row
 stretches begin, so neither kills nor the number of workers show in the result.
 
 A stretch that takes long leaves a checkpoint, which is replaced as a whole after the rows that it speaks of are
-written. It counts only if all before the stretch was complete, see :mod:`utils.data.progress`.
+written. It counts only if all before the stretch was complete, see :mod:`router_tuning.data.progress`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 
 import orjson
 
-from utils.data.blocks import Block, Place, Unreadable
-from utils.data.board import DATA, LINES, READ, REJECTS, ROWS, UNKNOWN, Board
-from utils.data.containers import read_blocks
-from utils.data.counting import count
-from utils.data.fast_lane import lane_of
-from utils.data.formats import FORMATS, Format
-from utils.data.pieces import Piece
-from utils.data.planning import Stretch
-from utils.data.policy import Reject, json_type
-from utils.data.writing import replace_file, writing
+from router_tuning.data.blocks import Block, Place, Unreadable
+from router_tuning.data.board import DATA, LINES, READ, REJECTS, ROWS, UNKNOWN, Board
+from router_tuning.data.containers import read_blocks
+from router_tuning.data.counting import count
+from router_tuning.data.fast_lane import lane_of
+from router_tuning.data.formats import FORMATS, Format
+from router_tuning.data.pieces import Piece
+from router_tuning.data.planning import Stretch
+from router_tuning.data.policy import Reject, json_type
+from router_tuning.data.writing import replace_file, writing
 
 CHECKPOINT_BYTES = 32 << 20
 CHECKPOINT = "checkpoint.json"

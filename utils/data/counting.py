@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
-from utils.data.blocks import BOM, SPACE, newlines
-from utils.data.containers import ARROW, LINES
-from utils.data.planning import Stretch
-from utils.data.streams import open_bytes, reading
+from router_tuning.data.blocks import BOM, SPACE, newlines
+from router_tuning.data.containers import ARROW, LINES
+from router_tuning.data.planning import Stretch
+from router_tuning.data.streams import open_bytes, reading
 
 READ_BYTES = 1 << 17
 
@@ -20,7 +20,7 @@ def count(stretch: Stretch) -> tuple[int, int]:
     """
     container = stretch.container
     if container.kind == ARROW:
-        from utils.data import tables  # pyarrow takes 60 MB, which only tables need
+        from router_tuning.data import tables  # pyarrow takes 60 MB, which only tables need
 
         with reading(container.path):
             return tables.arrow_rows(container.path), 0

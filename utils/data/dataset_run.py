@@ -11,14 +11,14 @@ from pathlib import Path
 
 import orjson
 
-from utils.data.board import DATA, LINES, REJECTS, ROWS, Board
-from utils.data.containers import Container
-from utils.data.conversion import State, Task
-from utils.data.planning import Plan, Stretch, cut_file
-from utils.data.policy import FILTERED
-from utils.data.progress import Progress
-from utils.data.sources import Source
-from utils.data.writing import replace_file, writing
+from router_tuning.data.board import DATA, LINES, REJECTS, ROWS, Board
+from router_tuning.data.containers import Container
+from router_tuning.data.conversion import State, Task
+from router_tuning.data.planning import Plan, Stretch, cut_file
+from router_tuning.data.policy import FILTERED
+from router_tuning.data.progress import Progress
+from router_tuning.data.sources import Source
+from router_tuning.data.writing import replace_file, writing
 
 PRETTY = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
 

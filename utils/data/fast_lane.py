@@ -1,7 +1,7 @@
 """Clean rows in bulk: ``msgspec`` finds the texts in a block of JSON, and they are copied into finished lines.
 
-They are copied as they stand there, with the escapes that :mod:`utils.data.escapes` has mended. A row goes this way
-only if it is certain to be accepted, and comes out as the same bytes as by the rules of :mod:`utils.data.formats`. A
+They are copied as they stand there, with the escapes that :mod:`escapes` has mended. A row goes this way
+only if it is certain to be accepted, and comes out as the same bytes as by the rules of :mod:`formats`. A
 row in doubt, and a block with anything odd in it, is left to those: every rule has one implementation.
 """
 
@@ -14,8 +14,8 @@ from functools import cache
 import msgspec
 import orjson
 
-from utils.data.escapes import canonical
-from utils.data.formats import FORMATS, Format
+from router_tuning.data.escapes import canonical
+from router_tuning.data.formats import FORMATS, Format
 
 OPEN, CLOSE, QUOTE = b'{}"'
 _UNREADABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)

@@ -8,7 +8,17 @@ from typing import BinaryIO
 
 import orjson
 
-from utils.data.blocks import BLOCK_BYTES, BOM, MAX_ROW_BYTES, SPACE, Block, Place, Typed, Unreadable, parse_slowly
+from router_tuning.data.blocks import (
+    BLOCK_BYTES,
+    BOM,
+    MAX_ROW_BYTES,
+    SPACE,
+    Block,
+    Place,
+    Typed,
+    Unreadable,
+    parse_slowly,
+)
 
 
 def line_blocks(stream: BinaryIO, start: Place, typed: Typed | None = None) -> Iterator[Block]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from utils.errors import UserError
+from router_tuning.errors import UserError
 
 PUBLISHED_PORTIONS = {
     "vicuna_sharegpt": Fraction("2.9"),

@@ -20,11 +20,11 @@ import numpy as np
 import orjson
 from tqdm import tqdm
 
-from utils.data.blocks import SPACE
-from utils.data.mix_plan import MixPlan
-from utils.data.rows import checked_row, content_of
-from utils.data.writing import writing
-from utils.errors import UserError
+from router_tuning.data.blocks import SPACE
+from router_tuning.data.mix_plan import MixPlan
+from router_tuning.data.rows import checked_row, content_of
+from router_tuning.data.writing import writing
+from router_tuning.errors import UserError
 
 BUCKET_BYTES = 16 << 20
 BUFFERED_BYTES = 32 << 20

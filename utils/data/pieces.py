@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.data.board import UNKNOWN
-from utils.data.writing import writing
+from router_tuning.data.board import UNKNOWN
+from router_tuning.data.writing import writing
 
 HELD_BYTES = 16 << 20
 WRITE_BYTES = 1 << 18

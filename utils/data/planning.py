@@ -2,7 +2,7 @@
 
 Plain files are cut at row ends, which are looked for behind every so many bytes; nothing in between is read. That a
 cut is between two rows is certain for lines. For an array it shows when the rows are parsed: a cut inside of a row
-leaves a stretch that is no run of rows (see :mod:`utils.data.reformat`).
+leaves a stretch that is no run of rows (see :mod:`router_tuning.data.reformat`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.data.containers import ARROW, LINES, PARQUET, Container
-from utils.data.streams import reading
+from router_tuning.data.containers import ARROW, LINES, PARQUET, Container
+from router_tuning.data.streams import reading
 
 VERSION = 2
 """Of rows and of what a run keeps of its progress; a run does not continue what another version began."""
@@ -57,7 +57,7 @@ def _table_stretches(container: Container) -> Iterator[Stretch]:
     if container.kind != PARQUET:
         yield Stretch(container)
         return
-    from utils.data import tables  # pyarrow takes 60 MB, which only tables need
+    from router_tuning.data import tables  # pyarrow takes 60 MB, which only tables need
 
     first = rows = 0
     for size in tables.parquet_groups(container.path):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import orjson
 
-from utils.data.containers import Container
-from utils.data.conversion import CHECKPOINT, State
-from utils.data.planning import Plan
-from utils.data.writing import replace_file
+from router_tuning.data.containers import Container
+from router_tuning.data.conversion import CHECKPOINT, State
+from router_tuning.data.planning import Plan
+from router_tuning.data.writing import replace_file
 
 Left = tuple[Plan, list[State], State | None]
 """The plan, states of the stretches that are complete, and of the next one if it was begun."""

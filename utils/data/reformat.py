@@ -15,15 +15,15 @@ from pathlib import Path
 import xxhash
 from tqdm import tqdm
 
-from utils.data.board import Board, Stopped
-from utils.data.containers import recognise
-from utils.data.conversion import Miscounted
-from utils.data.dataset_run import DatasetRun, Outcome
-from utils.data.sources import Source
-from utils.data.streams import reading
-from utils.data.workers import Workers, run_task
-from utils.data.writing import WriteError
-from utils.errors import UserError
+from router_tuning.data.board import Board, Stopped
+from router_tuning.data.containers import recognise
+from router_tuning.data.conversion import Miscounted
+from router_tuning.data.dataset_run import DatasetRun, Outcome
+from router_tuning.data.sources import Source
+from router_tuning.data.streams import reading
+from router_tuning.data.workers import Workers, run_task
+from router_tuning.data.writing import WriteError
+from router_tuning.errors import UserError
 
 POLL_SECONDS = 0.2
 AHEAD = 4

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import orjson
 
-from utils.data.blocks import SPACE
-from utils.errors import UserError
+from router_tuning.data.blocks import SPACE
+from router_tuning.errors import UserError
 
 ROLES = ("system", "user", "assistant")
 AGAIN = "make it again with entrypoints/data/reformat_datasets.py"

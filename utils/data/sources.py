@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.data.formats import FORMATS
-from utils.data.streams import reading
-from utils.errors import UserError
+from router_tuning.data.formats import FORMATS
+from router_tuning.data.streams import reading
+from router_tuning.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.errors import UserError
+from router_tuning.errors import UserError
 
 GZIP, ZSTD = "gzip", "zstd"
 MAGIC = {b"\x1f\x8b": GZIP, b"\x28\xb5\x2f\xfd": ZSTD}

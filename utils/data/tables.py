@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils.data.blocks import Block, Place, Unreadable
-from utils.errors import UserError
+from router_tuning.data.blocks import Block, Place, Unreadable
+from router_tuning.errors import UserError
 
 BATCH_ROWS = 256
 READ_BUFFER = 1 << 20
@@ -20,7 +20,7 @@ READ_BUFFER = 1 << 20
 def _decoding(path: Path) -> Iterator[None]:
     """Turn what pyarrow says of data that it cannot make sense of into a :class:`UserError` that names the file.
 
-    It also raises OSError for them, which :func:`utils.data.streams.reading` takes care of.
+    It also raises OSError for them, which :func:`router_tuning.data.streams.reading` takes care of.
     """
     try:
         yield

@@ -8,9 +8,9 @@ import threading
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import connection, get_context, parent_process
 
-from utils.data.board import Board
-from utils.data.conversion import State, Task, convert
-from utils.data.pages import keep_freed_pages
+from router_tuning.data.board import Board
+from router_tuning.data.conversion import State, Task, convert
+from router_tuning.data.pages import keep_freed_pages
 
 _board: Board | None = None
 

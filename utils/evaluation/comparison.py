@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.evaluation.cost import count_flops, measure_cost
-from utils.evaluation.harness import evaluate
-from utils.evaluation.static_drop import StaticDrop, best_static
-from utils.model import force_routing
+from router_tuning.evaluation.cost import count_flops, measure_cost
+from router_tuning.evaluation.harness import evaluate
+from router_tuning.evaluation.static_drop import StaticDrop, best_static
+from router_tuning.model import force_routing
 
 Batch = dict[str, Tensor]
 

@@ -12,11 +12,11 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from utils.evaluation.static_drop import Batch, answer_loss
-from utils.model import force_routing, routed_modules
-from utils.model.call import RouterKey
-from utils.model.routed import Routed
-from utils.model.routed_model import decoder_of
+from router_tuning.evaluation.static_drop import Batch, answer_loss
+from router_tuning.model import force_routing, routed_modules
+from router_tuning.model.call import RouterKey
+from router_tuning.model.routed import Routed
+from router_tuning.model.routed_model import decoder_of
 
 
 def routers_of(model: PreTrainedModel) -> list[tuple[int, str]]:

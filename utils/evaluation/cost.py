@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from utils.model import kv_cache_bytes, record_routing
+from router_tuning.model import kv_cache_bytes, record_routing
 
 Batch = dict[str, Tensor]
 

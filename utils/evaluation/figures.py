@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from utils.pipeline.routing_statistics import CAPACITY  # noqa: E402
+from router_tuning.tuning.routing_statistics import CAPACITY  # noqa: E402
 
 LAYER = f"{CAPACITY}_layer_"
 

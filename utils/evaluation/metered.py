@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from utils.model import RoutingLog, record_routing
+from router_tuning.model import RoutingLog, record_routing
 
 
 class MeteredLM(HFLM):

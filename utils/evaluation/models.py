@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.checkpoint.base import dense_config
-from utils.checkpoint.export_forms import ADAPTER, check_adapter
-from utils.checkpoint.export_full import check_fit, router_keys
-from utils.checkpoint.links import weight_map
-from utils.errors import UserError
-from utils.model import is_routed, load_routers, routed_modules, set_thresholds
-from utils.model.saving import WEIGHTS_NAME, read_router_config, thresholds_for
+from router_tuning.checkpoint.base import dense_config
+from router_tuning.checkpoint.export_forms import ADAPTER, check_adapter
+from router_tuning.checkpoint.export_full import check_fit, router_keys
+from router_tuning.checkpoint.links import weight_map
+from router_tuning.errors import UserError
+from router_tuning.model import is_routed, load_routers, routed_modules, set_thresholds
+from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, thresholds_for
 
 
 def load_dense(base: Path, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:

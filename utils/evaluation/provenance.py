@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from utils.pipeline import run_folder
+from router_tuning.tuning import run_folder
 
 
 def provenance() -> dict[str, Any]:

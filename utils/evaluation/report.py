@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.evaluation.results import cost_table, headline, score_table
-from utils.evaluation.tables import Table
+from router_tuning.evaluation.results import cost_table, headline, score_table
+from router_tuning.evaluation.tables import Table
 
 COMPARISON = "evaluation/comparison.json"
 """Where a run keeps its comparison, below the run's folder."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.evaluation.harness import main_score
-from utils.evaluation.tables import Cell, Table, with_error
+from router_tuning.evaluation.harness import main_score
+from router_tuning.evaluation.tables import Cell, Table, with_error
 
 LOWER_IS_BETTER = ("word_perplexity", "bits_per_byte")
 

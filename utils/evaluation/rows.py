@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from utils.errors import UserError
-from utils.pipeline.encoding import IGNORE_INDEX, encode_conversation, render_prompt
+from router_tuning.errors import UserError
+from router_tuning.tuning.encoding import IGNORE_INDEX, encode_conversation, render_prompt
 
 
 def read_rows(path: Path, limit: int | None = None, seed: int = 233) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from utils.model import force_routing
+from router_tuning.model import force_routing
 
 Batch = dict[str, Tensor]
 

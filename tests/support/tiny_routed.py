@@ -1,0 +1,57 @@
+"""Routed tiny models whose routers really split the test inputs."""
+
+from __future__ import annotations
+
+import torch
+from tiny_models import random_batch, tiny_model
+
+from router_tuning.model import route, routed_modules
+
+LAYERS = [1, 2, 3]
+PLAIN = (
+    "attn_sequence",
+    "attn_token",
+    "mlp_sequence",
+    "mlp_token",
+    "block_sequence",
+    "block_token",
+)
+# Every granularity with both key policies where they differ, on a family that has it: (family, granularity, policy).
+CASES = [
+    *[("llama", granularity, "keep") for granularity in PLAIN],
+    ("llama", "attn_token", "drop"),
+    ("llama", "block_token", "drop"),
+    ("llama", "attn_token+mlp_token", "keep"),
+    ("llama", "attn_sequence+mlp_token", "keep"),
+    ("mixtral", "expert_token", "keep"),
+]
+
+
+def routed_model(
+    family: str = "llama", granularity: str = "attn_sequence", attn: str = "sdpa", seed: int = 0, model=None, **options
+):
+    """A tiny model, routed in :data:`LAYERS` unless ``mod_layers`` is given; other options go to ``route``."""
+    model = tiny_model(family, attn, seed=seed) if model is None else model
+    route(model, granularity=granularity, **{"mod_layers": LAYERS, **options})
+    split_inputs(model, seed)
+    return model
+
+
+@torch.no_grad()
+def split_inputs(model, seed: int = 0) -> None:
+    """Random router directions orthogonal to the mean feature: about half of rows and tokens fall on either side."""
+    ids, mask = random_batch(rows=6)
+    for module in routed_modules(model).values():
+        captured = []
+        handle = module.mod_router.register_forward_pre_hook(lambda _, args, to=captured: to.append(args[0]))
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        handle.remove()
+        mean = captured[0].float().flatten(0, -2).mean(0)
+        generator = torch.Generator().manual_seed(100 * seed + module.mod_layer)
+        weight = torch.randn(module.mod_router.weight.shape, generator=generator)
+        module.mod_router.weight.copy_(weight - (weight @ mean)[:, None] * mean / mean.dot(mean).clamp(min=1e-6))
+
+
+def router_weights(model) -> dict:
+    """``{(layer, part): weight}``, what the masked reference takes."""
+    return {(m.mod_layer, m.mod_part): m.mod_router.weight.detach() for m in routed_modules(model).values()}

@@ -1,0 +1,83 @@
+"""Order of rows: the same micro-batches for any number of processes, steps as drawn, little padding."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
+
+from router_tuning.errors import UserError
+from router_tuning.tuning.batching import Collator, StepOrder
+
+LENGTHS = [int(n) for n in torch.randint(5, 200, (100,), generator=torch.Generator().manual_seed(0))]
+
+
+def steps(order, size=16):
+    rows = list(order)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def test_an_epoch_uses_each_row_at_most_once_and_drops_the_rest():
+    order = StepOrder(LENGTHS, 16, seed=1)
+    assert order.steps == 6 and len(order) == len(list(order)) == 96
+    assert max(Counter(order).values()) == 1
+
+
+def test_grouping_changes_the_order_within_a_step_only():
+    grouped, plain = StepOrder(LENGTHS, 16, seed=1), StepOrder(LENGTHS, 16, seed=1, group=False)
+    for ours, theirs in zip(steps(grouped), steps(plain), strict=True):
+        assert sorted(ours) == sorted(theirs) and ours != theirs
+        assert [LENGTHS[row] for row in ours] == sorted((LENGTHS[row] for row in ours), reverse=True)
+
+
+def test_grouping_saves_padding():
+    def padded(order):
+        return sum(4 * max(LENGTHS[row] for row in part) for part in steps(order, 4))
+
+    real = sum(LENGTHS[row] for row in StepOrder(LENGTHS, 16, seed=1))
+    plain, grouped = padded(StepOrder(LENGTHS, 16, seed=1, group=False)), padded(StepOrder(LENGTHS, 16, seed=1))
+    assert real <= grouped < real + (plain - real) / 2
+
+
+def test_seed_and_epoch_decide_the_order():
+    order, other = StepOrder(LENGTHS, 16, seed=1), StepOrder(LENGTHS, 16, seed=2)
+    first = list(order)
+    assert list(order) == first and list(other) != first
+    order.set_epoch(1)
+    assert list(order) != first
+    order.set_epoch(0)
+    assert list(order) == first
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_micro_batches_of_one(world):
+    whole = list(BatchSampler(StepOrder(LENGTHS, 16, seed=1), batch_size=4, drop_last=False))
+    for step in range(6):
+        together = []
+        for rank in range(world):
+            sampler = BatchSampler(StepOrder(LENGTHS, 16, seed=1), batch_size=4, drop_last=False)
+            mine = list(BatchSamplerShard(sampler, num_processes=world, process_index=rank))
+            assert len(mine) * world == len(whole)
+            together += mine[step * 4 // world : (step + 1) * 4 // world]
+        assert sorted(together) == sorted(whole[step * 4 : (step + 1) * 4])
+
+
+def test_too_few_rows_name_the_fix():
+    with pytest.raises(UserError, match="3 rows do not fill one step of 8 sequences: set --global_batch_size"):
+        StepOrder([1, 2, 3], 8, seed=0)
+
+
+def test_collator_pads_on_the_right_and_masks(parts):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(parts["base"])
+    batch = Collator(tokenizer)(
+        [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3}, {"input_ids": [8], "labels": [8], "length": 1}]
+    )
+    pad = tokenizer.pad_token_id
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]

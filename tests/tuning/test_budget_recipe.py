@@ -1,0 +1,97 @@
+"""``--recipe budget`` from a command line to files: the requested capacity is reached and the dial is stored."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from router_tuning.embedded.base_training import build_tokenizer
+from router_tuning.embedded.sample_tasks import generate
+from router_tuning.errors import UserError
+from router_tuning.model import load_routers, record_routing
+from router_tuning.tuning.command_line import parse_command
+from router_tuning.tuning.encoding import render_prompt
+from router_tuning.tuning.interruption import Interruption
+from router_tuning.tuning.recipes.budget.recipe import predicting_part_of, prompt_of
+from router_tuning.tuning.tuning import Preparation, run_tuning
+
+TASKS = ("copy", "max", "count")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(320, 20)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
+    special = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(**shape, **special, num_key_value_heads=2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = [{"messages": generate(task, n, "train").messages} for n in range(40) for task in TASKS]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def tune(base, folder, *flags):
+    argv = ["--model_name_or_path", base, "--train_file", base / "rows.jsonl", "--max_train_samples", 0, "--mod_n", 3]
+    argv += ["--output_dir", folder, "--report_to", "none", "--save_strategy", "no", "--recipe", "budget"]
+    argv += ["--global_batch_size", 20, *flags]
+    return run_tuning(Preparation(parse_command([str(part) for part in argv])), Interruption())
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "attn_token", "attn_token+mlp_token"])
+def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, granularity):
+    folder = tmp_path / "run"
+    tune(base, folder, "--granularity", granularity, "--target_capacity", 0.4, "--learning_rate", 0.01)
+    record = json.loads((folder / "run.json").read_text())
+    assert abs(record["reached_capacity"] - 0.4) <= 0.03
+    dial = json.loads((folder / "router_config.json").read_text())["dial"]
+    assert dial["capacity"][0] == 0 and dial["capacity"][-1] == 1
+    tokenizer = build_tokenizer(320, 20)
+    prompts = [render_prompt(generate(t, n, "train").messages[:-1], "</s>") for n in range(40) for t in TASKS]
+    for capacity in (None, 0.2, 0.7):
+        model = load_routers(LlamaForCausalLM.from_pretrained(base).eval(), folder, capacity=capacity)
+        with record_routing(model) as log, torch.no_grad():
+            for prompt in prompts:
+                model(**tokenizer(prompt, return_tensors="pt"), use_cache=False)
+        # Token level was calibrated on whole conversations, these are their prompts.
+        slack = 0.04 if granularity.endswith("sequence") else 0.15
+        assert abs(log.capacity()["total"] - (capacity or 0.4)) <= slack
+
+
+def test_recipe_defaults_give_way_to_flags():
+    plain, ours = parse_command([]), parse_command(["--recipe", "budget"])
+    assert (plain.training.learning_rate, plain.routing.router_pooling) == (1e-5, "sequence")
+    assert (ours.training.learning_rate, ours.routing.router_pooling) == (1e-2, "prompt")
+    given = parse_command(["--recipe=budget", "--learning_rate", "0.5", "--router_pooling", "sequence"])
+    assert (given.training.learning_rate, given.routing.router_pooling) == (0.5, "sequence")
+
+
+def test_sequence_level_refuses_what_it_would_not_train(base, tmp_path):
+    with pytest.raises(UserError, match="trains routers on a frozen base"):
+        tune(base, tmp_path / "run", "--lora", "true")
+
+
+def test_prompt_ends_where_loss_begins():
+    row = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
+    assert prompt_of(row)["input_ids"] == [5, 6]
+    assert prompt_of({"input_ids": [5, 6], "labels": [5, 6]})["input_ids"] == [5]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        ([-100, -100, 7, 8], 3),  # the last answer token predicts nothing
+        ([-100, -100, 7, 8, -100], 3),  # nor does the template behind it
+        ([-100, 6, -100, 8], 3),
+        ([5, 6, 7, 8], 3),
+        ([-100, -100, -100, -100], 4),  # nothing learnt: all of it
+        ([5], 1),
+    ],
+)
+def test_token_level_is_calibrated_on_what_generation_runs(labels, kept):
+    ids = list(range(len(labels)))
+    assert predicting_part_of({"input_ids": ids, "labels": labels})["input_ids"] == ids[:kept]

@@ -1,0 +1,109 @@
+"""Checkpoint folders: whole or absent, newest whole one first, never continued by another run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from router_tuning.errors import UserError
+from router_tuning.tuning import checkpoints
+from router_tuning.tuning.run_folder import clear_folder
+
+IDENTITY = {"base": "abc", "granularity": "attn_sequence", "mod_n": 3, "betas": [0.9, 0.999]}
+
+
+def write(run, step, identity=IDENTITY):
+    staging = checkpoints.staging_folder(run, step)
+    (staging / "global_step").mkdir(parents=True)
+    (staging / "weights.bin").write_bytes(bytes(range(100)))
+    (staging / "global_step" / "shard.bin").write_bytes(b"shard")
+    return checkpoints.publish(staging, run, step, identity)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def corrupt(path):
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+
+
+def delete(path):
+    path.unlink()
+
+
+def test_the_newest_is_found_by_number_not_by_name(tmp_path):
+    for step in (9, 10, 2):
+        write(tmp_path, step)
+    folder, notes = checkpoints.newest_complete(tmp_path)
+    assert folder.name == "checkpoint-10" and notes == []
+
+
+@pytest.mark.parametrize("harm", [truncate, corrupt, delete])
+@pytest.mark.parametrize("name", ["weights.bin", "global_step/shard.bin", "manifest.json"])
+def test_a_harmed_newest_one_is_skipped_with_a_message(tmp_path, harm, name):
+    write(tmp_path, 1)
+    harm(write(tmp_path, 2) / name)
+    folder, notes = checkpoints.newest_complete(tmp_path)
+    assert folder.name == "checkpoint-1"
+    assert len(notes) == 1 and notes[0].startswith("checkpoint-2 is incomplete (") and name in notes[0]
+
+
+def test_nothing_complete_means_a_fresh_start_with_auto_and_an_error_with_a_name(tmp_path):
+    folder = write(tmp_path, 1)
+    truncate(folder / "weights.bin")
+    found, notes = checkpoints.chosen("auto", tmp_path)
+    assert found is None and "starting from the beginning" in notes[-1]
+    with pytest.raises(UserError, match="is incomplete"):
+        checkpoints.chosen(str(folder), tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        checkpoints.chosen(str(tmp_path / "checkpoint-7"), tmp_path)
+    assert checkpoints.chosen(None, tmp_path) == (None, [])
+
+
+def test_what_was_half_written_is_no_checkpoint_and_is_swept(tmp_path):
+    write(tmp_path, 1)
+    staging = checkpoints.staging_folder(tmp_path, 2)
+    staging.mkdir()
+    (staging / "weights.bin").write_bytes(b"half")
+    assert checkpoints.newest_complete(tmp_path)[0].name == "checkpoint-1"
+    checkpoints.sweep(tmp_path)
+    assert not staging.exists() and (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("base", "other"), ("granularity", "attn_token"), ("mod_n", 2), ("seed", 3)]
+)
+def test_another_run_is_refused_and_the_difference_named(tmp_path, name, value):
+    folder = write(tmp_path, 1)
+    checkpoints.check_identity(folder, IDENTITY)
+    with pytest.raises(UserError) as caught:
+        checkpoints.check_identity(folder, {**IDENTITY, name: value})
+    assert f"{name} was {IDENTITY.get(name)!r} and is {value!r}" in str(caught.value)
+
+
+def test_rotation_keeps_the_newest(tmp_path):
+    for step in (1, 2, 10, 11):
+        write(tmp_path, step)
+    checkpoints.rotate(tmp_path, 2)
+    assert [path.name for _, path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-11", "checkpoint-10"]
+    checkpoints.rotate(tmp_path, None)
+    assert len(checkpoints.checkpoints(tmp_path)) == 2
+
+
+def test_writing_a_step_again_replaces_it(tmp_path):
+    write(tmp_path, 1)
+    folder = write(tmp_path, 1, {**IDENTITY, "mod_n": 5})
+    assert json.loads((folder / "manifest.json").read_text())["identity"]["mod_n"] == 5
+    assert checkpoints.find_fault(folder) is None
+
+
+def test_a_damaged_newest_one_does_not_count_among_those_kept(tmp_path):
+    """Saved out of turn on a signal, damaged, and newer than the next that the resumed run saves."""
+    write(tmp_path, 10)
+    truncate(write(tmp_path, 17) / "weights.bin")
+    clear_folder(tmp_path, keep_checkpoints=True)
+    write(tmp_path, 15)
+    checkpoints.rotate(tmp_path, 1)
+    assert checkpoints.newest_complete(tmp_path) == (tmp_path / "checkpoint-15", [])

@@ -1,0 +1,121 @@
+"""Command lines: the published one is understood, mistakes are named together, nothing is guessed or ignored."""
+
+from __future__ import annotations
+
+import pytest
+
+from router_tuning.errors import UserError
+from router_tuning.tuning.command_line import modernise, parse_command
+
+PUBLISHED = """--model_name_or_path ckpt/x --tokenizer_name ckpt/x --use_fast_tokenizer False --train_file d.jsonl
+--max_seq_length 2048 --per_device_train_batch_size 1 --gradient_accumulation_steps 64 --learning_rate 1e-5
+--lr_scheduler_type cosine --warmup_ratio 0.03 --weight_decay 0. --evaluation_strategy no --logging_steps 10
+--save_strategy steps --save_steps 100000 --save_total_limit 1 --num_train_epochs 1 --preprocessing_num_workers 64
+--output_dir out --router_only True --bf16 --tf32 True --report_to tensorboard --granularity attn_sequence
+--mindskip_n 16 --gradient_scale 0.0 --trust_remote_code True --overwrite_output_dir --max_train_samples 1000
+--use_flash_attn --do_train""".split()
+
+
+def test_the_published_command_line_is_understood():
+    command = parse_command(PUBLISHED)
+    training = command.training
+    assert command.model.base == "ckpt/x" and command.model.tokenizer_name == "ckpt/x"
+    assert command.routing.mod_n == 16 and command.routing.gradient_scale == 0.0
+    assert training.warmup_steps == 0.03 and training.eval_strategy == "no" and training.overwrite_output_dir
+    assert (training.gradient_accumulation_steps, training.global_batch_size) == (64, 64)
+    notes = "\n".join(command.notes)
+    for old, new in (
+        ("warmup_ratio", "warmup_steps"),
+        ("evaluation_strategy", "eval_strategy"),
+        ("mindskip_n", "mod_n"),
+    ):
+        assert f"--{old} is now --{new}" in notes
+    for name in ("use_flash_attn", "use_fast_tokenizer", "do_train"):
+        assert f"--{name} (" in notes
+    assert len(command.notes) <= 3
+
+
+def test_defaults_are_the_published_recipe():
+    command = parse_command([])
+    training, routing, data = command.training, command.routing, command.data
+    assert command.model.name == "tiny-llama-mod" and data.path.as_posix().endswith(
+        "data/reformatted/alpaca/data.jsonl"
+    )
+    assert (routing.granularity, routing.router_only, routing.target_capacity) == ("attn_sequence", True, 0.5)
+    assert (training.learning_rate, training.weight_decay, training.num_train_epochs) == (1e-5, 0.0, 1.0)
+    assert (training.lr_scheduler_type, training.warmup_steps, training.global_batch_size) == ("cosine", 0.03, 64)
+    assert (data.max_train_samples, data.max_seq_length, routing.mod_n) == (1000, 2048, None)
+
+
+def test_mixed_data_lies_elsewhere():
+    assert parse_command(["--data_type", "mixed"]).data.path.as_posix().endswith("data/mixed/data.jsonl")
+
+
+def test_all_problems_are_named_at_once():
+    wrong = """--granularity attn_sequnce --mod_n 0 --target_capacity 1.5 --max_seq_length 1 --leraning_rate 3
+    --learning_rate fast --lora --router_only False --lr_scheduler_type circle""".split()
+    with pytest.raises(UserError) as caught:
+        parse_command(wrong)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("attn_sequnce", "--mod_n 0", "1.5", "--max_seq_length 1", "fast", "--lora", "circle"):
+        assert part in message, part
+    assert "unknown argument --leraning_rate (did you mean --learning_rate?)" in message
+
+
+@pytest.mark.parametrize("prefix", ["--target_cap", "--mod"])
+def test_abbreviations_are_refused(prefix):
+    with pytest.raises(UserError, match=f"unknown argument {prefix}"):
+        parse_command([prefix, "1"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--eval_strategy", "steps"],
+        ["--recipe", "magic"],
+        ["--threshold", "2"],
+        ["--router_pooling", "mean"],
+        ["--kv_policy", "some"],
+        ["--gradient_scale", "-1"],
+        ["--mod_layers", "1;2"],
+        ["--folder_name", "a", "--model_name_or_path", "b"],
+        ["--train_file", "data.csv"],
+        ["--max_train_samples", "-5"],
+        ["--push_to_hub"],
+        ["stray"],
+        ["--num_processes", "4"],
+        ["--dtype", "float8"],
+    ],
+)
+def test_each_bad_value_is_refused_with_its_flag(wrong):
+    with pytest.raises(UserError) as caught:
+        parse_command(wrong)
+    assert wrong[0].lstrip("-") in str(caught.value) and wrong[-1].lstrip("-") in str(caught.value)
+
+
+def test_the_global_batch_fixes_the_accumulation(monkeypatch):
+    assert parse_command(["--per_device_train_batch_size", "8"]).training.gradient_accumulation_steps == 8
+    plan = ["--dry_run", "True", "--num_processes", "4"]
+    assert parse_command(plan).training.gradient_accumulation_steps == 4
+    with pytest.raises(UserError, match="no multiple of 3 processes x --per_device_train_batch_size 4"):
+        parse_command(["--dry_run", "--num_processes", "3"])
+
+
+def test_old_names_with_equals_and_hyphens():
+    argv, notes = modernise(["--warmup-ratio=0.1", "--use_flash_attn=True", "--num_epochs", "2", "--lora"])
+    assert argv == ["--warmup_steps=0.1", "--num_train_epochs", "2", "--lora"]
+    assert len(notes) == 2
+
+
+def test_a_frozen_base_needs_no_autocast_and_a_trained_one_does():
+    frozen = parse_command(["--bf16", "True"])
+    assert (frozen.model.dtype, frozen.training.bf16) == ("bfloat16", False)
+    full = parse_command(["--bf16", "True", "--router_only", "False"])
+    assert (full.model.dtype, full.training.bf16) == ("float32", True)
+    single = parse_command(["--dtype", "float32"])
+    assert (single.model.dtype, single.training.bf16) == ("float32", False)
+
+
+def test_secrets_are_not_recorded():
+    assert "hf_secret" not in str(parse_command(["--token", "hf_secret"]).values())

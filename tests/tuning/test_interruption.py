@@ -1,0 +1,106 @@
+"""Signals: the run stops at a micro-batch, its checkpoint is the last whole step, and resuming loses nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from datetime import timedelta
+
+import pytest
+import tiny_tuning
+import torch
+import torch.distributed as dist
+
+from router_tuning.tuning.customized_trainer import RouterTrainer
+from router_tuning.tuning.engines import limit_waiting, lost_contact
+from router_tuning.tuning.interruption import Interruption
+
+
+@pytest.fixture
+def interruption():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield Interruption().install()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Send this process a signal when the given micro-batch begins."""
+
+    def arrange(number: int, micro_batch: int) -> None:
+        plain, seen = RouterTrainer.training_step, []
+
+        def training_step(self, *args, **kwargs):
+            if len(seen) == micro_batch:
+                os.kill(os.getpid(), number)
+            seen.append(1)
+            return plain(self, *args, **kwargs)
+
+        monkeypatch.setattr(RouterTrainer, "training_step", training_step)
+
+    return arrange
+
+
+@pytest.mark.parametrize(("number", "micro_batch", "step"), [(signal.SIGTERM, 9, 2), (signal.SIGINT, 11, 3)])
+def test_interrupted_and_resumed_equals_undisturbed(
+    parts, finished, tmp_path, interruption, signal_at, monkeypatch, number, micro_batch, step
+):
+    """Four micro-batches make a step: the tenth lies within step 3, the twelfth ends it."""
+    run = tmp_path / "run"
+    signal_at(number, micro_batch)
+    tuned = tiny_tuning.tune(parts, run, interruption, save_steps=100)
+    assert tuned.interrupted and interruption.exit_code == 128 + number
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{step}"]
+    assert not (run / "router.safetensors").exists() and not (run / "run.json").exists()
+    monkeypatch.undo()
+    tiny_tuning.tune(parts, run, resume_from_checkpoint="auto", save_steps=100)
+    assert (run / "router.safetensors").read_bytes() == (finished / "router.safetensors").read_bytes()
+
+
+def test_before_the_first_step_there_is_nothing_to_save(parts, tmp_path, interruption, signal_at):
+    signal_at(signal.SIGTERM, 0)
+    assert tiny_tuning.tune(parts, tmp_path / "run", interruption).interrupted
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_outside_of_training_a_signal_ends_the_process(interruption):
+    with pytest.raises(SystemExit) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.value.code == 143
+
+
+def test_a_late_second_signal_ends_the_process(interruption, monkeypatch):
+    interruption.training = True
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # the terminal's and the launcher's: one wish
+    assert interruption.signal == signal.SIGINT
+    interruption.since -= 10
+    with pytest.raises(SystemExit) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[tcp/pair.cc:537] Read error [127.0.0.1]:681: Connection reset by peer.", True),
+        ("[tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation to complete", True),
+        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
+    ],
+)
+def test_a_lost_process_is_told_from_a_mistake_of_this_one(monkeypatch, message, lost):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert lost_contact(RuntimeError(message)) is lost
+    monkeypatch.delenv("WORLD_SIZE")
+    assert not lost_contact(RuntimeError(message)), "there is no other"
+
+
+def test_nobody_waits_longer_than_told_for_a_process_that_hangs():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        limit_waiting(timedelta(seconds=7))
+        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+        assert backend.options._timeout == timedelta(seconds=7)
+    finally:
+        dist.destroy_process_group()

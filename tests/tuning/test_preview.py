@@ -1,0 +1,96 @@
+"""Preview: what is shown is what trains; lengths; the command."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from raw_data import sample_rows, write_rows
+
+from router_tuning.data.mix_plan import PUBLISHED_PORTIONS
+from router_tuning.errors import UserError
+from router_tuning.tuning.preview import draw, load_tokenizer, measure, preview, read_rows
+
+ROWS = [
+    {
+        "dataset": "alpaca",
+        "id": "alpaca_0",
+        "messages": [{"role": "user", "content": "Copy AB"}, {"role": "assistant", "content": "AB é"}],
+    },
+    {"prompt": "Copy AB", "completion": "AB"},
+    {"messages": [{"role": "user", "content": "Copy " * 40}, {"role": "assistant", "content": "AB"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    folder = Path(__file__).resolve().parents[2] / "ckpt" / "tiny-llama-mod"
+    if not (folder / "tokenizer.json").exists():
+        pytest.skip("the tiny checkpoint is not here")
+    return folder
+
+
+def test_trained_text_is_marked(folder: Path):
+    shown = preview(ROWS, load_tokenizer(folder), 60, chat_template=False, colour=False)
+    assert "<|user|>\nCopy AB\n<|assistant|>\n⟦AB é</s>⟧\n" in shown
+    assert "Copy AB⟦ AB</s>⟧" in shown
+    assert "── alpaca alpaca_0: " in shown and "0 of 60 tokens carry loss" in shown
+    assert "\033[" in preview(ROWS, load_tokenizer(folder), 60, chat_template=False, colour=True)
+
+
+def test_lengths(folder: Path, tmp_path: Path):
+    tokenizer = load_tokenizer(folder)
+    lengths = measure(ROWS, tokenizer, 60, chat_template=False)
+    assert lengths.nothing_left == 1 and len(lengths.tokens) == 3 and (lengths.tokens > 60).sum() == 1
+    assert "nothing left to learn within 60 tokens: 1" in lengths.table()
+    assert "so cut: 1 (33.3%)" in lengths.table()
+    draw(lengths, tmp_path / "lengths.png", "title")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="no row"):
+        measure([], tokenizer, 60, chat_template=False)
+
+
+def test_command(folder: Path, tmp_path: Path, root: Path, monkeypatch, capsys):
+    data = tmp_path / "mixed" / "data.jsonl"
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert [row for row in read_rows(data, 2)] == ROWS[:2]
+    entry = str(root / "entrypoints" / "data" / "preview_data.py")
+    argv = [entry, "--tokenizer", str(folder), "--data_file", str(data), "--preview", "1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(entry, run_name="__main__")
+    shown = capsys.readouterr().out
+    assert shown.count("──") == 1 and "rows 3," in shown
+    assert (data.parent / "token_lengths.png").exists()
+    data.write_text('{"messages": 5}\n')
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(entry, run_name="__main__")
+    assert stopped.value.code == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and "data.jsonl:1: " in error
+
+
+def test_preview_of_what_was_just_made(folder: Path, tmp_path: Path, root: Path, monkeypatch, capsys):
+    """The --preview of the two data commands: rows with their mask, lengths and the histogram beside each file."""
+    write_rows(tmp_path / "raw" / "slim_orca" / "rows", sample_rows("slim_orca", 12), ".jsonl")
+    others = [f"{name}=0" for name in PUBLISHED_PORTIONS if name != "slim_orca"]
+    shown = ("--preview", "2", "--tokenizer", folder)
+    for entry, made, *options in (
+        ("reformat_datasets.py", "out", "--raw_data_root", tmp_path / "raw", "--workers", "1"),
+        ("mix_datasets.py", "mixed", "--reformatted_dir", tmp_path / "out", "--portion", *others),
+    ):
+        command = [str(root / "entrypoints" / "data" / entry), *options, "--save_path", tmp_path / made, *shown]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        runpy.run_path(command[0], run_name="__main__")
+        printed = capsys.readouterr().out
+        assert printed.count("── SlimOrca SlimOrca_") == 2 and "⟦" in printed and "rows 12," in printed
+        beside = tmp_path / made / ("slim_orca" if made == "out" else ".")
+        assert (beside / "token_lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match="--tokenizer"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,176 @@
+"""Whole runs in one process: what they write, what they refuse, the three things that can train."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import tiny_checkpoint
+import tiny_tuning
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from router_tuning.errors import UserError
+from router_tuning.model import load_routers, route
+from router_tuning.tuning.run_folder import RESULTS, default_folder
+from router_tuning.tuning.tuning import Preparation
+
+
+def logits(model, parts):
+    tokenizer = AutoTokenizer.from_pretrained(parts["base"])
+    batch = tokenizer(["red blue", "one two three four five"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def test_a_finished_run_leaves_routers_record_and_history(parts, finished):
+    run = json.loads((finished / "run.json").read_text())
+    assert run["arguments"]["learning_rate"] == 0.02 and run["arguments"]["granularity"] == "attn_sequence"
+    assert run["world_size"] == 1 and run["steps"] == 6 and run["seed"] == 7
+    assert run["data"]["rows"] == tiny_tuning.ROWS and len(run["data"]["sha256"]) == 64
+    assert {"torch", "transformers"} <= set(run["versions"]) and run["git_commit"]
+    assert run["first_loss"]["step"] == 1 and run["last_loss"]["step"] == 6
+    history = json.loads((finished / "routing_history.json").read_text())
+    assert history["step"] == [1, 2, 3, 4, 5, 6] and set(history["routers"]) == {"01", "02", "03"}
+    assert all(len(shares) == 6 for shares in history["routers"].values())
+    for name in ("router.safetensors", "checkpoint-6/trainable.safetensors"):
+        assert (finished / name).stat().st_mode & 0o044 == 0o044, "readable like any other file"
+    model = load_routers(AutoModelForCausalLM.from_pretrained(parts["base"]), finished)
+    assert model.config.mod_layers == tiny_checkpoint.LAYERS
+
+
+def test_two_runs_with_a_seed_are_the_same_and_another_seed_differs(parts, finished, tmp_path):
+    tiny_tuning.tune(parts, tmp_path / "again")
+    assert (tmp_path / "again" / "router.safetensors").read_bytes() == (finished / "router.safetensors").read_bytes()
+    tiny_tuning.tune(parts, tmp_path / "other", seed=8)
+    assert (tmp_path / "other" / "router.safetensors").read_bytes() != (finished / "router.safetensors").read_bytes()
+
+
+def test_an_earlier_run_is_kept_unless_told_otherwise(parts, tmp_path):
+    run = tmp_path / "run"
+    tiny_tuning.tune(parts, run, num_train_epochs=1)
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds an earlier run .* or start again with --overwrite_output_dir"):
+        tiny_tuning.tune(parts, run)
+    tiny_tuning.tune(parts, run, num_train_epochs=1, overwrite_output_dir=True, save_strategy="no")
+    assert (run / "notes.txt").read_text() == "mine" and not list(run.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"granularity": "attn_token", "router_dir": None}, "granularity was 'attn_sequence' and is 'attn_token'"),
+        ({"mod_layers": "1,2", "router_dir": None}, "mod_layers was '1,2,3' and is '1,2'"),
+        ({"learning_rate": 0.1}, "learning_rate was 0.02 and is 0.1"),
+        ({"seed": 8}, "seed was 7 and is 8"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(parts, finished, tmp_path, change, named):
+    with pytest.raises(UserError) as caught:
+        tiny_tuning.tune(parts, tmp_path / "run", resume_from_checkpoint=finished / "checkpoint-3", **change)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+    resumed = tiny_tuning.command(
+        parts, tmp_path / "run", resume_from_checkpoint=finished / "checkpoint-3", check_inputs=True, **change
+    )
+    with pytest.raises(UserError, match="cannot be continued by this run"):  # also before several are launched
+        Preparation(resumed).check_checkpoint()
+
+
+def test_a_checkpoint_of_another_base_or_other_data_is_refused(parts, finished, tmp_path):
+    other = tiny_checkpoint.write_base(tmp_path / "base", seed=1)
+    resume = {"resume_from_checkpoint": finished / "checkpoint-3", "router_dir": None}
+    with pytest.raises(UserError, match="base was '[0-9a-f]+' and is '[0-9a-f]+'"):
+        tiny_tuning.tune({**parts, "base": other}, tmp_path / "run", **resume)
+    data = tiny_tuning.write_conversations(tmp_path / "d.jsonl", seed=5)
+    with pytest.raises(UserError, match="data was '26 rows, sha256"):
+        tiny_tuning.tune({**parts, "data": data}, tmp_path / "run", **resume)
+
+
+def test_nothing_is_written_when_the_input_is_wrong(parts, tmp_path):
+    run = tmp_path / "run"
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(parts["data"].read_text() + "{\n")
+    wrong = [
+        {"mod_layers": None, "mod_n": 6, "router_dir": None},
+        {"mod_layers": "1,9", "router_dir": None},
+        {"train_file": bad, "max_train_samples": 0},
+        {"train_file": tmp_path / "none.jsonl"},
+        {"model_name_or_path": tmp_path / "nowhere"},
+        {"global_batch_size": 64},
+    ]
+    for change in wrong:
+        with pytest.raises(UserError) as caught:
+            Preparation(tiny_tuning.command(parts, run, **change))
+        assert "\n" not in str(caught.value)
+    assert not run.exists()
+
+
+def test_missing_weights_name_the_command_that_brings_them(parts, tmp_path):
+    (tmp_path / "config.json").write_text((parts["base"] / "config.json").read_text())
+    with pytest.raises(UserError, match=r"prepare_base.py --folder_name \S+ --source <hub id or local folder>"):
+        Preparation(tiny_tuning.command({**parts, "base": tmp_path}, tmp_path / "run"))
+
+
+def test_half_of_the_layers_by_default(parts, tmp_path):
+    preparation = Preparation(tiny_tuning.command(parts, tmp_path / "run", mod_layers=None, router_dir=None))
+    assert preparation.command.routing.mod_n == 3
+
+
+def test_the_default_folder_names_the_knobs(parts):
+    command = tiny_tuning.command(parts, "", output_dir=None, mod_n=3, mod_layers=None)
+    path = default_folder(command).as_posix()
+    assert "trained_models/base/data/attn_sequence_mod_n3_target0.4_gradient_scale0.7_samples1000" in path
+    assert default_folder(tiny_tuning.command(parts, "", output_dir=None, lora=True)).name.endswith("lora8_seed7")
+
+
+def test_a_missed_target_is_told_once(parts, tmp_path, caplog):
+    logging.getLogger("router_tuning").propagate = True
+    with caplog.at_level(logging.WARNING, logger="router_tuning"):
+        tiny_tuning.tune(parts, tmp_path / "run", target_capacity=0.95, max_steps=1)
+    told = [
+        r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("router_tuning")
+    ]
+    assert len(told) == 1 and told[0].startswith("reached capacity 0."), told
+    assert "target 0.95" in told[0] and "--recipe budget (RECIPE=budget)" in told[0]
+
+
+def test_lora_trains_and_saves_adapters_with_the_routers(parts, tmp_path):
+    run = tmp_path / "run"
+    tuned = tiny_tuning.tune(parts, run, lora=True, lora_r=2)
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert sum("mod_router" in name for name in saved) == len(tiny_checkpoint.LAYERS)
+    assert all(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name), "every adapter moved"
+    base = AutoModelForCausalLM.from_pretrained(parts["base"], dtype=torch.float32)
+    reloaded = PeftModel.from_pretrained(route(base, mod_layers=tiny_checkpoint.LAYERS), run / "adapter")
+    assert torch.equal(logits(reloaded, parts), logits(tuned.trainer.model, parts))
+    routers, inside = load_file(run / "router.safetensors"), {k: v for k, v in saved.items() if "mod_router" in k}
+    assert {v.flatten()[0].item() for v in routers.values()} == {v.flatten()[0].item() for v in inside.values()}
+
+
+def test_full_tuning_trains_and_saves_the_whole_model(parts, tmp_path):
+    run = tmp_path / "run"
+    tuned = tiny_tuning.tune(parts, run, router_only=False, learning_rate=1e-3)
+    start = load_file(parts["base"] / "model.safetensors")
+    for name, parameter in tuned.trainer.model.named_parameters():
+        assert name not in start or not torch.equal(parameter, start[name]), f"{name} did not train"
+    reloaded = AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32)
+    assert torch.equal(logits(reloaded, parts), logits(tuned.trainer.model, parts))
+
+
+def test_a_bfloat16_base_keeps_float32_routers(parts, tmp_path):
+    tuned = tiny_tuning.tune(parts, tmp_path / "run", bf16=True)
+    kinds = {name: p.dtype for name, p in tuned.trainer.model.named_parameters()}
+    assert {kind for name, kind in kinds.items() if "mod_router" not in name} == {torch.bfloat16}
+    saved = load_file(tmp_path / "run" / "router.safetensors")
+    start = load_file(parts["start"] / "router.safetensors")
+    for name, value in saved.items():
+        assert value.dtype == torch.float32 and not torch.equal(value, start[name])
+        assert not torch.equal(value, value.bfloat16().float()), "finer than bfloat16"
+
+
+def test_results_are_listed_where_they_are_cleared(finished):
+    written = {path.name for path in finished.iterdir() if not path.name.startswith("checkpoint-")}
+    assert written <= set(RESULTS)

@@ -1,0 +1,202 @@
+"""Parts of the training from scratch of the embedded base model: tokenizer, configuration, data stream."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import IterableDataset
+from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS, generate
+from router_tuning.tuning.encoding import IGNORE_INDEX, encode_conversation
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
+WORDS = r"\n| ?[A-Z]?[a-z]+|[A-Z]|[0-9]|[^\w\s]+ ?|[ \t]+(?=[ \t])|\s"
+"""Pieces that BPE may merge within: words in lower case; capitals, digits and line ends always stand alone."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+CURRICULUM: tuple[tuple[int, dict[str, float]], ...] = (
+    (
+        0,
+        {
+            "copy": 1.0,
+            "reverse": 1.0,
+            "sort": 1.0,
+            "lookup": 1.0,
+            "count": 1.0,
+            "max": 1.0,
+            "add": 1.0,
+            "fact": 1.0,
+            "compare": 0.7,
+            "math": 0.7,
+            "code": 1.0,
+            "dialogue": 0.7,
+            "story": 0.2,
+        },
+    ),
+    (
+        2496,
+        {
+            "copy": 0.3,
+            "reverse": 0.3,
+            "sort": 0.4,
+            "lookup": 2.0,
+            "count": 2.0,
+            "max": 0.5,
+            "add": 1.0,
+            "fact": 0.5,
+            "compare": 0.8,
+            "math": 2.0,
+            "code": 1.0,
+            "dialogue": 1.5,
+            "story": 0.3,
+        },
+    ),
+)
+"""``(first batch, share of each task)``: once the easy tasks are learnt, most items are of those that are not."""
+PLAIN_SHARE = 0.5
+"""Share of the free texts that is learnt as bare text behind ``<s>``, the form in which perplexity is measured."""
+
+
+def build_tokenizer(vocab_size: int = 512, samples_per_task: int = 400) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the generator's training split; encodes any text, adds no token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    items = (generate(task, seed, "train") for task in TASKS for seed in range(samples_per_task))
+    tokenizer.train_from_iterator((turn["content"] for item in items for turn in item.messages), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+        padding_side="left",
+    )
+
+
+def tiny_config(vocab_size: int) -> LlamaConfig:
+    """Twelve narrow layers, grouped-query attention, tied embeddings: about 2.4 M parameters."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+def tiny_moe_config(vocab_size: int, experts: int, experts_per_token: int) -> MixtralConfig:
+    """Eight layers as narrow; the experts that a token meets are together as wide as the dense MLP.
+
+    Four experts, two per token: 2.8 M parameters, 1.7 M of them active. With the usual loss that balances the experts.
+    """
+    return MixtralConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384 // experts_per_token,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=experts,
+        num_experts_per_tok=experts_per_token,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+        max_position_embeddings=512,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+
+
+class SampleStream(IterableDataset):
+    """Endless training items, new ones at every step, ordered so that a batch holds items of like length.
+
+    ``curriculum`` gives the share of each task from a batch on, in steps of ``window`` batches; ``start`` skips that
+    many batches (to resume); the stream is a pure function of ``seed``. Yields ``{"input_ids": [t], "labels": [t]}``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        curriculum: Sequence[tuple[int, Mapping[str, float]]],
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        window: int = 32,
+    ):
+        self.tokenizer, self.curriculum, self.batch_size = tokenizer, curriculum, batch_size
+        self.seed, self.start, self.window = seed, start, window
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        block, skip = divmod(self.start, self.window)
+        while True:
+            batches = self._window(block)
+            for batch in batches[skip:]:
+                yield from batch
+            block, skip = block + 1, 0
+
+    def _window(self, block: int) -> list[list[dict[str, list[int]]]]:
+        rng = random.Random(f"{self.seed}/{block}")
+        weights = [shares for first, shares in self.curriculum if first <= block * self.window][-1]
+        tasks = rng.choices(list(weights), list(weights.values()), k=self.window * self.batch_size)
+        rows = [self._encode(task, rng) for task in tasks]
+        rows.sort(key=lambda row: len(row["input_ids"]))
+        batches = [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+        rng.shuffle(batches)
+        return batches
+
+    def _encode(self, task: str, rng: random.Random) -> dict[str, list[int]]:
+        item = generate(task, rng.getrandbits(40), "train")
+        if task in FREE_TASKS and rng.random() < PLAIN_SHARE:
+            text = self.tokenizer.bos_token + item.answer + self.tokenizer.eos_token
+            ids = self.tokenizer(text)["input_ids"]
+            return {"input_ids": ids, "labels": [IGNORE_INDEX, *ids[1:]]}
+        row = encode_conversation(item.messages, self.tokenizer, self.tokenizer.model_max_length)
+        end = max(place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX) + 1
+        return {key: values[:end] for key, values in row.items()}
+
+
+def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad on the right: ``input_ids``, ``attention_mask``, ``labels``, each ``[b, t]``."""
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: list[list[int]], fill: int) -> torch.Tensor:
+        return torch.tensor([row + [fill] * (length - len(row)) for row in values])
+
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": padded(ids, pad_token_id),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        "labels": padded([row["labels"] for row in rows], IGNORE_INDEX),
+    }

@@ -1,0 +1,113 @@
+"""The sample data on disk: the train split in the six raw formats, the held-out split as scored items."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from router_tuning.embedded.sample_tasks import FORMAT_OF_TASK, TASKS, Item, generate
+
+ALPACA = "alpaca"
+INPUT = "\nInput: "
+"""What the Alpaca converter puts between an instruction and its input."""
+
+
+def _turns(item: Item, **extra: object) -> list[dict[str, object]]:
+    senders = {"system": "system", "user": "human", "assistant": "gpt"}
+    return [{"from": senders[turn["role"]], "value": turn["content"], **extra} for turn in item.messages]
+
+
+def _weighted(item: Item) -> dict[str, object]:
+    weights = {"system": None, "human": 0.0, "gpt": 1.0}
+    return {"conversations": [{**turn, "weight": weights[str(turn["from"])]} for turn in _turns(item)]}
+
+
+def _alpaca(item: Item, _: int) -> dict[str, object]:
+    instruction, _, data = item.messages[0]["content"].partition(INPUT)
+    return {"instruction": instruction, "input": data, "output": item.messages[-1]["content"]}
+
+
+def _pair(question: str, answer: str) -> Callable[[Item, int], dict[str, object]]:
+    return lambda item, _: {question: item.messages[0]["content"], answer: item.messages[-1]["content"]}
+
+
+RAW_FILES: dict[str, tuple[str, Callable[[Item, int], dict[str, object]]]] = {
+    "vicuna_sharegpt": (
+        "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
+        lambda item, number: {"id": f"sample_{number}", "conversations": _turns(item)},
+    ),
+    "evol_instruct": (
+        "evol_instruct.jsonl",
+        lambda item, number: {"idx": f"sample_{number}", "conversations": _turns(item)},
+    ),
+    "slim_orca": ("oo-labeled_correct.gpt4.sharegpt.jsonl", lambda item, _: _weighted(item)),
+    "meta_math_qa": ("MetaMathQA-395K.jsonl", _pair("query", "response")),
+    "evol_code_alpaca": ("train.jsonl", _pair("instruction", "output")),
+    ALPACA: ("alpaca_data.json", _alpaca),
+}
+"""Per raw data set: its published file name, and how an item becomes a row of it."""
+
+RAW_ROWS = {"vicuna_sharegpt": 800, ALPACA: 1600}
+RAW_ROWS_ELSE = 400
+
+
+def distinct_items(task: str, split: str, count: int, first_seed: int = 0) -> list[Item]:
+    """``count`` items of a task with different prompts, from ``first_seed`` on; fewer after 20 ``count`` draws."""
+    items: dict[str, Item] = {}
+    for seed in range(first_seed, first_seed + 20 * count):
+        item = generate(task, seed, split)
+        items.setdefault(json.dumps(item.messages[:-1]), item)
+        if len(items) == count:
+            break
+    return list(items.values())
+
+
+def raw_text(name: str) -> str:
+    """Text of a raw data set; a file ``*.json`` is one array, a file ``*.jsonl`` a row per line."""
+    tasks = [task for task in TASKS if FORMAT_OF_TASK.get(task, ALPACA) == name]
+    share = RAW_ROWS.get(name, RAW_ROWS_ELSE) // len(tasks)
+    by_task = [distinct_items(task, "train", share) for task in tasks]
+    items = [item for row in zip(*by_task, strict=True) for item in row]
+    file_name, to_row = RAW_FILES[name]
+    rows = [json.dumps(to_row(item, number)) for number, item in enumerate(items)]
+    return "[\n" + ",\n".join(rows) + "\n]\n" if file_name.endswith(".json") else _lines(rows)
+
+
+def heldout_text(task: str, count: int) -> str:
+    """The held-out items of a task, ``{"task", "messages", "answer", "choices", "gold"}`` a line."""
+    return _lines(json.dumps(asdict(item)) for item in distinct_items(task, "heldout", count))
+
+
+def read_heldout(path: Path) -> list[Item]:
+    """Items of a file that :func:`heldout_text` made."""
+    return [Item(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _lines(rows: Iterable[str]) -> str:
+    return "".join(f"{row}\n" for row in rows)
+
+
+def sample_files(heldout_items: int) -> dict[str, Callable[[], str]]:
+    """Every file of the sample data: its path under the root, and the function that makes its text."""
+    files: dict[str, Callable[[], str]] = {}
+    for name, (file_name, _) in RAW_FILES.items():
+        files[f"raw/{name}/{file_name}"] = lambda name=name: raw_text(name)
+    for task in TASKS:
+        files[f"heldout/{task}.jsonl"] = lambda task=task: heldout_text(task, heldout_items)
+    return files
+
+
+def write_sample_data(root: Path, heldout_items: int) -> dict[Path, int]:
+    """Write all files under ``root``; returns ``{path: bytes}``. The same arguments give the same bytes."""
+    sizes = {}
+    for relative, make in sample_files(heldout_items).items():
+        path = root / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(make().encode())
+        os.replace(temporary, path)
+        sizes[path] = path.stat().st_size
+    return sizes

@@ -1,0 +1,75 @@
+"""The ideal that skipping is held to: the dense model itself without the work that is skipped.
+
+It is measured in place, on a copy of the dense model that lacks the routed modules, or whose attention only projects
+keys and values (the part that ``kv_policy="keep"`` cannot skip).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from router_tuning.model.keys_values import project_kv
+
+
+class _NoUpdate(nn.Module):
+    """A module that was cut out: no update, no work."""
+
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def forward(self, *args, hidden_states: Tensor | None = None, **kwargs):
+        zero = (args[0] if hidden_states is None else hidden_states).new_zeros(())
+        return (zero, None) if self.pair else zero
+
+
+class _KeysOnly(nn.Module):
+    """Attention that fills the cache and does nothing else."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, hidden_states: Tensor, position_embeddings, past_key_values=None, **kwargs):
+        states = project_kv(self.attention, hidden_states, position_embeddings)
+        if past_key_values is not None:
+            past_key_values.update(*states, self.attention.layer_idx)
+        return hidden_states.new_zeros(()), None
+
+
+class _IdleLayer(nn.Module):
+    """A decoder layer that was cut out, or reduced to filling the cache."""
+
+    def __init__(self, layer: nn.Module, keys_only: bool) -> None:
+        super().__init__()
+        self.norm = layer.input_layernorm
+        self.keys = _KeysOnly(layer.self_attn) if keys_only else None
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        if self.keys is not None:
+            self.keys(self.norm(hidden_states), **kwargs)
+        return hidden_states
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with its own modules and the same weights."""
+    memo = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def reduced(dense: PreTrainedModel, parts: Mapping[str, str], layers: list[int], keys_only: bool) -> PreTrainedModel:
+    """The dense model without the routed modules, or with what ``keep`` leaves of them."""
+    model = shared_copy(dense)
+    for index in layers:
+        layer = model.model.layers[index]
+        if "block" in parts:
+            model.model.layers[index] = _IdleLayer(layer, keys_only)
+        if "attn" in parts:
+            layer.self_attn = _KeysOnly(layer.self_attn) if keys_only else _NoUpdate(pair=True)
+        if "mlp" in parts:
+            layer.mlp = _NoUpdate(pair=False)
+    return model

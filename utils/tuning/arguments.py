@@ -1,0 +1,244 @@
+"""Arguments of a tuning run: one dataclass per concern, each of which names everything that is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import TrainingArguments
+
+from router_tuning.errors import UserError
+from router_tuning.model import ModConfig
+from router_tuning.tuning.engines import settings_without_gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class ModelArguments:
+    """Which base is tuned, and how it is loaded."""
+
+    folder_name: str | None = field(default=None, metadata={"help": "folder of the base under ckpt/"})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint folder or hub id of the base"})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "folder or hub id, if not the base's"})
+    model_revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where hub downloads are kept"})
+    token: str | None = field(default=None, metadata={"help": "hub token, for gated bases"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run model code that comes with the base"})
+    dtype: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata={"help": "of the base's weights; auto: bfloat16 on GPUs that have it"}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "quantise the frozen base (needs bitsandbytes, a GPU)"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.folder_name is None and self.model_name_or_path is None:
+            self.folder_name = "tiny-llama-mod"
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one line each."""
+        if self.folder_name and self.model_name_or_path:
+            return [f"--folder_name {self.folder_name} and --model_name_or_path both name a base: give one"]
+        return []
+
+    @property
+    def base(self) -> str:
+        """Folder or hub id of the base."""
+        return self.model_name_or_path or str(ROOT / "ckpt" / str(self.folder_name))
+
+    @property
+    def name(self) -> str:
+        """Short name of the base, for the output folder."""
+        return self.folder_name or Path(self.base.rstrip("/")).name
+
+
+@dataclass
+class RoutingArguments:
+    """What is routed and what trains."""
+
+    mod_n: int | None = field(default=None, metadata={"help": "routed layers, deepest but one; default: half"})
+    mod_layers: str | None = field(
+        default=None, metadata={"help": "routed layers by index, as 4,6,8; overrides mod_n"}
+    )
+    granularity: str = field(default="attn_sequence", metadata={"help": "what a router decides on; combine with +"})
+    threshold: float = field(default=0.5, metadata={"help": "τ of the decision score ≥ τ"})
+    router_pooling: str = field(
+        default="sequence", metadata={"help": "what a sequence's score sees: sequence, prompt"}
+    )
+    kv_policy: str = field(
+        default="keep", metadata={"help": "token level: whether skipped tokens offer keys: keep, drop"}
+    )
+    target_capacity: float = field(default=0.5, metadata={"help": "share of the routed work that should run"})
+    gradient_scale: float = field(default=1.0, metadata={"help": "λ of λ·Σ ReLU(capacity - target)"})
+    router_only: bool = field(default=True, metadata={"help": "False trains the base too (full MoD tuning)"})
+    router_dir: str | None = field(default=None, metadata={"help": "start from the routers saved in this folder"})
+    recipe: str = field(default="paper", metadata={"help": "how routers are tuned, see utils/tuning/recipes"})
+    lora: bool = field(default=False, metadata={"help": "train LoRA adapters beside the routers"})
+    lora_r: int = field(default=8, metadata={"help": "rank"})
+    lora_alpha: int = field(default=16, metadata={"help": "scale is alpha / r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "comma-separated names, or all-linear"})
+
+    def layers(self) -> list[int] | None:
+        """``mod_layers`` as numbers."""
+        return None if self.mod_layers is None else [int(part) for part in self.mod_layers.split(",")]
+
+    def config(self) -> ModConfig:
+        """The checked routing configuration; ValueError names the field, the value and the fix."""
+        return ModConfig(
+            mod_n=self.mod_n,
+            mod_layers=self.layers(),
+            granularity=self.granularity,
+            threshold=self.threshold,
+            router_pooling=self.router_pooling,
+            kv_policy=self.kv_policy,
+            target_capacity=self.target_capacity,
+            gradient_scale=self.gradient_scale,
+        )
+
+    @property
+    def trains(self) -> str:
+        """``routers``, ``lora`` (routers and adapters) or ``full``."""
+        return "lora" if self.lora else "routers" if self.router_only else "full"
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one line each."""
+        found = []
+        try:
+            self.layers()
+        except ValueError:
+            found.append(f"--mod_layers {self.mod_layers}: write indices with commas, as 4,6,8")
+        for name in ("granularity", "threshold", "router_pooling", "kv_policy", "target_capacity"):
+            try:
+                ModConfig(**{name: getattr(self, name)})
+            except ValueError as error:
+                found.append(f"--{error}")
+        if self.mod_n is not None and self.mod_n < 1:
+            found.append(f"--mod_n {self.mod_n} must be at least 1")
+        if self.gradient_scale < 0:
+            found.append(f"--gradient_scale {self.gradient_scale} must not be negative")
+        if self.lora and not self.router_only:
+            found.append("--lora trains adapters on a frozen base and --router_only False trains the base: give one")
+        if self.lora_r < 1 or self.lora_alpha < 1:
+            found.append(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            found.append(f"--lora_dropout {self.lora_dropout} must lie in [0, 1)")
+        return found
+
+
+@dataclass
+class DataArguments:
+    """Which conversations train."""
+
+    data_type: str = field(default="alpaca", metadata={"help": "a set under data/reformatted, or mixed"})
+    train_file: str | None = field(default=None, metadata={"help": "JSONL file with messages; overrides data_type"})
+    max_train_samples: int = field(default=1000, metadata={"help": "the first N rows; 0: all"})
+    max_seq_length: int = field(default=2048, metadata={"help": "tokens; longer conversations are cut"})
+    chat_template: bool = field(default=False, metadata={"help": "render with the tokenizer's own chat template"})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "processes that encode the data"})
+    length_grouping: bool = field(default=True, metadata={"help": "micro-batches of like lengths within a step"})
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one line each."""
+        found = []
+        if self.max_train_samples < 0:
+            found.append(f"--max_train_samples {self.max_train_samples} must be 0 (all) or more")
+        if self.max_seq_length < 2:
+            found.append(f"--max_seq_length {self.max_seq_length} must be at least 2")
+        if self.train_file and Path(self.train_file).suffix not in (".json", ".jsonl"):
+            found.append(f"--train_file {self.train_file}: a .jsonl file with one conversation per line is needed")
+        return found
+
+    @property
+    def path(self) -> Path:
+        """The JSONL file."""
+        if self.train_file:
+            return Path(self.train_file)
+        folder = "mixed" if self.data_type == "mixed" else f"reformatted/{self.data_type}"
+        return ROOT / "data" / folder / "data.jsonl"
+
+    @property
+    def name(self) -> str:
+        """Short name of the data, for the output folder."""
+        return Path(self.train_file).stem if self.train_file else self.data_type
+
+
+@dataclass
+class TuningArguments(TrainingArguments):
+    """TrainingArguments with the published recipe as defaults.
+
+    ``gradient_accumulation_steps`` follows from the global batch, the micro-batch and the number of processes, so the
+    number of processes never changes what is learnt. Raises :class:`UserError` if the three do not fit.
+    """
+
+    output_dir: str | None = field(default=None, metadata={"help": "default: trained_models/<base>/<data>/<knobs>"})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "delete what an earlier run left there"})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "auto (the newest complete one, if any) or a checkpoint folder"}
+    )
+    global_batch_size: int = field(default=64, metadata={"help": "sequences per optimizer step, over all processes"})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "sequences per forward pass of a process"})
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "forward passes per step; default: from --global_batch_size"}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the data"})
+    learning_rate: float = field(default=1e-5, metadata={"help": "peak"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "shape of the learning rate"})
+    warmup_steps: float = field(default=0.03, metadata={"help": "warm-up; below 1: share of all steps"})
+    logging_steps: float = field(default=1, metadata={"help": "optimizer steps between two log lines"})
+    save_steps: float = field(default=10, metadata={"help": "optimizer steps between two checkpoints"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
+    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, none, …"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Trainer's; the data has no other columns"})
+    dry_run: bool = field(default=False, metadata={"help": "print sizes, memory and steps; load no weights"})
+    num_processes: int | None = field(default=None, metadata={"help": "with --dry_run or --check_inputs: to plan for"})
+    accelerate_config: str | None = field(default=None, metadata={"help": "with --dry_run: the engine to plan for"})
+    check_inputs: bool = field(default=False, metadata={"help": "check arguments, base and data, then stop"})
+
+    def __post_init__(self) -> None:
+        # Each would cost a host sync per micro-batch; capacity and loss are read at logging steps.
+        self.logging_nan_inf_filter = False
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if self.dry_run or self.check_inputs:
+            world = self.num_processes or world
+        elif self.num_processes not in (None, world):
+            raise UserError(
+                f"--num_processes {self.num_processes} plans for others with --dry_run; start them with "
+                f"NUM_PROCESSES={self.num_processes} bash scripts/finetune_mod.sh"
+            )
+        micro = self.per_device_train_batch_size * world
+        if self.gradient_accumulation_steps is None:
+            if self.global_batch_size % micro:
+                raise UserError(
+                    f"--global_batch_size {self.global_batch_size} is no multiple of {world} processes x "
+                    f"--per_device_train_batch_size {self.per_device_train_batch_size}: change one of the three"
+                )
+            self.gradient_accumulation_steps = self.global_batch_size // micro
+        self.global_batch_size = self.gradient_accumulation_steps * micro
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        for name, value in settings_without_gpu().items():
+            setattr(self, name, value)
+        super().__post_init__()
+        # One process drives one device; several GPUs in one process would mean nn.DataParallel.
+        self._n_gpu = min(self.n_gpu, 1)
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one line each."""
+        found = []
+        if self.eval_strategy != "no":
+            found.append(
+                f"--eval_strategy {self.eval_strategy.value}: tuning has no evaluation set; "
+                "score the result with entrypoints/evaluate"
+            )
+        if self.load_best_model_at_end:
+            found.append("--load_best_model_at_end needs an evaluation set, which tuning has not")
+        if self.auto_find_batch_size:
+            found.append("--auto_find_batch_size would change what a step learns; see --dry_run for the memory")
+        if self.push_to_hub:
+            found.append("--push_to_hub: export the run first, then upload the export")
+        return found

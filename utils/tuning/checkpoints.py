@@ -1,0 +1,153 @@
+"""Checkpoint folders that are complete or not there, and the identity that a run must have to continue one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from router_tuning.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_HASHED_UP_TO = 256 << 20  # bytes; larger files are checked by size alone
+
+
+def staging_folder(run: Path, step: int) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return run / f".checkpoint-{step}.partial"
+
+
+def publish(staging: Path, run: Path, step: int, identity: Mapping[str, Any]) -> Path:
+    """Describe every file of ``staging`` in a manifest, flush all to disk and rename the folder to its place."""
+    files = {}
+    for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+        _flush(path)
+        files[path.relative_to(staging).as_posix()] = _describe(path)
+    manifest = {"format": FORMAT, "step": step, "identity": dict(identity), "files": files}
+    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _flush(staging / MANIFEST)
+    place = run / f"checkpoint-{step}"
+    remove(place)
+    os.replace(staging, place)
+    _flush(run)
+    return place
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; a kill in between leaves a hidden folder, never half a checkpoint."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def rotate(run: Path, limit: int | None) -> None:
+    """Keep the ``limit`` newest checkpoints (None or 0: all)."""
+    for _, folder in checkpoints(run)[limit:] if limit else []:
+        remove(folder)
+
+
+def sweep(run: Path) -> None:
+    """Delete what a killed run left half-written."""
+    for path in [*run.glob(".checkpoint-*.partial"), *run.glob(".checkpoint-*.deleted")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """``(step, folder)``, newest first."""
+    found = []
+    for path in run.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def newest_complete(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are all there and whole, and one line for each newer one that is not."""
+    skipped = []
+    for _, folder in checkpoints(run):
+        fault = find_fault(folder)
+        if fault is None:
+            return folder, skipped
+        skipped.append(f"{folder.name} is incomplete ({fault}): skipped and removed")
+    return None, skipped
+
+
+def find_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return f"no {MANIFEST}"
+    except ValueError:
+        return f"{MANIFEST} is damaged"
+    if manifest.get("format") != FORMAT:
+        return f"{MANIFEST} has format {manifest.get('format')!r}, not {FORMAT}"
+    for name, described in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != described["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes, not {described['bytes']}"
+        if _describe(path) != described:
+            return f"{name} has changed"
+    return None
+
+
+def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
+    """UserError that names every value in which this run differs from the one that wrote the checkpoint."""
+    saved = json.loads((folder / MANIFEST).read_text())["identity"]
+    differing = [
+        f"{name} was {saved.get(name)!r} and is {value!r}"
+        for name, value in identity.items()
+        if saved.get(name) != json.loads(json.dumps(value))
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} cannot be continued by this run: {'; '.join(differing)}. Use the same settings, "
+            "another output folder, or --overwrite_output_dir to start again"
+        )
+
+
+def chosen(resume: str | None, run: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that ``--resume_from_checkpoint`` names (``auto``: the newest complete one), and notes."""
+    if resume is None:
+        return None, []
+    if resume == "auto":
+        folder, notes = newest_complete(run)
+        if folder is None:
+            notes.append(f"no complete checkpoint in {run}: starting from the beginning")
+        return folder, notes
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise UserError(f"--resume_from_checkpoint {resume}: no such folder; use auto for the newest complete one")
+    fault = find_fault(folder)
+    if fault:
+        raise UserError(
+            f"--resume_from_checkpoint {resume} is incomplete ({fault}); use auto for the newest complete one"
+        )
+    return folder, []
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > _HASHED_UP_TO:
+        return {"bytes": size}
+    with open(path, "rb") as stream:
+        return {"bytes": size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

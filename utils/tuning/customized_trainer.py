@@ -1,0 +1,208 @@
+"""The HF Trainer with the routing loss, statistics that cost no host sync, and checkpoints of what trains alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from router_tuning.model import RoutingLog, record_routing
+from router_tuning.tuning import checkpoints, engine_state
+from router_tuning.tuning.batching import StepOrder
+from router_tuning.tuning.engines import check_engine, check_wrapped, enable_fsdp_on_cpu, limit_waiting
+from router_tuning.tuning.routing_statistics import RoutingStatistics
+
+
+class RouterTrainer(Trainer):
+    """Trains ``L_task + λ·Σ_layers ReLU(capacity_l - target)`` (paper equation 6).
+
+    ``capacity_l`` is the executed share of a micro-batch. Both terms are scaled for gradient accumulation, so that a
+    step's gradient is that of the mean over its tokens (task) and over its micro-batches (penalty), on any number of
+    processes.
+
+    Args:
+        target_capacity: target of the penalty.
+        gradient_scale: its weight λ.
+        order: the rows of each step; see :class:`~router_tuning.tuning.batching.StepOrder`.
+        identity: what a run must share with a checkpoint to continue it.
+    """
+
+    def __init__(
+        self,
+        *args,
+        target_capacity: float,
+        gradient_scale: float,
+        order: StepOrder,
+        identity: Mapping[str, Any] | None = None,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.target_capacity, self.gradient_scale = target_capacity, gradient_scale
+        self.order, self.identity = order, dict(identity or {})
+        self.statistics = RoutingStatistics(self.args.device)
+        self._micro = (-1, 0)  # step under way, micro-batches of it seen by this process
+        self._read_at = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's accelerator, checked: what was launched is what runs."""
+        super().create_accelerator_and_postprocess()
+        if enable_fsdp_on_cpu(self.accelerator):
+            self.is_fsdp_enabled = True
+        check_engine(self.accelerator)
+        limit_waiting(self.args.ddp_timeout_delta)
+
+    # ---- loss
+
+    def routing_loss(self, log: RoutingLog) -> tuple[Tensor, Tensor]:
+        """``(what is added to the task loss of a micro-batch, the bare penalty for the log)``."""
+        penalty = log.penalty(self.target_capacity)
+        return self.gradient_scale * penalty, penalty.detach()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """Task loss of a micro-batch plus its share of the penalty."""
+        with record_routing(model) as log:
+            task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        added, penalty = self.routing_loss(log)
+        # Without a token count the Trainer itself divides the sum by the accumulation steps afterwards.
+        counted = num_items_in_batch is not None
+        steps = self.current_gradient_accumulation_steps
+        loss = task + (added / steps if counted else added).to(task.device)
+        if self.model.training:
+            replicas = self.accelerator.num_processes
+            share = task.detach() / replicas if counted else task.detach() / (steps * replicas)
+            self.statistics.add(log, share, penalty, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
+        """One micro-batch; its random numbers depend on the seed and its place in the run, not on who computes it."""
+        step, index = self._micro
+        index = index + 1 if step == self.state.global_step else 0
+        self._micro = (self.state.global_step, index)
+        place = index * self.accelerator.num_processes + self.accelerator.process_index
+        torch.manual_seed(hash((self.args.seed, self.state.global_step, place)) & (2**63 - 1))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    # ---- data and logs
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.order
+
+    def _run_epoch(self, *args, epoch: int, **kwargs) -> None:
+        # A dataloader that skips what a resumed run has seen hides its sampler from set_epoch.
+        self.order.set_epoch(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add task loss, capacities, penalty and throughput to a training log line."""
+        if "loss" in logs:
+            logs |= self.statistics.read(self.state.global_step - self._read_at)
+            self._read_at = self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- checkpoints
+
+    @property
+    def deepspeed_engine(self) -> Any | None:
+        """The DeepSpeed engine, if that is what trains."""
+        return self.model_wrapped if self.is_deepspeed_enabled else None
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Write what trains, optimizer, schedule, random state and position; the folder appears when all is there."""
+        run, step = Path(self.args.output_dir), self.state.global_step
+        staging = checkpoints.staging_folder(run, step)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.store_flos()
+        self.barrier()
+        weights = engine_state.gather_weights(self.model)
+        if self.deepspeed_engine is not None:
+            self.deepspeed_engine.save_checkpoint(str(staging), exclude_frozen_parameters=True)
+        else:
+            moments = engine_state.gather_optimizer(self.model, self.optimizer)
+            if self.args.should_save:
+                torch.save(moments, staging / engine_state.OPTIMIZER)
+        self._save_rng_state(str(staging))
+        self._save_scaler(str(staging))
+        if self.args.should_save:
+            engine_state.write_weights(weights, staging / engine_state.WEIGHTS)
+            torch.save(self.lr_scheduler.state_dict(), staging / SCHEDULER_NAME)
+            for script in staging.glob("zero_to_*.py"):  # they merge whole models, which is not what lies here
+                script.unlink()
+            self._export_callbacks()
+            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        self.barrier()
+        if self.args.should_save:
+            checkpoints.publish(staging, run, step, self.identity)
+            checkpoints.rotate(run, self.args.save_total_limit)
+        self.barrier()
+
+    def _export_callbacks(self) -> None:
+        stateful = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
+        for callback in stateful:
+            self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing yet: weights are restored with the optimizer, when the engine has wrapped the model."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        check_wrapped(self.model_wrapped)
+        if resume_from_checkpoint is not None:
+            self._restore(Path(resume_from_checkpoint))
+        return prepared
+
+    def _restore(self, folder: Path) -> None:
+        if self.deepspeed_engine is not None:
+            found, _ = self.deepspeed_engine.load_checkpoint(str(folder), load_module_strict=False)
+            if found is None:
+                raise ValueError(f"{folder} holds no DeepSpeed state")
+        else:
+            engine_state.load_weights(self.model, folder / engine_state.WEIGHTS)
+            engine_state.load_optimizer(self.model, self.optimizer, folder / engine_state.OPTIMIZER)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+        self._load_scaler(str(folder))
+        self._read_at = self.state.global_step
+
+    # ---- results
+
+    def gather_trained(self) -> dict[str, Tensor]:
+        """All that trains, whole, on the CPU, by the names of the unwrapped model. Collective: every rank calls."""
+        return engine_state.gather_weights(self.model)
+
+    def measure_capacity(self, micro_batches: int) -> dict[str, float]:
+        """Capacity of the routers as they are now, over ``micro_batches`` micro-batches per process, without learning.
+
+        Runs densely with training's forward pass, whose decisions are those of inference: an engine that shards a
+        module's weights would wait forever for a rank that skips it. Collective: every rank calls.
+        """
+        self.statistics.reset()
+        self.order.set_epoch(0)
+        loader = self.get_train_dataloader()
+        self.current_gradient_accumulation_steps = 1
+        for number, inputs in enumerate(loader):
+            if number == micro_batches:
+                break
+            self.model.train()
+            self.compute_loss(self.model_wrapped, self._prepare_inputs(inputs))
+        return self.statistics.read(1)

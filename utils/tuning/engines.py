@@ -1,0 +1,119 @@
+"""The engine that the launcher asked for is the one that runs, on GPUs and on CPUs; anything else is an error."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from router_tuning.errors import UserError
+
+_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "watchdog")
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
+def requested() -> str:
+    """``deepspeed``, ``fsdp``, ``ddp`` or ``one process``, as the launcher's environment says."""
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        return "deepspeed"
+    if _asked("ACCELERATE_USE_FSDP"):
+        return "fsdp"
+    return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "one process"
+
+
+def settings_without_gpu() -> dict[str, object]:
+    """TrainingArguments that make several processes run together on a machine without a GPU; empty where there is one.
+
+    accelerate starts CPU processes if it is told ``use_cpu``. DeepSpeed it would then drop without a word: that one
+    finds the CPU by itself, and needs the name of the backend.
+    """
+    if torch.accelerator.is_available():
+        return {}
+    if requested() == "deepspeed":
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        return {"ddp_backend": "gloo"}
+    return {"use_cpu": True}
+
+
+def keep_schedule(plugin: DeepSpeedPlugin | None) -> list[str]:
+    """Take ``optimizer`` and ``scheduler`` out of a DeepSpeed config, so that the command line's are used; notes.
+
+    The JSON would win without a word: another engine would learn something else.
+    """
+    if plugin is None:
+        return []
+    config = plugin.hf_ds_config.config
+    found = [section for section in ("optimizer", "scheduler") if config.pop(section, None) is not None]
+    if not found:
+        return []
+    config.update(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
+    return [f"without effect: {' and '.join(found)} of the DeepSpeed config (the command line decides)"]
+
+
+def enable_fsdp_on_cpu(accelerator: Accelerator) -> bool:
+    """Give accelerate's FSDP2 to CPU processes, for which it is not offered though torch has it; True if done."""
+    if requested() != "fsdp" or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return False
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise UserError("FSDP on CPUs is FSDP2: set fsdp_version: 2 in the accelerate config")
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = DistributedType.FSDP
+    # Every new AcceleratorState takes its values from here.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return True
+
+
+def limit_waiting(timeout: timedelta) -> None:
+    """Wait no longer than this for a process that hangs; on CPUs ``--ddp_timeout`` reaches no process group."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """UserError if processes or engine are not those that were launched."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != world:
+        raise UserError(
+            f"{world} processes were launched, {accelerator.num_processes} run together: check the config file"
+        )
+    running = {DistributedType.DEEPSPEED: "deepspeed", DistributedType.FSDP: "fsdp"}.get(accelerator.distributed_type)
+    asked = requested()
+    if asked in ("deepspeed", "fsdp") and running != asked:
+        raise UserError(
+            f"{asked} was asked for and {accelerator.distributed_type.value} would run: start it with accelerate "
+            "launch or scripts/finetune_mod.sh, also for one process"
+        )
+
+
+def check_wrapped(model: nn.Module) -> None:
+    """UserError if a prepared model is not in the hands of the engine that was launched."""
+    expected = {"fsdp": FSDPModule, "ddp": DistributedDataParallel}.get(requested())
+    if expected is not None and not isinstance(model, expected):
+        raise UserError(f"{requested()} was launched, but the model is a bare {type(model).__name__}")
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that another process has gone or hangs, rather than what went wrong in this one."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return several and any(sign in str(error).lower() for sign in _LOST)
+
+
+def running(accelerator: Accelerator) -> str:
+    """Name of the engine that runs, for the record: ``one process``, ``DDP``, ``FSDP2``, ``DeepSpeed ZeRO-3`` …"""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    if kind == DistributedType.FSDP:
+        return f"FSDP{accelerator.state.fsdp_plugin.fsdp_version}"
+    return "one process" if accelerator.num_processes == 1 else "DDP"

@@ -1,0 +1,26 @@
+"""Ways to tune routers. A recipe is a module with ``tune(job) -> TunedRun``, imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+RECIPES = {"paper": "router_tuning.tuning.recipes.paper", "budget": "router_tuning.tuning.recipes.budget.recipe"}
+"""Name on the command line → module."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "budget": {
+        "router_pooling": "prompt",
+        "learning_rate": 1e-2,
+        "gradient_scale": 0.1,
+        "global_batch_size": 32,
+        "num_train_epochs": 3.0,
+    },
+}
+"""Where a recipe's defaults differ from the published ones; a flag that is given counts for every recipe."""
+
+
+def load_recipe(name: str) -> ModuleType:
+    """The module of a recipe; KeyError for an unknown name."""
+    return import_module(RECIPES[name])

@@ -1,0 +1,104 @@
+"""What the routers do during training, summed on the device and read once per log line."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from router_tuning.model import RoutingLog
+
+CAPACITY = "capacity"
+
+
+def layer_key(key: int | tuple[int, str]) -> str:
+    """Name of a router in logs: ``capacity_layer_07``, or ``capacity_layer_07_attn`` where a layer has several."""
+    layer, part = key if isinstance(key, tuple) else (key, "")
+    return f"{CAPACITY}_layer_{layer:02d}" + (f"_{part}" if part else "")
+
+
+class RoutingStatistics:
+    """Sums over the micro-batches since the last reading; one collective and one host sync per reading.
+
+    Task loss is the mean over the tokens that carry loss, capacity the mean over real sequences (or tokens), penalty
+    the mean over micro-batches, all over all processes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the sums."""
+        self.names: list[str] = []
+        self.executed: Tensor | None = None
+        self.counted: Tensor | None = None
+        self.sums = torch.zeros(4, dtype=torch.float32, device=self.device)
+        self.micro_batches = 0
+        self.started = time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, log: RoutingLog, task_loss: Tensor, penalty: Tensor, inputs: dict[str, Any]) -> None:
+        """Add one micro-batch.
+
+        Args:
+            task_loss: this micro-batch's share of the step's mean loss (all shares of a step sum to that mean).
+            penalty: ``Σ_layers ReLU(capacity_l - target)`` of this micro-batch.
+            inputs: the batch, for its real and padded tokens.
+        """
+        shares = log.capacity_tensors()
+        weights = {key: sum(_weight(record) for record in log.records[key]) for key in shares}
+        weight = torch.stack(
+            [torch.as_tensor(weights[key], device=self.device, dtype=torch.float32) for key in shares]
+        )
+        executed = torch.stack([shares[key].to(self.device, torch.float32) for key in shares]) * weight
+        if self.executed is None:
+            self.names = [layer_key(key) for key in shares]
+            self.executed, self.counted = torch.zeros_like(executed), torch.zeros_like(weight)
+        self.executed += executed
+        self.counted += weight
+        slots = inputs["input_ids"].numel()
+        mask = inputs.get("attention_mask")
+        real = torch.tensor(slots) if mask is None else mask.sum()
+        self.sums += torch.stack(
+            [t.to(self.device, torch.float32) for t in (task_loss, penalty, real, torch.tensor(slots))]
+        )
+        self.micro_batches += 1
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Means over the ``steps`` optimizer steps since the last reading, and a reset. Collective."""
+        seconds = time.perf_counter() - self.started
+        count = torch.tensor([float(self.micro_batches)], dtype=torch.float32, device=self.device)
+        packed = torch.cat([self.sums, count, self.executed, self.counted])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(packed)
+        task, penalty, real, slots, micro, *rest = packed.tolist()
+        executed, counted = rest[: len(self.names)], rest[len(self.names) :]
+        capacity = {name: e / c if c else 1.0 for name, e, c in zip(self.names, executed, counted, strict=True)}
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.reset()
+        return {
+            "task_loss": task / max(steps, 1),
+            "penalty": penalty / max(micro, 1),
+            CAPACITY: sum(capacity.values()) / len(capacity),
+            **capacity,
+            "tokens_per_second": real / seconds,
+            "tokens_per_gpu": real / world,
+            "padding": 1 - real / slots,
+            "memory_gb": peak_memory_gb(self.device),
+        }
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far, in GB: of the GPU, or on a CPU of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _weight(record) -> Tensor | int:
+    return record.keep.numel() if record.real is None else record.real.sum()

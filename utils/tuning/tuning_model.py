@@ -1,0 +1,200 @@
+"""A base on disk → a routed model in which only what trains requires a gradient."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from router_tuning.errors import UserError
+from router_tuning.model import ModConfig, load_routers, route
+from router_tuning.model.saving import base_identity
+from router_tuning.tuning.arguments import ROOT, ModelArguments, RoutingArguments
+
+_PROBED = 1 << 20  # bytes read at either end of a weight file for its fingerprint
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint folder, following links; empty if there are none."""
+    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+
+
+def locate_base(arguments: ModelArguments, weights: bool = True) -> Path:
+    """The folder that holds the base; a hub id is downloaded (only its config where ``weights`` is False).
+
+    Raises:
+        UserError: if there is no such base, or its weights are missing; with the command that brings them.
+    """
+    folder = Path(arguments.base).expanduser()
+    if not folder.is_dir():
+        if arguments.model_name_or_path and arguments.base.count("/") == 1 and not arguments.base.startswith("."):
+            return _download(arguments, weights)
+        known = sorted(path.parent.name for path in (ROOT / "ckpt").glob("*/config.json"))
+        raise UserError(f"no base at {folder}; folders under ckpt are {', '.join(known) or 'none'}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json: it is no checkpoint folder")
+    if weights and not weight_files(folder):
+        name = arguments.folder_name or folder.name
+        raise UserError(
+            f"{folder} holds no weights (*.safetensors); bring them with: "
+            f"python entrypoints/checkpoint/prepare_base.py --folder_name {name} --source <hub id or local folder>"
+        )
+    return folder
+
+
+def _download(arguments: ModelArguments, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] if weights else ["config.json"]
+    try:
+        return Path(
+            snapshot_download(
+                arguments.base,
+                revision=arguments.model_revision,
+                cache_dir=arguments.cache_dir,
+                token=arguments.token,
+                allow_patterns=patterns,
+            )
+        )
+    except Exception as error:  # the hub client raises many kinds: offline, gated, unknown, disk full
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{arguments.base} is no local folder and did not come from the hub: {reason}") from None
+
+
+def dense_config(folder: Path, arguments: ModelArguments) -> PretrainedConfig:
+    """The base's config without the routing that it may suggest."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=arguments.trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())}") from None
+    config.mod_layers = None
+    config.use_cache = False
+    return config
+
+
+def routing_of(config: PretrainedConfig, routing: RoutingArguments) -> ModConfig:
+    """The routing of this run on this base: ``mod_n`` defaults to half of the layers. UserError if it does not fit."""
+    layers = config.get_text_config().num_hidden_layers
+    if routing.mod_n is None and routing.mod_layers is None:
+        routing.mod_n = layers // 2
+    if routing.mod_layers is None and not 1 <= routing.mod_n < layers:
+        raise UserError(f"--mod_n {routing.mod_n} must lie in 1…{layers - 1}: the base has {layers} layers")
+    listed = routing.layers() or []
+    if any(not 0 <= layer < layers for layer in listed):
+        raise UserError(f"--mod_layers {routing.mod_layers} must lie in 0…{layers - 1}: the base has {layers} layers")
+    try:
+        return routing.config()
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def load_tokenizer(folder: Path, arguments: ModelArguments) -> Tokenizer:
+    """A fast tokenizer that pads on the right; UserError if there is none."""
+    source = arguments.tokenizer_name or folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
+    except (ValueError, OSError) as error:
+        raise UserError(f"no tokenizer in {source}: {' '.join(str(error).split())}") from None
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer in {source} must be a fast one with an end-of-sequence token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(
+    folder: Path, arguments: ModelArguments, routing: RoutingArguments, config: PretrainedConfig
+) -> PreTrainedModel:
+    """The base, routed, with what trains marked. UserError for a base that cannot be loaded or routed so."""
+    options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype), "config": config, "use_safetensors": True}
+    if arguments.attn_implementation:
+        options["attn_implementation"] = arguments.attn_implementation
+    if arguments.load_in_4bit:
+        options["quantization_config"] = _four_bit()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=arguments.trust_remote_code, **options)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from None
+    chosen = {name: value for name, value in vars(routing_of(config, routing)).items() if value is not None}
+    try:
+        route(model, **chosen)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if routing.router_dir:
+        load_routers(model, routing.router_dir)
+    return mark_trainable(model, routing)
+
+
+def mark_trainable(model: PreTrainedModel, routing: RoutingArguments) -> PreTrainedModel:
+    """Freeze all but routers, or routers and new LoRA adapters, or nothing.
+
+    Nothing below the first routed layer needs a gradient then, so autograd records the deepest layers alone.
+    """
+    if routing.trains == "lora":
+        targets = routing.lora_target_modules
+        lora = LoraConfig(
+            r=routing.lora_r,
+            lora_alpha=routing.lora_alpha,
+            lora_dropout=routing.lora_dropout,
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+            modules_to_save=["mod_router"],
+            task_type="CAUSAL_LM",
+        )
+        try:
+            return get_peft_model(model, lora)
+        except ValueError as error:
+            raise UserError(f"--lora_target_modules {targets}: {' '.join(str(error).split())}") from None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(routing.trains == "full" or "mod_router" in name)
+    return model
+
+
+def identify(model: PreTrainedModel) -> dict[str, Any]:
+    """:func:`base_identity` of a freshly loaded model, also where ZeRO-3 has already cut its weights. Collective."""
+    parts = [
+        model.get_input_embeddings().weight,
+        *(p for n, p in model.named_parameters() if n.endswith("model.norm.weight")),
+    ]
+    if not hasattr(parts[0], "ds_id"):
+        return base_identity(model)
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parts):
+        return base_identity(model)
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells one base from another: its config, and the names, sizes and both ends of its weight files."""
+    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text())
+    plain = {k: v for k, v in config.items() if not k.startswith(("mod_", "_")) and k != "transformers_version"}
+    digest.update(json.dumps(plain, sort_keys=True).encode())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name}{size}".encode())
+        with open(path, "rb") as stream:
+            digest.update(stream.read(_PROBED))
+            stream.seek(max(0, size - _PROBED))
+            digest.update(stream.read(_PROBED))
+    return digest.hexdigest()[:16]
+
+
+def _four_bit() -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
+        raise UserError("--load_in_4bit needs a CUDA GPU and the package bitsandbytes (pip install bitsandbytes)")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )

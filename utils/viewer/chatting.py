@@ -1,0 +1,90 @@
+"""One answer of a routed model in a conversation, with what it ran and what that saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from router_tuning.model import force_routing, record_routing, routed_modules
+from router_tuning.tuning.encoding import render_prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Text, the executed share per router and in total, and seconds; ``seconds_dense`` if the dense model ran too."""
+
+    text: str
+    tokens: int
+    capacity: dict[str, float]
+    seconds: float
+    seconds_dense: float | None = None
+
+    def summary(self) -> str:
+        """One line: a bar per router, capacity, time."""
+        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * share))] for name, share in self.capacity.items() if name != "total")
+        line = f"{bars} capacity {self.capacity['total']:.2f}, {self.tokens} tokens in {self.seconds:.2f} s"
+        if self.seconds_dense is None:
+            return line
+        return (
+            f"{line}, dense {self.seconds_dense:.2f} s: {1 - self.seconds / self.seconds_dense:+.0%} of the time saved"
+        )
+
+
+def prompt_of(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The conversation in the tokenizer's own chat template, or in that of training where it has none."""
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return render_prompt(messages, tokenizer.eos_token)
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, str]],
+    max_new_tokens: int = 128,
+    streamer: TextStreamer | None = None,
+    compare: bool = False,
+) -> Answer:
+    """Greedy answer to a conversation.
+
+    ``streamer`` gets the tokens as they come. ``compare`` lets the model generate as many tokens densely
+    afterwards and notes the time. Raises ValueError if the conversation leaves no room for an answer.
+    """
+    batch = tokenizer(prompt_of(messages, tokenizer), return_tensors="pt", add_special_tokens=False).to(model.device)
+    ids = batch["input_ids"]
+    room = model.config.max_position_embeddings - ids.shape[1]
+    if room < 1:
+        raise ValueError(
+            f"the conversation has {ids.shape[1]} tokens, the model holds {model.config.max_position_embeddings}"
+        )
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "max_new_tokens": min(max_new_tokens, room),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with record_routing(model) as log:
+        output, seconds = _timed(model, ids, streamer=streamer, **options)
+    new = output[0, ids.shape[1] :]
+    seconds_dense = None
+    if compare:
+        with force_routing(model, True):
+            same = {**options, "max_new_tokens": len(new), "min_new_tokens": len(new)}
+            _, seconds_dense = _timed(model, ids, **same)
+    shares = log.capacity()
+    capacity = {name: float(shares[module.mod_key]) for name, module in routed_modules(model).items()}
+    text = tokenizer.decode(new, skip_special_tokens=True).strip()
+    return Answer(text, len(new), {**capacity, "total": float(shares["total"])}, seconds, seconds_dense)
+
+
+def _timed(model: PreTrainedModel, ids: torch.Tensor, **options) -> tuple[torch.Tensor, float]:
+    start = time.perf_counter()
+    output = model.generate(ids, **options)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return output, time.perf_counter() - start
