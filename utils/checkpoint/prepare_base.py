@@ -14,8 +14,8 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
-from router_tuning.embedded.base_checkpoint import write_text
 from router_tuning.errors import UserError
+from router_tuning.files import write_text
 
 RECORD = "base.json"
 """What this command brought into a folder: source, revision, files."""

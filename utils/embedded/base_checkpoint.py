@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from router_tuning.errors import UserError
+from router_tuning.files import write_text
 
 ROUTING_FIELDS = {
     "mod_layers": [5, 6, 7, 8, 9, 10],
@@ -32,13 +32,6 @@ ROUTING_FIELDS = {
 CALL_STATE = ("is_local", "local_files_only", "max_length", "stride", "truncation_side", "truncation_strategy")
 """What a tokenizer remembers of how it was loaded and called, which is no property of the checkpoint."""
 CARD_START, CARD_END = "<!-- results: written by train_tiny_base.py -->", "<!-- end of results -->"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_checkpoint(

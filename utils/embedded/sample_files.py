@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 from router_tuning.embedded.sample_tasks import FORMAT_OF_TASK, TASKS, Item, generate
+from router_tuning.files import write_text
 
 ALPACA = "alpaca"
 INPUT = "\nInput: "
@@ -105,9 +105,5 @@ def write_sample_data(root: Path, heldout_items: int) -> dict[Path, int]:
     sizes = {}
     for relative, make in sample_files(heldout_items).items():
         path = root / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(make().encode())
-        os.replace(temporary, path)
-        sizes[path] = path.stat().st_size
+        sizes[path] = write_text(path, make()).stat().st_size
     return sizes
