@@ -21,6 +21,7 @@ KNOBS=(
   DATA_TYPE:data_type                          # a set under data/reformatted/, or mixed
   MAX_TRAIN_SAMPLES:max_train_samples          # 0: all
   MAX_SEQ_LENGTH:max_seq_length
+  CHAT_TEMPLATE:chat_template                  # auto, own, published
   LEARNING_RATE:learning_rate
   WEIGHT_DECAY:weight_decay
   NUM_EPOCHS:num_train_epochs

@@ -11,15 +11,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import load_tokenizer, load_tuned
-from router_tuning.evaluation.rows import read_rows
+from router_tuning.evaluation.models import load_tuned
+from router_tuning.evaluation.rows import encoded, read_rows
 from router_tuning.model import save_routers, set_thresholds
 from router_tuning.model.dial import calibrate
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.tuning.batching import Collator
-from router_tuning.tuning.encoding import encode_conversation
 from router_tuning.tuning.recipes.budget.recipe import inputs_to_calibrate_on, is_sequence_level
 
 OURS = ("format", "base")
@@ -49,11 +48,9 @@ def main() -> None:
     config = read_router_config(args.run)
     rows = read_rows(args.data, args.rows)
     base = args.base or base_of(args.run)
-    model, tokenizer = load_tuned(base, args.run), load_tokenizer(base)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    encoded = [encode_conversation(row["messages"], tokenizer, args.max_seq_length) for row in rows]
-    batches = inputs_to_calibrate_on(encoded, Collator(tokenizer), is_sequence_level(model))
+    model, tokenizer = load_tuned(base, args.run), tokenizer_of(args.run, base)
+    labelled = encoded(rows, tokenizer, args.max_seq_length)
+    batches = inputs_to_calibrate_on(labelled, Collator(tokenizer), is_sequence_level(model))
     try:
         dial = calibrate(model, batches, start=config.get("dial"))
     except ValueError as error:
@@ -63,7 +60,7 @@ def main() -> None:
     kept = {key: value for key, value in config.items() if key not in OURS and not key.startswith("mod_")}
     save_routers(model, args.run, extra={**kept, "dial": dial, "base": config["base"]})
     worst = max(abs(c - r) for c, r in zip(dial["capacity"], dial["reached"], strict=True))
-    print(f"calibrated on {len(rows)} conversations: every budget within {100 * worst:.2f} points there")
+    print(f"calibrated on {len(labelled)} conversations: every budget within {100 * worst:.2f} points there")
     print(f"output: {args.run}")
 
 

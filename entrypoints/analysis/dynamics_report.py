@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.embedded.sample_files import read_heldout
 from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS, generate
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation import controls
 from router_tuning.evaluation.dynamics import dynamics
-from router_tuning.evaluation.models import load_tokenizer, load_tuned
+from router_tuning.evaluation.models import load_tuned
 from router_tuning.evaluation.output import write_json
 from router_tuning.evaluation.provenance import provenance
 from router_tuning.evaluation.rows import labelled_batches
@@ -46,7 +46,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     base = args.base or base_of(args.run)
-    model, tokenizer = load_tuned(base, args.run, args.capacity), load_tokenizer(base)
+    model, tokenizer = load_tuned(base, args.run, args.capacity), tokenizer_of(args.run, base)
     if any(module.mod_level != "sequence" for module in routed_modules(model).values()):
         raise UserError(f"{args.run}: token-level routing; its decisions are not one mask per input")
     tasks = [task for task in TASKS if task not in FREE_TASKS]

@@ -13,15 +13,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router_tuning.checkpoint.run_folder import base_of, data_of, read_run
+from router_tuning.checkpoint.run_folder import base_of, data_of, read_run, tokenizer_of
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
+from router_tuning.evaluation.models import load_export, load_tuned, weights_folder
 from router_tuning.evaluation.output import write_json, write_text
 from router_tuning.evaluation.provenance import provenance
-from router_tuning.evaluation.rows import labelled_batches, read_rows
+from router_tuning.evaluation.rows import labelled_batches, read_rows, rendered
 from router_tuning.model.saving import read_router_config, thresholds_for
+from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.viewer.page_picture import PROGRAM, take_picture
 from router_tuning.viewer.routing_page import routing_figure, routing_page
 from router_tuning.viewer.routing_trace import collect, dial_curve, threshold_sweep
@@ -58,12 +59,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Path]:
-    """The routed model, and the folder of its tokenizer."""
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The routed model, its tokenizer, and the name of its base or of the export."""
     if args.run:
         base = base_of(args.run, args.base)
-        return load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype), base
-    return load_export(args.model, args.dtype), weights_folder(args.model)
+        model = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype)
+        return model, tokenizer_of(args.run, base), base.resolve().name
+    return load_export(args.model, args.dtype), load_tokenizer(weights_folder(args.model)), args.model.resolve().name
 
 
 def jsonl_files(paths: list[Path]) -> list[Path]:
@@ -92,10 +94,10 @@ def metadata(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, str]
 
 def main() -> None:
     args = parse_args()
-    model, tokenizer_folder = load(args)
-    tokenizer = load_tokenizer(tokenizer_folder)
+    model, tokenizer, name = load(args)
     files = jsonl_files(args.prompts)
     rows = [row for file in files for row in read_rows(file, args.per_file)]
+    rows = [row for row, _ in rendered(rows, tokenizer)]
     if args.picture and not 1 <= args.picture_prompt <= len(rows):
         raise UserError(f"--picture_prompt {args.picture_prompt}: the page has prompts 1 to {len(rows)}")
     data = collect(model, tokenizer, rows, args.max_new_tokens)
@@ -111,10 +113,7 @@ def main() -> None:
     data["training"] = json.loads(history.read_text()) if history and history.is_file() else None
     data["metadata"] = metadata(args, model)
     output = args.output or (args.run or args.model) / "routing_report.html"
-    title = (
-        f"Routing of {(tokenizer_folder if args.run else args.model).resolve().name}, {model.config.mod_granularity}"
-    )
-    write_text(output, routing_page(data, title))
+    write_text(output, routing_page(data, f"Routing of {name}, {model.config.mod_granularity}"))
     write_json(output.with_suffix(".json"), data)
     figure = routing_figure(data, output.with_suffix(".png"))
     print(f"{output}\n{figure}")

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
-from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import load_dense, load_tokenizer, load_tuned
+from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.rows import labelled_batches, read_rows
 from router_tuning.evaluation.static_drop import answer_loss
 from router_tuning.evaluation.tables import Table
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     base = base_of(args.run, args.base)
-    tokenizer = load_tokenizer(base)
+    tokenizer = tokenizer_of(args.run, base)
     files = [file for path in args.rows for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
         raise UserError(f"--rows {' '.join(map(str, args.rows))}: no .jsonl files there")

@@ -22,7 +22,12 @@ def main() -> None:
     parser.add_argument("--preview", type=int, default=3, metavar="N", help="rows to show (default 3)")
     parser.add_argument("--max_seq_length", type=int, default=2048)
     parser.add_argument(
-        "--chat_template", action="store_true", help="the tokenizer's own template, not the default one"
+        "--chat_template",
+        nargs="?",
+        const="own",
+        default="auto",
+        choices=("auto", "own", "published"),
+        help="the rendering; auto: the tokenizer's own template if it has one",
     )
     parser.add_argument("--measured_rows", type=int, default=10_000, help="rows to measure; 0: all (default 10,000)")
     args = parser.parse_args()

@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
+from router_tuning.evaluation.models import load_export, load_tuned, weights_folder
 from router_tuning.model import set_thresholds
 from router_tuning.model.saving import read_router_config, thresholds_for
+from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.viewer.chatting import answer
 
 HELP = __doc__.strip().splitlines()[-1]
@@ -41,21 +42,20 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, Path]:
-    """The routed model, and the folder of its tokenizer."""
+def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
+    """The routed model, its tokenizer, and the folder of its dial."""
     if args.run:
         base = base_of(args.run, args.base)
-        return load_tuned(base, args.run, dtype=args.dtype), base
-    return load_export(args.model, args.dtype), weights_folder(args.model)
+        return load_tuned(base, args.run, dtype=args.dtype), tokenizer_of(args.run, base), args.run
+    folder = weights_folder(args.model)
+    return load_export(args.model, args.dtype), load_tokenizer(folder), folder
 
 
 class Chat:
     """The conversation so far, and the settings that commands change."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.model, folder = load(args)
-        self.tokenizer = load_tokenizer(folder)
-        self.folder: Path = args.run or folder
+        self.model, self.tokenizer, self.folder = load(args)
         self.own = self.model.config.mod_threshold
         self.compare, self.limit = args.compare, args.max_new_tokens
         self.start = [{"role": "system", "content": args.system}] if args.system else []
@@ -94,7 +94,7 @@ class Chat:
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             found = answer(self.model, self.tokenizer, self.messages, self.limit, streamer, self.compare)
-        except ValueError as error:
+        except UserError as error:
             self.messages.pop()
             raise UserError(f"{error}; /reset starts anew") from None
         self.messages.append({"role": "assistant", "content": found.text})

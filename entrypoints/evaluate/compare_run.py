@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from router_tuning.checkpoint.run_folder import base_of, data_of, read_run, training_log
+from router_tuning.checkpoint.run_folder import base_of, data_of, read_run, tokenizer_of, training_log
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.comparison import Plan, compare
 from router_tuning.evaluation.figures import capacity_figure, quality_figure
-from router_tuning.evaluation.models import load_dense, load_tokenizer, load_tuned
+from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.output import write_json, write_text
 from router_tuning.evaluation.report import COMPARISON, report, summary_table
 from router_tuning.evaluation.results import cost_table, headline, score_table
-from router_tuning.evaluation.rows import labelled_batches, prompt_batches, prompt_text, read_rows
+from router_tuning.evaluation.rows import labelled_batches, prompt_batches, read_rows, rendered
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,9 +57,10 @@ def main() -> None:
     if not args.run.is_dir():
         raise UserError(f"--run {args.run} is no folder; name the output folder of a tuning run")
     base = base_of(args.run, args.base)
-    tokenizer = load_tokenizer(base)
+    tokenizer = tokenizer_of(args.run, base)
     files = args.prompts or sorted((ROOT / "data/sample/heldout").glob("*.jsonl"))
-    prompts = [prompt_text(row, tokenizer.eos_token) for f in files for row in read_rows(f, args.prompts_per_file)]
+    asked = [row for file in files for row in read_rows(file, args.prompts_per_file)]
+    prompts = [text for _, text in rendered(asked, tokenizer)]
     rows = read_rows(search_file(args), args.search_count)
     dense = load_dense(base, args.dtype)
     tuned = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype)

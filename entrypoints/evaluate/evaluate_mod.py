@@ -12,12 +12,13 @@ import argparse
 import json
 from pathlib import Path
 
-from router_tuning.checkpoint.run_folder import base_of
+from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.harness import evaluate, main_score
-from router_tuning.evaluation.models import load_dense, load_tokenizer, load_tuned
+from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.output import write_json
 from router_tuning.evaluation.tables import Table, with_error
+from router_tuning.tuning.encoding import load_tokenizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,7 +55,7 @@ def main() -> None:
         model = load_dense(base, args.dtype)
     result = evaluate(
         model,
-        load_tokenizer(base),
+        tokenizer_of(args.run, base) if args.run else load_tokenizer(base),
         args.tasks,
         batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
         limit=args.limit,

@@ -31,7 +31,6 @@ def test_shards_are_the_same_files(export, base):
     assert len(shards) > 1
     for shard in shards:
         assert (folder / shard.name).samefile(shard) and report["links"][shard.name] == "hard"
-    assert (folder / "tokenizer.json").samefile(base / "tokenizer.json")
     assert report["bytes_added"] < 1_000_000
     own = [file for file in folder.iterdir() if file.name not in report["links"]]
     assert sum(file.stat().st_size for file in own) == report["bytes_added"]
@@ -74,11 +73,17 @@ def test_reexport_of_a_routed_base_and_of_itself(tmp_path, base, run, export):
         assert json.loads((tmp_path / "b" / name).read_text()) == json.loads((folder / name).read_text())
 
 
-def test_tokenizer_and_card_travel(export, base):
+def test_card_and_tokenizer_travel_with_the_rendering_of_the_run(export, base, run, tmp_path):
     folder, _ = export
-    text = "<|user|>\nHi 12\n"
-    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(base)(text)
+    text, talk = "<|user|>\nHi 12\n", [{"role": "user", "content": "Hi"}]
+    there, here = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base)
+    assert there(text) == here(text) and there.chat_template == here.chat_template
     assert (folder / "README.md").read_text() == "# card\n"
+    other = shutil.copytree(run, tmp_path / "run")
+    (other / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    export_full(other, base, tmp_path / "full", "card")
+    there = AutoTokenizer.from_pretrained(tmp_path / "full")
+    assert there.apply_chat_template(talk, tokenize=False) == "<s>Hi"
 
 
 def test_existing_folder_is_kept_unless_asked(tmp_path, run, base):

@@ -15,8 +15,9 @@ from router_tuning.checkpoint.export_forms import export_merged, export_peft
 from router_tuning.checkpoint.export_full import export_full
 from router_tuning.checkpoint.run_folder import base_of, read_run
 from router_tuning.errors import UserError
-from router_tuning.evaluation.models import load_export, load_tokenizer, load_tuned, weights_folder
+from router_tuning.evaluation.models import load_export, load_tuned, weights_folder
 from router_tuning.model.saving import read_router_config
+from router_tuning.tuning.encoding import load_tokenizer
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ import torch
 from tiny_checkpoint import write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from router_tuning.errors import UserError
 from router_tuning.model import load_routers, record_routing
-from router_tuning.viewer.chatting import Answer, answer, prompt_of
+from router_tuning.viewer.chatting import Answer, answer
 
 TALK = [{"role": "user", "content": "Add 3 and 9."}]
 
@@ -39,18 +40,11 @@ def test_answer_is_that_of_generate(model, tokenizer):
     assert found.tokens == output.shape[1] - ids.shape[1] and found.seconds > 0 and found.seconds_dense > 0
 
 
-def test_prompt_without_a_chat_template_is_that_of_training(tokenizer):
-    with_template = prompt_of(TALK, tokenizer)
-    template, tokenizer.chat_template = tokenizer.chat_template, None
-    try:
-        assert prompt_of(TALK, tokenizer) == with_template == "<|user|>\nAdd 3 and 9.\n<|assistant|>\n"
-    finally:
-        tokenizer.chat_template = template
-
-
-def test_a_conversation_without_room_is_refused(model, tokenizer):
-    with pytest.raises(ValueError, match="512"):
+def test_what_cannot_be_answered_is_refused_in_one_line(model, tokenizer):
+    with pytest.raises(UserError, match="512"):
         answer(model, tokenizer, [{"role": "user", "content": "A1 " * 300}])
+    with pytest.raises(UserError, match="^the chat template refuses this conversation: unknown role tool[^\n]*$"):
+        answer(model, tokenizer, [{"role": "tool", "content": "5"}])
 
 
 def test_summary_line():
@@ -64,12 +58,24 @@ def test_terminal_session(tmp_path, base, root):
     logits = {f"{layer}.attn": [9.0, -9.0] for layer in (1, 2, 3)}
     config["dial"] = {"capacity": [0.0, 1.0], "logit": logits}
     (run / "router_config.json").write_text(json.dumps(config))
-    typed = "Add 3 and 9.\n/capacity 1\nAgain.\n/capacity x\n/capacity 7\n/reset\n\n/what\n/quit\nnever\n"
+    refusing = "{% if messages | length > 2 %}{{ raise_exception('one turn, please') }}{% endif %}"
+    template = AutoTokenizer.from_pretrained(base).chat_template
+    (run / "chat_template.jinja").write_text(refusing + template)  # the run's own, not the base's
+    typed = (
+        "Add 3 and 9.\nMore.\n/reset\n/capacity 1\nAgain.\n/capacity x\n/capacity 7\n/reset\n\n/what\n/quit\nnever\n"
+    )
     command = [sys.executable, str(root / "entrypoints/demo/chat.py"), "--run", str(run), "--base", str(base)]
     done = subprocess.run(
         [*command, "--max_new_tokens", "4", "--compare"], input=typed, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    for part in ("dial at 1", "capacity 1.00", "a number from 0 to 1", "must lie in [0, 1]", "new conversation"):
+    for part in (
+        "dial at 1",
+        "capacity 1.00",
+        "a number from 0 to 1",
+        "must lie in [0, 1]",
+        "new conversation",
+        "one turn, please",
+    ):
         assert part in done.stdout, done.stdout
     assert done.stdout.count("tokens in") == 2 and done.stdout.count("of the time saved") == 2

@@ -201,7 +201,9 @@ def test_reading_an_answer_predicts_what_generating_it_wrote(base, tmp_path, gra
     """Decisions are taken on the prompt (sequence) or are causal (token): teacher forcing sees what generation did."""
     lab = Laboratory(read_plan(plan_file(tmp_path, base=str(base))), tmp_path / "results", tmp_path / "work")
     model = lab.routed(granularity)
-    prompts = [render_prompt(i.messages[:-1], "</s>") for items in lab.held_out(6).values() for i in items]
+    prompts = [
+        render_prompt({"messages": i.messages}, lab.tokenizer) for items in lab.held_out(6).values() for i in items
+    ]
     batches = [dict(lab.tokenizer(prompt, return_tensors="pt")) for prompt in prompts]
     batches = [{"input_ids": b["input_ids"], "attention_mask": b["attention_mask"]} for b in batches]
     torch.manual_seed(1)

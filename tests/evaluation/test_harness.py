@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.errors import UserError
 from router_tuning.evaluation.harness import TASK_CONFIGS, evaluate, main_score
+from router_tuning.evaluation.metered import MeteredLM
 from router_tuning.model import force_routing, load_routers
 
 TASKS = ["mod_copy_gen", "mod_math_mc", "mod_dialogue_mc", "mod_story_text"]
@@ -66,6 +70,23 @@ def test_origin_is_recorded(result):
     assert result["model"]["routing"]["mod_layers"] == [1, 2, 3]
     assert {"torch", "transformers", "lm_eval"} <= set(result["provenance"]["versions"])
     assert result["settings"]["limit"] == 6 and result["task_versions"]["mod_copy_gen"] == 1.0
+
+
+@torch.no_grad()
+def test_rolling_text_stands_behind_one_bos(base):
+    """Also where the tokenizer puts one in front of the text by itself."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
+    first = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
+    text = "Ian was a black frog."
+    request = Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("t", 0, 1))
+    lm = MeteredLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    [found] = lm.loglikelihood_rolling([request], disable_tqdm=True)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    logits = model(ids).logits[0, :-1].log_softmax(-1)
+    assert ids[0].tolist().count(tokenizer.bos_token_id) == 1
+    assert found == pytest.approx(float(logits.gather(1, ids[0, 1:, None]).sum()), rel=1e-5)
+    assert lm.tok_encode(text) == ids[0].tolist(), "and is as before for prompts"
 
 
 def test_dense_model_has_no_capacity(base, tokenizer):

@@ -13,7 +13,6 @@ from lm_eval.tasks import TaskManager
 
 from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS
 from router_tuning.evaluation.harness import TASK_CONFIGS
-from router_tuning.tuning.encoding import render, render_prompt
 
 HELDOUT = TASK_CONFIGS / "heldout"
 
@@ -34,19 +33,22 @@ CONVERSATION = [
     {"role": "user", "content": "And?"},
     {"role": "assistant", "content": "No."},
 ]
+PROMPT = "<|system|>\nBe brief.\n<|user|>\nHi\nthere\n<|assistant|>\nYes.</s>\n<|user|>\nAnd?\n<|assistant|>\n"
 
 
-def test_template_is_that_of_training():
-    module = load_module()
-    assert module.render(CONVERSATION, "</s>") == render(CONVERSATION, "</s>")
-    assert module.render(CONVERSATION[:-1], "</s>") + "<|assistant|>\n" == render_prompt(CONVERSATION[:-1], "</s>")
-
-
-def test_documents_of_a_file(tmp_path):
+def test_documents_of_a_file(tmp_path, base):
     row = {"messages": CONVERSATION, "answer": "No.", "choices": ["So.", "No."], "gold": 1}
     (tmp_path / "toy.jsonl").write_text(json.dumps(row) + "\n\n")
-    [doc] = load_module().load("toy", heldout_dir=str(tmp_path), version=1.0)["test"]
-    assert doc["prompt"].endswith("And?\n<|assistant|>\n") and doc["choices"][doc["gold"]] == doc["answer"] == "No."
+
+    def load(**metadata):
+        [doc] = load_module().load("toy", heldout_dir=str(tmp_path), version=1.0, **metadata)["test"]
+        return doc
+
+    doc = load()
+    assert doc["prompt"] == PROMPT and doc["choices"][doc["gold"]] == doc["answer"] == "No."
+    assert load(pretrained=str(base))["prompt"] == PROMPT, "stock lm-eval names the checkpoint"
+    own = {"chat_template": "{{ bos_token }}{{ messages[3].content }}", "special_tokens": {"bos_token": "<s>"}}
+    assert load(**own, pretrained=str(base))["prompt"] == "<s>And?", "our harness gives the run's own template"
 
 
 def test_missing_file_is_named(tmp_path):
@@ -82,4 +84,5 @@ def test_loads_from_any_directory_without_the_repository(tmp_path):
         [sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
     )
     first = json.loads((Path(HELDOUT).parents[2] / "data/sample/heldout/math.jsonl").read_text().split("\n")[0])
-    assert done.stdout.strip() == render_prompt(first["messages"][:-1], "</s>") + first["answer"]
+    [asked, _] = first["messages"]
+    assert done.stdout.strip() == f"<|user|>\n{asked['content'].strip()}\n<|assistant|>\n{first['answer']}"

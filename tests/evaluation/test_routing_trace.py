@@ -9,8 +9,9 @@ import torch
 from tiny_checkpoint import write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from router_tuning.evaluation.rows import labelled_batches, prompt_text
+from router_tuning.evaluation.rows import labelled_batches
 from router_tuning.model import load_routers, record_routing
+from router_tuning.tuning.encoding import render_prompt
 from router_tuning.viewer.routing_page import routing_figure, routing_page
 from router_tuning.viewer.routing_trace import capacities, collect, dial_curve, threshold_sweep, trace_prompt
 
@@ -46,7 +47,7 @@ def token_model(tmp_path_factory, base):
 @torch.no_grad()
 def test_token_level_trace_is_that_of_one_pass_over_the_answer(token_model, tokenizer):
     trace = trace_prompt(token_model, tokenizer, ROWS[0], max_new_tokens=6)
-    ids = tokenizer(prompt_text(ROWS[0], "</s>"), return_tensors="pt")["input_ids"]
+    ids = tokenizer(render_prompt(ROWS[0], tokenizer), return_tensors="pt")["input_ids"]
     whole = token_model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)[:, :-1]
     with record_routing(token_model) as log:
         token_model(whole, use_cache=False)
@@ -63,7 +64,7 @@ def test_token_level_trace_is_that_of_one_pass_over_the_answer(token_model, toke
 @torch.no_grad()
 def test_sequence_level_trace_is_the_decision_on_the_prompt(sequence_model, tokenizer):
     trace = trace_prompt(sequence_model, tokenizer, ROWS[0], max_new_tokens=3)
-    ids = tokenizer(prompt_text(ROWS[0], "</s>"), return_tensors="pt")["input_ids"]
+    ids = tokenizer(render_prompt(ROWS[0], tokenizer), return_tensors="pt")["input_ids"]
     with record_routing(sequence_model) as log:
         sequence_model(ids)
     for layer, keep in log.decisions.items():

@@ -51,7 +51,9 @@ def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, gr
     dial = json.loads((folder / "router_config.json").read_text())["dial"]
     assert dial["capacity"][0] == 0 and dial["capacity"][-1] == 1
     tokenizer = build_tokenizer(320, 20)
-    prompts = [render_prompt(generate(t, n, "train").messages[:-1], "</s>") for n in range(40) for t in TASKS]
+    prompts = [
+        render_prompt({"messages": generate(t, n, "train").messages}, tokenizer) for n in range(40) for t in TASKS
+    ]
     for capacity in (None, 0.2, 0.7):
         model = load_routers(LlamaForCausalLM.from_pretrained(base).eval(), folder, capacity=capacity)
         with record_routing(model) as log, torch.no_grad():

@@ -86,6 +86,7 @@ def test_abbreviations_are_refused(prefix):
         ["stray"],
         ["--num_processes", "4"],
         ["--dtype", "float8"],
+        ["--chat_template", "chatml"],
     ],
 )
 def test_each_bad_value_is_refused_with_its_flag(wrong):
@@ -100,6 +101,20 @@ def test_the_global_batch_fixes_the_accumulation(monkeypatch):
     assert parse_command(plan).training.gradient_accumulation_steps == 4
     with pytest.raises(UserError, match="no multiple of 3 processes x --per_device_train_batch_size 4"):
         parse_command(["--dry_run", "--num_processes", "3"])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ([], "auto"),
+        (["--chat_template"], "own"),
+        (["--chat_template", "True"], "own"),
+        (["--chat_template=false"], "published"),
+        (["--chat_template", "own"], "own"),
+    ],
+)
+def test_the_chat_template_was_a_boolean(given, meant):
+    assert parse_command([*given, "--seed", "1"]).data.chat_template == meant
 
 
 def test_old_names_with_equals_and_hyphens():

@@ -1,4 +1,5 @@
-"""The loss mask equals a slow, obviously right one, with three kinds of tokenizer; templates; rows of both kinds."""
+"""One text for a conversation: the published rendering and the loss mask equal slow, obviously right ones; templates
+of a tokenizer's own; what a template refuses or mangles; one beginning-of-sequence token; rows of both kinds."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ from router_tuning.errors import UserError
 from router_tuning.tuning.encoding import (
     IGNORE_INDEX,
     TemplateRefusal,
-    encode_completion,
     encode_conversation,
     encode_row,
+    encode_text,
     learns,
+    load_tokenizer,
     render,
     render_prompt,
+    template_kind,
+    use_template,
 )
 
 EOS = "</s>"
@@ -32,14 +36,25 @@ CHATML = (
 )
 
 
+def written(messages: list[dict]) -> str:
+    """The published rendering, turn by turn."""
+    text = ""
+    for message in messages:
+        text += f"<|{message['role']}|>\n" + message["content"].strip()
+        text += f"{EOS}\n" if message["role"] == "assistant" else "\n"
+    return text
+
+
 def corpus() -> list[str]:
     draw = random.Random(0)
     lines = [" ".join(draw.choices(WORDS, k=20)) for _ in range(300)]
-    return lines + [render([{"role": role, "content": lines[0]}], EOS) for role in ("system", "user", "assistant")]
+    return lines + [written([{"role": role, "content": lines[0]}]) for role in ("system", "user", "assistant")]
 
 
 def wrapped(tokenizer: Tokenizer, **names: str) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": EOS, **names})
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": EOS, **names})
+    use_template(found, "published")
+    return found
 
 
 def byte_level(trim_offsets: bool) -> PreTrainedTokenizerFast:
@@ -67,7 +82,7 @@ def unigram() -> PreTrainedTokenizerFast:
 
 
 def word_piece() -> PreTrainedTokenizerFast:
-    """As of BERT: lower-cased words and their parts, white space gone, a token before and one behind."""
+    """As of BERT: lower-cased words and their parts, white space gone, a token before and one behind plain text."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -98,7 +113,7 @@ def firsts(tokens: list[str], text: str, kind: str) -> list[int | None]:
     position, found = 0, []
     letters = [index for index, letter in enumerate(text) for _ in letter.encode()]
     for token in tokens:
-        if token in ("<s>", "<cls>", "<sep>"):
+        if token == "<s>":
             found.append(None)
             continue
         if kind == "bytes":
@@ -129,7 +144,7 @@ def slow_labels(messages: list[dict], ids: list[int], tokens: list[str], kind: s
         ending = EOS + "\n" if message["role"] == "assistant" else "\n"
         text += ending
         flags += [True] * len(EOS) + [False] if message["role"] == "assistant" else [False]
-    assert text == render(messages, EOS)
+    assert text == written(messages)
     places = firsts(tokens, text, kind)
     return [
         token if place is not None and flags[place] else IGNORE_INDEX for token, place in zip(ids, places, strict=True)
@@ -158,17 +173,14 @@ def test_mask_of_1000_random_conversations(name: str):
     tokenizer, draw, learnt, cut = make(), random.Random(233), 0, 0
     for _ in range(1000):
         messages = conversation(draw)
-        whole = encode_conversation(messages, tokenizer, 100_000)
+        whole = encode_conversation(messages, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(whole["input_ids"])
         assert "<unk>" not in tokens
-        assert whole["input_ids"] == tokenizer(render(messages, EOS))["input_ids"]
+        assert whole["input_ids"] == encode_text((tokenizer.bos_token or "") + written(messages), tokenizer)
         assert whole["labels"] == slow_labels(messages, whole["input_ids"], tokens, kind)
         limit = draw.randint(3, len(tokens) + 3)
         short = encode_conversation(messages, tokenizer, limit)
-        added = tokens[-1] == "<sep>"
-        kept = min(limit, len(tokens)) - added
-        assert short["input_ids"][:kept] == whole["input_ids"][:kept] and len(short["input_ids"]) == kept + added
-        assert short["labels"] == whole["labels"][:kept] + [IGNORE_INDEX] * added
+        assert short == {name: values[:limit] for name, values in whole.items()}
         learnt += learns(whole["labels"])
         cut += len(tokens) > limit
     assert learnt > 500 and cut > 500
@@ -183,19 +195,20 @@ def test_only_the_answer_and_its_end_carry_loss():
         {"role": "user", "content": f"a fox {EOS} <|assistant|>\ndog"},
         {"role": "assistant", "content": "dog"},
     ]
-    encoded = encode_conversation(messages, tokenizer, 1000)
+    encoded = encode_conversation(messages, tokenizer)
     trained = tokenizer.decode([label for label in encoded["labels"] if label != IGNORE_INDEX])
     assert trained == f"if x:\n    return  1{EOS}dog{EOS}"
-    assert tokenizer.decode(encoded["input_ids"]) == "<s>" + render(messages, EOS)
-    prompt = tokenizer(render_prompt(messages[:-1], EOS))["input_ids"]
-    assert encoded["input_ids"][: len(prompt)] == prompt
+    assert tokenizer.decode(encoded["input_ids"]) == "<s>" + written(messages)
+    for turns in (messages, messages[:-1]):  # the prompt of a row is what stands before its last answer
+        prompt = encode_text(render_prompt({"messages": turns}, tokenizer), tokenizer)
+        assert encoded["input_ids"][: len(prompt)] == prompt
 
 
 def test_what_is_left_to_learn():
     assert learns([IGNORE_INDEX, 5]) and not learns([5, IGNORE_INDEX]) and not learns([5]) and not learns([])
     tokenizer = byte_level(False)
     messages = [{"role": "user", "content": "the fox " * 50}, {"role": "assistant", "content": "dog"}]
-    assert learns(encode_conversation(messages, tokenizer, 1000)["labels"])
+    assert learns(encode_conversation(messages, tokenizer)["labels"])
     assert not learns(encode_conversation(messages, tokenizer, 20)["labels"])
 
 
@@ -205,78 +218,96 @@ def test_what_is_left_to_learn():
 )
 def test_prompt_and_completion(prompt: str, completion: str, text: str):
     tokenizer = byte_level(False)
-    encoded = encode_row({"prompt": prompt, "completion": completion}, tokenizer, 1000)
-    assert encoded == encode_completion(prompt, completion, tokenizer, 1000)
-    assert tokenizer.decode(encoded["input_ids"]) == f"<s>{text}{EOS}"
+    row = {"prompt": prompt, "completion": completion}
+    encoded = encode_row(row, tokenizer)
+    assert encoded["input_ids"] == tokenizer(text + EOS)["input_ids"], "as plain text, bos included"
     trained = tokenizer.decode([label for label in encoded["labels"] if label != IGNORE_INDEX])
     assert trained == text.removeprefix(prompt) + EOS
+    assert encode_text(render_prompt(row, tokenizer), tokenizer) == tokenizer(prompt)["input_ids"]
 
 
-def test_own_chat_template():
+TALK = [
+    {"role": "user", "content": "a dog"},
+    {"role": "assistant", "content": " a\nfox "},
+    {"role": "user", "content": "a dog"},
+    {"role": "assistant", "content": "a dog"},
+    {"role": "user", "content": "a dog"},
+]
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("bos", ["", "{{ bos_token }}"])
+def test_a_template_of_its_own_is_the_whole_text(bos: str, start: int):
+    """As ``apply_chat_template`` gives it to every stock tool: one bos if the template writes one, else none."""
     tokenizer = byte_level(False)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    messages = [
-        {"role": "user", "content": "a dog"},
-        {"role": "assistant", "content": " a\nfox "},
-        {"role": "user", "content": "a dog"},
-        {"role": "assistant", "content": "a dog"},
-        {"role": "user", "content": "a dog"},
-    ]
-    encoded = encode_conversation(messages, tokenizer, 1000, chat_template=True)
-    assert tokenizer.decode(encoded["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+    tokenizer.chat_template = bos + CHATML
+    use_template(tokenizer, "auto")
+    encoded = encode_conversation(TALK[start:], tokenizer)
+    assert encoded["input_ids"] == tokenizer.apply_chat_template(TALK[start:], return_dict=False)
+    assert encoded["input_ids"].count(tokenizer.bos_token_id) == bool(bos)
     trained = tokenizer.decode([label for label in encoded["labels"] if label != IGNORE_INDEX])
     assert trained == " a\nfox <|im_end|>a dog<|im_end|>"
-    first = encode_conversation(messages[1:], tokenizer, 1000, chat_template=True)
-    trained = tokenizer.decode([label for label in first["labels"] if label != IGNORE_INDEX])
-    assert trained == " a\nfox <|im_end|>a dog<|im_end|>"
+    prompt = tokenizer.apply_chat_template(TALK[start:], add_generation_prompt=True, return_dict=False)
+    assert encode_text(render_prompt({"messages": TALK[start:]}, tokenizer), tokenizer) == prompt
 
 
-def test_default_template_as_chat_template(root):
-    """The same ids and labels by both ways, where the tokenizer's own template is the default one."""
+def test_which_template_is_chosen():
     tokenizer = byte_level(False)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}"
-        "{% if m['role'] == 'assistant' %}</s>{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    )
-    draw = random.Random(5)
-    for _ in range(100):
-        messages = [turn for turn in conversation(draw) if turn["content"].strip()]
-        if not messages:
-            continue
-        ours = encode_conversation(messages, tokenizer, 1000)
-        own = encode_conversation(messages, tokenizer, 1000, chat_template=True)
-        assert [IGNORE_INDEX, *own["labels"]] == ours["labels"] and own["input_ids"] == ours["input_ids"][1:]
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template of its own"):
+        use_template(tokenizer, "own")
+    use_template(tokenizer, "auto")
+    assert template_kind(tokenizer) == "published" and render(TALK, tokenizer) == "<s>" + written(TALK)
+    tokenizer.chat_template = CHATML
+    use_template(tokenizer, "auto")
+    assert template_kind(tokenizer) == "own" and tokenizer.chat_template == CHATML
+    use_template(tokenizer, "published")
+    assert template_kind(tokenizer) == "published" and render(TALK, tokenizer).startswith("<s><|user|>")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
+    use_template(tokenizer, "own")
+    assert tokenizer.chat_template == CHATML
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ raise_exception('roles must alternate') }}",
-        "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}",
-        "{{ messages[7]['content'] }}",
-    ],
-)
-def test_templates_that_cannot_be_used(template: str):
+REFUSING = {
+    "raises": "{{ raise_exception('roles must alternate') }}",
+    "index": "{{ messages[7]['content'] }}",
+    "type": "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson }}{% endfor %}",
+    "divides": "{{ 1 / 0 }}",
+    "syntax": "{% for m in messages %}",
+    "depends on what follows": "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}",
+    "drops a role": "{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}",
+    "strips reasoning": "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", REFUSING.values(), ids=REFUSING)
+def test_what_a_template_refuses_or_mangles_is_said_to_be_that(template: str):
     tokenizer = byte_level(False)
-    tokenizer.chat_template = template
+    use_template(tokenizer, template)
     messages = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
+        {"role": "user", "content": "dog one"},
+        {"role": "assistant", "content": "<think>quick</think>fox"},
+        {"role": "user", "content": "lazy"},
     ]
-    with pytest.raises(TemplateRefusal):
-        encode_conversation(messages, tokenizer, 100, chat_template=True)
+    with pytest.raises(TemplateRefusal, match="^the chat template [^\n]*$"):
+        encode_conversation(messages, tokenizer)
 
 
-def test_tokenizers_that_cannot_be_used():
+def test_a_template_may_shorten_earlier_answers_of_a_prompt():
     tokenizer = byte_level(False)
-    messages = [{"role": "user", "content": "a"}]
-    with pytest.raises(UserError, match="no chat template"):
-        encode_conversation(messages, tokenizer, 100, chat_template=True)
-    with pytest.raises(UserError, match="message 1: unknown role 'tool'"):
-        encode_conversation([*messages, {"role": "tool", "content": ""}], tokenizer, 100)
+    use_template(tokenizer, REFUSING["strips reasoning"])
+    talk = [*TALK[:1], {"role": "assistant", "content": "<think>quick</think>fox"}, *TALK[:1]]
+    assert render_prompt({"messages": talk}, tokenizer) == "[user]a dog[assistant]fox[user]a dog"
+
+
+def test_tokenizers_that_cannot_be_used(tmp_path):
+    tokenizer = byte_level(False)
+    with pytest.raises(TemplateRefusal, match="unknown role tool"):
+        encode_conversation([{"role": "tool", "content": ""}], tokenizer)
+    with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer can be loaded"):
+        load_tokenizer(tmp_path)
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="eos_token"):
-        encode_conversation(messages, tokenizer, 100)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="end-of-sequence token"):
+        load_tokenizer(tmp_path)

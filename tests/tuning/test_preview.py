@@ -12,7 +12,8 @@ from raw_data import sample_rows, write_rows
 
 from router_tuning.data.mix_plan import PUBLISHED_PORTIONS
 from router_tuning.errors import UserError
-from router_tuning.tuning.preview import draw, load_tokenizer, measure, preview, read_rows
+from router_tuning.tuning.encoding import load_tokenizer, use_template
+from router_tuning.tuning.preview import draw, measure, preview, read_rows
 
 ROWS = [
     {
@@ -34,23 +35,23 @@ def folder() -> Path:
 
 
 def test_trained_text_is_marked(folder: Path):
-    shown = preview(ROWS, load_tokenizer(folder), 60, chat_template=False, colour=False)
+    shown = preview(ROWS, load_tokenizer(folder), 60, colour=False)
     assert "<|user|>\nCopy AB\n<|assistant|>\n⟦AB é</s>⟧\n" in shown
     assert "Copy AB⟦ AB</s>⟧" in shown
     assert "── alpaca alpaca_0: " in shown and "0 of 60 tokens carry loss" in shown
-    assert "\033[" in preview(ROWS, load_tokenizer(folder), 60, chat_template=False, colour=True)
+    assert "\033[" in preview(ROWS, load_tokenizer(folder), 60, colour=True)
 
 
 def test_lengths(folder: Path, tmp_path: Path):
     tokenizer = load_tokenizer(folder)
-    lengths = measure(ROWS, tokenizer, 60, chat_template=False)
-    assert lengths.nothing_left == 1 and len(lengths.tokens) == 3 and (lengths.tokens > 60).sum() == 1
-    assert "nothing left to learn within 60 tokens: 1" in lengths.table()
+    lengths = measure(ROWS, tokenizer, 60)
+    assert len(lengths.tokens) == 3 and (lengths.tokens > 60).sum() == 1
+    assert "nothing to learn: cut before their answer: 1" in lengths.table()
     assert "so cut: 1 (33.3%)" in lengths.table()
     draw(lengths, tmp_path / "lengths.png", "title")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="no row"):
-        measure([], tokenizer, 60, chat_template=False)
+        measure([], tokenizer, 60)
 
 
 def test_command(folder: Path, tmp_path: Path, root: Path, monkeypatch, capsys):
@@ -91,6 +92,9 @@ def test_preview_of_what_was_just_made(folder: Path, tmp_path: Path, root: Path,
         assert (beside / "token_lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_tokenizer_that_is_not_there(tmp_path: Path):
-    with pytest.raises(UserError, match="--tokenizer"):
-        load_tokenizer(tmp_path)
+def test_refused_rows_are_shown_as_that(folder: Path):
+    tokenizer = load_tokenizer(folder)
+    use_template(tokenizer, "{{ messages[0].tools | tojson }}")
+    assert "── alpaca alpaca_0: refused by the chat template: " in preview(ROWS[:1], tokenizer, 60, colour=False)
+    with pytest.raises(UserError, match=r"no row to measure \(refused by the chat template: 1 \(.*JSON"):
+        measure(ROWS[:1], tokenizer, 60)

@@ -54,13 +54,14 @@ def test_missing_and_empty_files(tmp_path):
 
 
 def test_rows_are_encoded_as_the_encoder_does_and_limited(tmp_path, parts, tokenizer):
-    data = encode_file(check_file(parts["data"], 5), tokenizer, 120)
-    assert len(data.rows) == 5 and data.unusable == 0
+    data = encode_file(check_file(parts["data"], 5), tokenizer, 100)
+    assert len(data.rows) == 5 and data.left_out == ""
     for row, line in zip(data.rows, parts["data"].read_text().splitlines(), strict=False):
-        expected = encode_conversation(json.loads(line)["messages"], tokenizer, 120)
+        expected = encode_conversation(json.loads(line)["messages"], tokenizer, 100)
         assert (row["input_ids"], row["labels"]) == (expected["input_ids"], expected["labels"])
     assert data.lengths == [len(row["input_ids"]) for row in data.rows]
-    assert data.cut == sum(length == 120 for length in data.lengths)
+    assert 0 < data.cut == sum(length == 100 for length in data.lengths)
+    assert data.largest_id == max(max(row["input_ids"]) for row in data.rows)
 
 
 def test_prompt_and_completion_rows_train_too(tmp_path, tokenizer):
@@ -68,12 +69,19 @@ def test_prompt_and_completion_rows_train_too(tmp_path, tokenizer):
     assert len(encode_file(check_file(path, 0), tokenizer, 64).rows) == 2
 
 
-def test_rows_that_teach_nothing_are_left_out_and_counted(tmp_path, tokenizer):
-    path = write(tmp_path / "d.jsonl", QUESTION, GOOD, QUESTION)
-    data = encode_file(check_file(path, 0), tokenizer, 64)
-    assert len(data.rows) == 1 and data.unusable == 2
-    with pytest.raises(UserError, match="no row has an assistant token within 3 tokens"):
-        encode_file(check_file(path, 0), tokenizer, 3)
+def test_rows_that_teach_nothing_are_left_out_and_counted_by_reason(tmp_path, tokenizer):
+    system = {"messages": [{"role": "system", "content": "red"}, *GOOD["messages"]]}
+    long = {"messages": [{"role": "user", "content": "red " * 80}, *GOOD["messages"][1:]]}
+    path = write(tmp_path / "d.jsonl", QUESTION, GOOD, system, long, QUESTION)
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    strict.chat_template += tokenizer.chat_template
+    data = encode_file(check_file(path, 0), strict, 64)
+    assert len(data.rows) == 1
+    refused = "refused by the chat template: 1 (the chat template refuses this conversation: no system turn)"
+    assert data.left_out == f"without assistant text: 2, {refused}, cut before their answer: 1"
+    with pytest.raises(UserError, match="no row to learn from within 3 tokens .*cut before their answer: 2"):
+        encode_file(check_file(path, 0), strict, 3)
 
 
 def test_a_changed_file_of_the_same_size_is_not_taken_from_the_cache(tmp_path, tokenizer):

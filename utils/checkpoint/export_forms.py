@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from router_tuning.checkpoint.base import dense_config
 from router_tuning.checkpoint.export_full import link_routed, routed_skeleton
 from router_tuning.checkpoint.links import new_folder, tensor_names
+from router_tuning.checkpoint.run_folder import tokenizer_of
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers
 from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights
@@ -75,7 +76,7 @@ def export_merged(run: Path, base: Path, output: Path, card: str, overwrite: boo
     merged = PeftModel.from_pretrained(load_routers(model, run), run / ADAPTER).merge_and_unload()
     with new_folder(output, overwrite, CONFIG_NAME) as staged:
         merged.save_pretrained(staged)
-        AutoTokenizer.from_pretrained(base, config=merged.config).save_pretrained(staged)
+        tokenizer_of(run, base).save_pretrained(staged)
         shutil.copyfile(run / CONFIG_NAME, staged / CONFIG_NAME)
         (staged / "README.md").write_text(card, encoding="utf-8")
         return {"links": {}, "bytes_added": sum(file.stat().st_size for file in staged.iterdir())}

@@ -14,19 +14,12 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from router_tuning.checkpoint.base import base_probes, dense_config
 from router_tuning.checkpoint.links import INDEX, WEIGHTS, link, new_folder, weight_map
+from router_tuning.checkpoint.run_folder import tokenizer_of
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers
 from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config
 
-BASE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
+GENERATION = "generation_config.json"
 
 
 def export_full(run: Path, base: Path, output: Path, card: str, overwrite: bool = False) -> dict[str, Any]:
@@ -55,8 +48,9 @@ def link_routed(run: Path, base: Path, output: Path, card: str, overwrite: bool 
     with new_folder(output, overwrite, CONFIG_NAME) as staged:
         names = {file: shard_name(file) for file in sorted(set(shards.values()))}
         links = {name: link(file, staged / name) for file, name in names.items()}
-        for pattern in BASE_FILES:
-            links |= {file.name: link(file, staged / file.name) for file in base.glob(pattern) if file.is_file()}
+        if (base / GENERATION).is_file():
+            links[GENERATION] = link(base / GENERATION, staged / GENERATION)
+        tokenizer_of(run, base).save_pretrained(staged)
         for name in (WEIGHTS_NAME, CONFIG_NAME):
             (staged / name).write_bytes((run / name).read_bytes())
         files = {name: names[file] for name, file in shards.items()} | dict.fromkeys(router_keys(run), WEIGHTS_NAME)

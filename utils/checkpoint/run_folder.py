@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from router_tuning.errors import UserError
+from router_tuning.tuning.encoding import load_tokenizer
+from router_tuning.tuning.run_folder import TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("arguments", "base", "data")
+PARTS = ("arguments", "base", "data", "tokenizer")
 """Entries of ``run.json`` that hold further entries."""
 
 
@@ -46,6 +50,17 @@ def base_of(run: Path, given: Path | None = None) -> Path:
             return folder
     where = ", ".join(map(str, candidates)) or "run.json names none"
     raise UserError(f"{run}: no checkpoint folder of its base ({where}); name it with --base")
+
+
+def tokenizer_of(run: Path, base: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run was tuned with, rendering conversations as the run did.
+
+    Args:
+        base: folder of the run's base, whose tokenizer it is unless the run named another.
+    """
+    template = run / TEMPLATE
+    place = read_run(run).get("tokenizer", {}).get("name") or base
+    return load_tokenizer(place, template.read_text(encoding="utf-8") if template.is_file() else "auto")
 
 
 def data_of(run: Path) -> Path | None:

@@ -23,14 +23,13 @@ def generate_answers(
     max_new_tokens: int = 48,
 ) -> list[str]:
     """Greedy answers, one per item, in order; batches are padded on the left, grouped by length."""
-    prompts = [render_prompt(item.messages[:-1], tokenizer.eos_token) for item in items]
+    prompts = [render_prompt({"messages": item.messages}, tokenizer) for item in items]
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     answers = [""] * len(prompts)
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
-        batch = tokenizer(
-            [prompts[number] for number in numbers], return_tensors="pt", padding=True, padding_side="left"
-        ).to(model.device)
+        options = {"padding": True, "padding_side": "left", "add_special_tokens": False}
+        batch = tokenizer([prompts[number] for number in numbers], return_tensors="pt", **options).to(model.device)
         batch.pop("token_type_ids", None)
         output = model.generate(**batch, do_sample=False, max_new_tokens=max_new_tokens)
         new = output[:, batch["input_ids"].shape[1] :]

@@ -11,19 +11,12 @@ from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS, generate
-from router_tuning.tuning.encoding import IGNORE_INDEX, encode_conversation
+from router_tuning.tuning.encoding import IGNORE_INDEX, PUBLISHED, encode_conversation
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
 WORDS = r"\n| ?[A-Z]?[a-z]+|[A-Z]|[0-9]|[^\w\s]+ ?|[ \t]+(?=[ \t])|\s"
 """Pieces that BPE may merge within: words in lower case; capitals, digits and line ends always stand alone."""
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
 CURRICULUM: tuple[tuple[int, dict[str, float]], ...] = (
     (
         0,
@@ -88,7 +81,7 @@ def build_tokenizer(vocab_size: int = 512, samples_per_task: int = 400) -> PreTr
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=PUBLISHED,
         clean_up_tokenization_spaces=False,
         model_max_length=512,
         padding_side="left",

@@ -37,11 +37,13 @@ def evaluate(
     Keys: ``scores`` (``{task or group: {"metric,filter": value}}`` as lm-eval reports), ``groups`` (their names),
     ``samples`` (documents per task), ``task_versions``, ``meter`` (capacity and seconds per task, over all processes
     that were launched together), ``model`` (routing fields, ``router_pooling`` among them), ``settings`` and
-    ``provenance``. ``under`` is a context entered around the evaluation, for example ``force_routing(model, mask)``.
+    ``provenance``. Conversations are rendered in the tokenizer's chat template. ``under`` is a context entered around
+    the evaluation, for example ``force_routing(model, mask)``.
     Raises :class:`UserError` for a task that does not exist.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = task_manager(tasks, include_path, metadata)
+    rendering = {"chat_template": tokenizer.chat_template, "special_tokens": dict(tokenizer.special_tokens_map)}
+    manager = task_manager(tasks, include_path, {**rendering, **(metadata or {})})
     model.eval()
     lm = MeteredLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     with under or nullcontext():

@@ -39,8 +39,15 @@ class MeteredLM(HFLM):
         return self._by_task(super().loglikelihood, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """As ``HFLM.loglikelihood_rolling``, task by task."""
-        return self._by_task(super().loglikelihood_rolling, requests, disable_tqdm)
+        """As ``HFLM.loglikelihood_rolling``, task by task, behind one beginning-of-sequence token.
+
+        ``HFLM`` puts a token in front of the text itself, beside the one that some tokenizers add.
+        """
+        before, self.add_bos_token = self.add_bos_token, False
+        try:
+            return self._by_task(super().loglikelihood_rolling, requests, disable_tqdm)
+        finally:
+            self.add_bos_token = before
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As ``HFLM.generate_until``, task by task."""

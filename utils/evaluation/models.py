@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from router_tuning.checkpoint.base import dense_config
 from router_tuning.checkpoint.export_forms import ADAPTER, check_adapter
@@ -94,14 +94,6 @@ def _load_fully_tuned(run: Path, capacity: float | None, dtype: str, device: str
     if capacity is not None:
         set_thresholds(model, thresholds_for(read_router_config(run), capacity, run))
     return model
-
-
-def load_tokenizer(base: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer; :class:`UserError` if the folder has none."""
-    try:
-        return AutoTokenizer.from_pretrained(base, config=dense_config(base))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{base}: no tokenizer that transformers can load ({str(error).splitlines()[0]})") from None
 
 
 def precision(name: str) -> torch.dtype | str:

@@ -2,68 +2,84 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import orjson
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from router_tuning.data.rows import checked_row, lines_of
 from router_tuning.errors import UserError
-from router_tuning.tuning.encoding import IGNORE_INDEX, encode_conversation, render_prompt
+from router_tuning.tuning.encoding import IGNORE_INDEX, TemplateRefusal, encode_row, encode_text, render_prompt
+
+logger = logging.getLogger(__name__)
+Row = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def read_rows(path: Path, limit: int | None = None, seed: int = 233) -> list[dict[str, Any]]:
-    """Rows of a ``messages`` JSONL file, a seeded sample of ``limit`` of them if it holds more.
+    """Rows of a training file, a seeded sample of ``limit`` of them if it holds more.
 
-    Raises :class:`UserError` with file and line for a row without messages.
+    Raises :class:`UserError` with file and line for what is no row.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected JSONL rows with a 'messages' list")
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict) or not row.get("messages"):
-                raise UserError(f"{path}:{number}: no 'messages' list in this row")
-            rows.append(row)
+    rows = [checked_row(line, f"{path}:{number}") for number, line in lines_of(path)]
     if not rows:
         raise UserError(f"{path}: holds no rows")
     return rows if limit is None or len(rows) <= limit else random.Random(seed).sample(rows, limit)
 
 
-def prompt_text(row: dict[str, Any], eos: str) -> str:
-    """Rendered conversation of a row up to its last answer."""
-    turns = row["messages"]
-    return render_prompt(turns[:-1] if turns[-1]["role"] == "assistant" else turns, eos)
+def rendered(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[tuple[Row, str]]:
+    """Rows with their prompts (see :func:`render_prompt`); those that the chat template refuses are told and left out.
+
+    Raises :class:`UserError` if none is left.
+    """
+    return _accepted(rows, lambda row: (row, render_prompt(row, tokenizer)))
+
+
+def encoded(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[dict[str, list[int]]]:
+    """Rows with their labels (see :func:`encode_row`); those that the chat template refuses are told and left out.
+
+    Raises :class:`UserError` if none is left.
+    """
+    return _accepted(rows, lambda row: encode_row(row, tokenizer, max_length))
+
+
+def _accepted(rows: Sequence[Row], make: Callable[[Row], T]) -> list[T]:
+    found, refusals = [], []
+    for row in rows:
+        try:
+            found.append(make(row))
+        except TemplateRefusal as refusal:
+            refusals.append(refusal)
+    if refusals:
+        told = f"refused by the chat template: {len(refusals)} of {len(rows)} rows ({refusals[0]})"
+        if not found:
+            raise UserError(told)
+        logger.warning(told)
+    return found
 
 
 def prompt_batches(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, device: torch.device | str = "cpu"
 ) -> list[dict[str, Tensor]]:
-    """Left-padded batches ``{"input_ids": [b, t], "attention_mask": [b, t]}`` of prompts, shortest first."""
-    ids = sorted((tokenizer(text)["input_ids"] for text in prompts), key=len)
+    """Left-padded batches ``{"input_ids": [b, t], "attention_mask": [b, t]}`` of rendered prompts, shortest first."""
+    ids = sorted((encode_text(text, tokenizer) for text in prompts), key=len)
     return [_pad(group, device) for group in _groups(ids, batch_size)]
 
 
 def labelled_batches(
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int,
     max_length: int,
     device: torch.device | str = "cpu",
 ) -> list[dict[str, Tensor]]:
     """Left-padded batches with ``labels [b, t]`` (-100 where no answer is scored), shortest first."""
-    items = [encode_conversation(row["messages"], tokenizer, max_length) for row in rows]
-    items.sort(key=lambda item: len(item["input_ids"]))
+    items = sorted(encoded(rows, tokenizer, max_length), key=lambda item: len(item["input_ids"]))
     batches = []
     for group in _groups(items, batch_size):
         batch = _pad([item["input_ids"] for item in group], device)

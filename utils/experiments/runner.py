@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from router_tuning.evaluation import controls
 from router_tuning.evaluation.cost import measure_cost
-from router_tuning.evaluation.models import load_dense, load_tokenizer, load_tuned
+from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.output import write_json
 from router_tuning.evaluation.provenance import provenance
 from router_tuning.evaluation.rows import prompt_batches
@@ -33,7 +33,7 @@ from router_tuning.experiments.score import (
 from router_tuning.model import record_routing, route, routed_modules
 from router_tuning.tuning.arguments import ROOT
 from router_tuning.tuning.batching import Collator
-from router_tuning.tuning.encoding import encode_conversation, render_prompt
+from router_tuning.tuning.encoding import encode_conversation, load_tokenizer, render_prompt
 from router_tuning.tuning.recipes.budget.recipe import in_batches
 from router_tuning.tuning.recipes.budget.training import TrainSettings, training_with
 
@@ -239,7 +239,7 @@ class Laboratory:
     def _cost(self, cell: Cell) -> dict[str, Any]:
         """FLOPs, time and cache of prompts beside the dense base, both in turns in this process."""
         texts = [
-            render_prompt(item.messages[:-1], self.tokenizer.eos_token)
+            render_prompt({"messages": item.messages}, self.tokenizer)
             for items in self.held_out(_TIMED_PER_TASK).values()
             for item in items
         ]

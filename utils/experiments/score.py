@@ -63,11 +63,12 @@ def score_generation(
     executed = {task: Executed() for task in held_out}
     masks: dict[str, list[list[int]]] = {task: [] for task in held_out}
     for task, items in tqdm(held_out.items(), desc="generation", leave=False):
-        prompts = [render_prompt(item.messages[:-1], tokenizer.eos_token) for item in items]
+        prompts = [render_prompt({"messages": item.messages}, tokenizer) for item in items]
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         for start in range(0, len(order), batch_size):
             numbers = order[start : start + batch_size]
-            batch = tokenizer([prompts[n] for n in numbers], return_tensors="pt", padding=True, padding_side="left")
+            options = {"padding": True, "padding_side": "left", "add_special_tokens": False}
+            batch = tokenizer([prompts[n] for n in numbers], return_tensors="pt", **options)
             batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
             new, rows = _generate(model, tokenizer, batch, max_new_tokens, executed[task])
             masks[task] += rows

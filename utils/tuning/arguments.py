@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
+from router_tuning.tuning.encoding import TEMPLATES
 from router_tuning.tuning.engines import settings_without_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,7 +139,10 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "JSONL file with messages; overrides data_type"})
     max_train_samples: int = field(default=1000, metadata={"help": "the first N rows; 0: all"})
     max_seq_length: int = field(default=2048, metadata={"help": "tokens; longer conversations are cut"})
-    chat_template: bool = field(default=False, metadata={"help": "render with the tokenizer's own chat template"})
+    chat_template: str = field(
+        default="auto",
+        metadata={"help": "rendering: own (the tokenizer's template), published, auto (own where there is one)"},
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "processes that encode the data"})
     length_grouping: bool = field(default=True, metadata={"help": "micro-batches of like lengths within a step"})
 
@@ -151,6 +155,8 @@ class DataArguments:
             found.append(f"--max_seq_length {self.max_seq_length} must be at least 2")
         if self.train_file and Path(self.train_file).suffix not in (".json", ".jsonl"):
             found.append(f"--train_file {self.train_file}: a .jsonl file with one conversation per line is needed")
+        if self.chat_template not in TEMPLATES:
+            found.append(f"--chat_template {self.chat_template} is none of {', '.join(TEMPLATES)}")
         return found
 
     @property

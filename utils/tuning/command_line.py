@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ RENAMED = {
     "resume": "resume_from_checkpoint",
 }
 """Published and former names → today's."""
+
+BOOLEANS = {"chat_template": {"true": "own", "false": "published"}}
+"""Arguments that took true or false (without a value: true) → what each now means."""
 
 WITHOUT_EFFECT = {
     "use_fast_tokenizer": "labels need the offsets of a fast tokenizer",
@@ -126,29 +130,33 @@ def _recipe_in(argv: list[str]) -> str | None:
 
 
 def modernise(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Map old names in ``argv`` to new ones and drop those without effect; returns the arguments and one note each."""
+    """Map old names and values in ``argv`` to new ones and drop those without effect; the arguments and notes."""
     result: list[str] = []
     renamed: dict[str, str] = {}
     dropped: dict[str, str] = {}
-    skipping = False
-    for token in argv:
+    rest = deque(argv)
+    while rest:
+        token = rest.popleft()
         if not token.startswith("--"):
-            if not skipping:
-                result.append(token)
+            result.append(token)
             continue
         name, equals, value = token[2:].partition("=")
-        name = name.replace("-", "_")
-        skipping = name in WITHOUT_EFFECT
-        if skipping:
+        name, values = name.replace("-", "_"), [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            values.append(rest.popleft())
+        if name in WITHOUT_EFFECT:
             dropped[name] = WITHOUT_EFFECT[name]
-        elif name in RENAMED:
-            renamed[name] = RENAMED[name]
-            result.append(f"--{RENAMED[name]}{equals}{value}")
-        else:
-            result.append(token)
+            continue
+        if name in RENAMED:
+            renamed[f"--{name}"] = f"--{RENAMED[name]}"
+            name = RENAMED[name]
+        given = " ".join(values) or "true"
+        if new := BOOLEANS.get(name, {}).get(given.lower()):
+            renamed[f"--{name} {given}"], values = f"--{name} {new}", [new]
+        result += [f"--{name}={values[0]}"] if equals else [f"--{name}", *values]
     notes = []
     if renamed:
-        notes.append("old names: " + ", ".join(f"--{old} is now --{new}" for old, new in renamed.items()))
+        notes.append("old names: " + ", ".join(f"{old} is now {new}" for old, new in renamed.items()))
     if dropped:
         notes.append("without effect: " + "; ".join(f"--{name} ({why})" for name, why in dropped.items()))
     return result, notes

@@ -1,96 +1,150 @@
-"""Conversations to token ids and labels.
+"""Conversations to text, token ids and labels: the one way of tuning, calibration, evaluation, routing page and chat.
 
-In the published template, which is the default, a conversation is rendered as ``<|system|>\\n{text}\\n``,
-``<|user|>\\n{text}\\n`` and ``<|assistant|>\\n{text}{eos}\\n``, texts without the white space around them; only
-assistant text and its ``eos`` carry loss. With ``chat_template`` the tokenizer's own template is used instead.
+A tokenizer's ``chat_template`` writes the whole text of a conversation, its beginning-of-sequence token included, and
+nothing is added when that text is tokenised: so do ``apply_chat_template`` of transformers and the servers built on
+it. :func:`use_template` decides which template that is. The published rendering is one like any other
+(``published_template.jinja``): ``<|system|>\\n{text}\\n``, ``<|user|>\\n{text}\\n`` and
+``<|assistant|>\\n{text}{eos}\\n``, texts without the white space around them.
 
-The rendered text is tokenised once, as a whole, so the ids are those that inference sees; which tokens carry loss
-follows from their character offsets. A token belongs to the text that its first character belongs to.
+The text is tokenised once, as a whole, so the ids are those that inference sees. Only what the model itself has to
+write carries loss: an answer and its end mark. Which tokens these are follows from their character offsets; a token
+belongs to the text that its first character belongs to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import router_tuning.model  # noqa: F401  registers the routed configurations, which folders of routed models name
 from router_tuning.errors import UserError
 
 IGNORE_INDEX = -100
-GENERATION_PROMPT = "<|assistant|>\n"
+TEMPLATES = ("auto", "own", "published")
+PUBLISHED = Path(__file__).with_name("published_template.jinja").read_text(encoding="utf-8").rstrip()
 
 _MARK = "\ue000answer\ue000"
 """Text that no template writes and no conversation holds: private use characters."""
 
 Message = Mapping[str, str]
-Piece = tuple[str, bool]
-"""Text, and whether it carries loss."""
+Span = tuple[int, int]
+"""First character and the one behind the last, in a rendered text."""
 
 
 class TemplateRefusal(UserError):
-    """A conversation that a tokenizer's own chat template cannot render, such as two user turns in a row."""
+    """A conversation that a chat template does not render, or renders without all of its text."""
 
 
-def _pieces(messages: Iterable[Message], eos: str) -> Iterable[Piece]:
-    """Pieces whose concatenation is the rendered conversation."""
-    for number, message in enumerate(messages):
-        role, content = message["role"], message["content"].strip()
-        if role in ("system", "user"):
-            yield f"<|{role}|>\n{content}\n", False
-        elif role == "assistant":
-            yield GENERATION_PROMPT, False
-            yield f"{content}{eos}", True
-            yield "\n", False
-        else:
-            raise UserError(f"message {number}: unknown role {role!r}; use system, user or assistant")
+def load_tokenizer(
+    place: str | Path, chat_template: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id, with the chosen template (see :func:`use_template`) as its own.
 
-
-def render(messages: Iterable[Message], eos: str) -> str:
-    """Text of a conversation in the template; ``eos`` is the tokenizer's end-of-sequence string.
-
-    Raises :class:`UserError` for a role other than system, user, assistant.
+    Raises:
+        UserError: if there is none, or it has no character offsets or no end-of-sequence token.
     """
-    return "".join(text for text, _ in _pieces(messages, eos))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(place), trust_remote_code=trust_remote_code)
+    except Exception as error:  # damaged files raise whatever their reader meets
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{place}: no tokenizer can be loaded from there ({reason})") from None
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        raise UserError(f"the tokenizer in {place} must be a fast one with an end-of-sequence token")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    use_template(tokenizer, chat_template)
+    return tokenizer
 
 
-def render_prompt(messages: Iterable[Message], eos: str) -> str:
-    """Text that a model continues with its answer: the rendered turns and the assistant header."""
-    return render(messages, eos) + GENERATION_PROMPT
+def use_template(tokenizer: PreTrainedTokenizerBase, choice: str = "auto") -> None:
+    """Set ``tokenizer.chat_template`` to the template that conversations are rendered in.
 
+    Args:
+        choice: ``own`` (the tokenizer's), ``published`` (which begins with ``bos`` where the tokenizer puts one in
+            front of plain text), ``auto`` (its own if it has one), or the text of a template.
 
-def encode_conversation(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool = False
-) -> dict[str, list[int]]:
-    """Encode a conversation to ``{"input_ids": [t], "labels": [t]}``, ``t <= max_length``; labels are -100 or the id.
-
-    Raises :class:`UserError` for an unknown role, and for a tokenizer that has no offsets (a slow one), no
-    end-of-sequence token or, with ``chat_template``, no template; :class:`TemplateRefusal` for a conversation that
-    the template refuses, or renders so that the assistant's text cannot be told apart.
+    Raises:
+        UserError: for ``own`` where the tokenizer has none.
     """
-    if chat_template:
-        return _encode(_template_pieces(messages, tokenizer), tokenizer, max_length, add_special_tokens=False)
-    return _encode(_pieces(messages, _eos(tokenizer)), tokenizer, max_length)
+    if choice == "auto":
+        choice = "own" if tokenizer.chat_template else "published"
+    if choice == "own" and not tokenizer.chat_template:
+        raise UserError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template of its own; use published")
+    if choice == "published":
+        tokenizer.chat_template = ("{{- bos_token }}" if bos_of(tokenizer) else "") + PUBLISHED
+    elif choice != "own":
+        tokenizer.chat_template = choice
+    elif not isinstance(tokenizer.chat_template, str):  # several by name
+        tokenizer.chat_template = tokenizer.get_chat_template()
 
 
-def encode_completion(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, list[int]]:
-    """Encode a prompt and its completion, as they are and without a template; the completion and ``eos`` carry loss.
+def template_kind(tokenizer: PreTrainedTokenizerBase) -> str:
+    """``published``, or ``own`` for any other template."""
+    return "published" if tokenizer.chat_template.rstrip().endswith(PUBLISHED) else "own"
 
-    A blank separates the two unless one of them brings white space.
-    """
-    gap = "" if prompt.endswith((" ", "\n", "\t")) or completion.startswith((" ", "\n", "\t")) else " "
-    return _encode([(prompt, False), (f"{gap}{completion}{_eos(tokenizer)}", True)], tokenizer, max_length)
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the tokenizer puts in front of plain text: its beginning-of-sequence token, or nothing."""
+    return tokenizer.bos_token if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+
+
+def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
+    """Text of a conversation in the tokenizer's template; :class:`TemplateRefusal` for one that it does not take."""
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise TemplateRefusal(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from None
+
+
+def render_prompt(row: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text that a model continues with the last answer of a row (``messages``, or ``prompt`` and ``completion``)."""
+    if "messages" not in row:
+        return bos_of(tokenizer) + row["prompt"]
+    turns = row["messages"]
+    asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    text = render(asked, tokenizer, add_generation_prompt=True)
+    # Templates may shorten earlier answers (their reasoning); what was asked has to be there.
+    _check_whole([message for message in asked if message["role"] != "assistant"], text)
+    return text
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids ``[t]`` of a rendered text; nothing is added to it."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_row(
-    row: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool = False
+    row: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> dict[str, list[int]]:
-    """Encode a row of a training file: ``messages``, or ``prompt`` and ``completion``."""
+    """Encode a row of a training file: ``messages``, or ``prompt`` and ``completion``, which go without a template.
+
+    Returns ``{"input_ids": [t], "labels": [t]}``, cut to ``max_length`` tokens; labels are -100 or the id. Of the
+    second kind the completion and ``eos`` carry loss; a blank separates the two unless one brings white space.
+
+    Raises:
+        TemplateRefusal: for a conversation that the template refuses, leaves text out of, or renders so that its
+            answers cannot be told apart.
+    """
     if "messages" in row:
-        return encode_conversation(row["messages"], tokenizer, max_length, chat_template)
-    return encode_completion(row["prompt"], row["completion"], tokenizer, max_length)
+        text, spans = _rendered_answers(row["messages"], tokenizer)
+    else:
+        prompt, completion = bos_of(tokenizer) + row["prompt"], row["completion"]
+        gap = "" if prompt.endswith((" ", "\n", "\t")) or completion.startswith((" ", "\n", "\t")) else " "
+        text = f"{prompt}{gap}{completion}{tokenizer.eos_token}"
+        spans = [(len(prompt), len(text))]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = encoded["input_ids"]
+    labels = _labels(ids, encoded["offset_mapping"], spans)
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+
+
+def encode_conversation(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> dict[str, list[int]]:
+    """:func:`encode_row` of a conversation."""
+    return encode_row({"messages": messages}, tokenizer, max_length)
 
 
 def learns(labels: Sequence[int]) -> bool:
@@ -98,43 +152,41 @@ def learns(labels: Sequence[int]) -> bool:
     return any(label != IGNORE_INDEX for label in labels[1:])
 
 
-def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
-    if tokenizer.eos_token is None:
-        raise UserError(f"{tokenizer.name_or_path or 'the tokenizer'} has no eos_token; answers could not be ended")
-    return tokenizer.eos_token
+def _rendered_answers(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """Text of a conversation and the spans of its answers, each found by rendering up to it: without it, and with it.
 
-
-def _encode(
-    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, max_length: int, add_special_tokens: bool = True
-) -> dict[str, list[int]]:
-    if not tokenizer.is_fast:
-        raise UserError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
-    text, spans = "", []
-    for piece, carries_loss in pieces:
-        if carries_loss:
-            spans.append((len(text), len(text) + len(piece)))
-        text += piece
-    encoded = tokenizer(
-        text,
-        max_length=max_length,
-        truncation=True,
-        add_special_tokens=add_special_tokens,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )
-    ids, offsets, added = encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"]
-    return {"input_ids": list(ids), "labels": _labels(ids, offsets, added, spans)}
-
-
-def _labels(
-    ids: Sequence[int], offsets: Sequence[tuple[int, int]], added: Sequence[int], spans: Sequence[tuple[int, int]]
-) -> list[int]:
-    """The ids of tokens that start inside a span, -100 for others and for those that the tokenizer added itself."""
-    labels, covered, span = [], 0, 0
-    for token, (start, end), is_added in zip(ids, offsets, added, strict=True):
-        if is_added:
-            labels.append(IGNORE_INDEX)
+    White space that the template puts behind an answer and its end mark carries no loss.
+    """
+    whole, spans = render(messages, tokenizer), []
+    _check_whole(messages, whole)
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
             continue
+        after = render(messages[: number + 1], tokenizer).rstrip()
+        if number:
+            before = render(messages[:number], tokenizer, add_generation_prompt=True)
+        else:  # templates render no empty conversation, so a mark stands for the answer
+            before = render([{**message, "content": _MARK}], tokenizer).partition(_MARK)[0]
+        if not (whole.startswith(after) and after.startswith(before)):
+            raise TemplateRefusal(
+                "the chat template writes this conversation differently once it goes on, so its answers cannot be "
+                "told apart"
+            )
+        spans.append((len(before), len(after)))
+    return whole, spans
+
+
+def _check_whole(messages: Sequence[Message], text: str) -> None:
+    for message in messages:
+        if message["content"].strip() not in text:
+            start = " ".join(message["content"].split())[:40]
+            raise TemplateRefusal(f"the chat template changes or leaves out a {message['role']} message ({start} …)")
+
+
+def _labels(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """The ids of tokens that start inside a span, -100 for others."""
+    labels, covered, span = [], 0, 0
+    for token, (start, end) in zip(ids, offsets, strict=True):
         # Tokenizers that trim offsets give a token of nothing but white space an empty one, behind its text.
         first = start if end > start else covered
         covered = max(covered, end)
@@ -143,37 +195,3 @@ def _labels(
         inside = span < len(spans) and spans[span][0] <= first
         labels.append(token if inside else IGNORE_INDEX)
     return labels
-
-
-def _template_pieces(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
-    """Pieces in the tokenizer's chat template, by rendering it up to each answer: without it, and with it.
-
-    White space that the template puts behind an answer and its end mark carries no loss.
-    """
-    whole = _rendered(messages, tokenizer)
-    pieces, done = [], 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        after = _rendered(messages[: number + 1], tokenizer).rstrip()
-        if number:
-            before = _rendered(messages[:number], tokenizer, add_generation_prompt=True)
-        else:  # templates render no empty conversation, so a mark stands for the answer
-            before = _rendered([{**message, "content": _MARK}], tokenizer).partition(_MARK)[0]
-        if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
-            raise TemplateRefusal(
-                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} writes this conversation "
-                "differently once it goes on, so its answers cannot be told apart"
-            )
-        pieces += [(whole[done : len(before)], False), (whole[len(before) : len(after)], True)]
-        done = len(after)
-    return [*pieces, (whole[done:], False)]
-
-
-def _rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **options: bool) -> str:
-    if tokenizer.chat_template is None:
-        raise UserError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template; use the default template")
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    except (TemplateError, ValueError, IndexError) as error:
-        raise TemplateRefusal(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from None

@@ -18,6 +18,7 @@ class TuningJob:
     """A loaded and routed base in which what trains requires a gradient, and its encoded data.
 
     Attributes:
+        max_length: tokens that longer conversations were cut to.
         identity: what a run must share with a checkpoint to continue it.
         base_identity: what tells the base from others, for ``router_config.json``; read before an engine cuts the
             weights.
@@ -28,6 +29,7 @@ class TuningJob:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
+    max_length: int
     identity: dict[str, Any]
     base_identity: dict[str, Any]
     interruption: Interruption

@@ -8,28 +8,25 @@ from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-import router_tuning.model  # noqa: F401  registers the routed configurations, which folders of routed models name
 from router_tuning.data.rows import checked_row, lines_of
 from router_tuning.errors import UserError
-from router_tuning.tuning.encoding import IGNORE_INDEX, TemplateRefusal, encode_row, learns
+from router_tuning.tuning.encoding import IGNORE_INDEX, load_tokenizer
+from router_tuning.tuning.tuning_data import count_faults, encoded_or_fault
 
 TRAINED = "⟦", "⟧"
 COLOURS = "\033[32m⟦", "⟧\033[0m"
-UNCUT = 1 << 30
-"""A length that no row reaches: statistics are of whole rows."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens ``[n]`` of each row before truncation, tokens with loss ``[n]``, and what becomes of rows when cut."""
+    """Tokens ``[n]`` of each row before the cut, tokens with loss ``[n]``, and which rows teach nothing, as text."""
 
     tokens: np.ndarray
     trained: np.ndarray
     max_length: int
-    nothing_left: int
-    refused: int
+    left_out: str
 
     def table(self) -> str:
         """The statistics as text."""
@@ -42,8 +39,7 @@ class Lengths:
                 f"tokens a row:  {numbers}  max {self.tokens.max():,}",
                 f"rows {total:,}, with loss on {self.trained.sum() / self.tokens.sum():.1%} of their tokens",
                 f"longer than {self.max_length:,} tokens, so cut: {longer:,} ({longer / total:.1%})",
-                f"nothing left to learn within {self.max_length:,} tokens: {self.nothing_left:,}",
-                f"refused by the chat template: {self.refused:,}",
+                f"nothing to learn: {self.left_out or 0}",
             )
         )
 
@@ -66,42 +62,32 @@ def masked_text(
     return "".join(parts)
 
 
-def preview(
-    rows: Iterable[Mapping], tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool, colour: bool
-) -> str:
+def preview(rows: Iterable[Mapping], tokenizer: PreTrainedTokenizerBase, max_length: int, colour: bool) -> str:
     """Rows one after the other, each under a line that says where it is from and how much of it is trained."""
     parts = []
     for row in rows:
         title = f"{row.get('dataset', 'row')} {row.get('id', '')}".strip()
-        try:
-            encoded = encode_row(row, tokenizer, max_length, chat_template)
-        except TemplateRefusal as refusal:
-            parts.append(f"── {title}: {refusal}\n")
-            continue
-        tokens, trained = len(encoded["input_ids"]), sum(label != IGNORE_INDEX for label in encoded["labels"])
-        cut = ", at the limit" if tokens == max_length else ""
+        encoded, fault = encoded_or_fault(row, tokenizer, max_length)
+        shown = {name: ids[:max_length] for name, ids in encoded.items()}
+        tokens, trained = len(shown["input_ids"]), sum(label != IGNORE_INDEX for label in shown["labels"])
+        cut = f", cut at {max_length}" if len(encoded["input_ids"]) > max_length else ""
         head = f"── {title}: {trained} of {tokens} tokens carry loss, in ⟦…⟧{cut}"
-        parts.append(f"{head}\n{masked_text(encoded, tokenizer, colour)}")
+        parts.append(f"{head}\n{masked_text(shown, tokenizer, colour)}" if tokens else f"── {title}: {fault}\n")
     return "\n".join(parts)
 
 
-def measure(
-    rows: Iterable[Mapping], tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool
-) -> Lengths:
+def measure(rows: Iterable[Mapping], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Lengths:
     """Token lengths of rows; :class:`UserError` if there is none that can be rendered."""
-    tokens, trained, nothing_left, refused = [], [], 0, 0
+    tokens, trained, faults = [], [], []
     for row in rows:
-        try:
-            labels = encode_row(row, tokenizer, UNCUT, chat_template)["labels"]
-        except TemplateRefusal:
-            refused += 1
-            continue
-        tokens.append(len(labels))
-        trained.append(sum(label != IGNORE_INDEX for label in labels))
-        nothing_left += not learns(labels[:max_length])
+        encoded, fault = encoded_or_fault(row, tokenizer, max_length)
+        faults.append(fault)
+        if labels := encoded["labels"]:
+            tokens.append(len(labels))
+            trained.append(sum(label != IGNORE_INDEX for label in labels))
     if not tokens:
-        raise UserError("no row to measure" if not refused else "the chat template refuses every row")
-    return Lengths(np.array(tokens), np.array(trained), max_length, nothing_left, refused)
+        raise UserError(f"no row to measure ({count_faults(faults) or 'the file holds none'})")
+    return Lengths(np.array(tokens), np.array(trained), max_length, count_faults(faults))
 
 
 def draw(lengths: Lengths, path: Path, title: str) -> None:
@@ -127,7 +113,7 @@ def report(
     tokenizer: str | Path,
     count: int,
     max_length: int = 2048,
-    chat_template: bool = False,
+    chat_template: str = "auto",
     measured: int | None = 10_000,
     colour: bool = False,
 ) -> str:
@@ -136,18 +122,9 @@ def report(
     The histogram is drawn beside the file, as ``token_lengths.png``. Raises :class:`UserError` for a file or a
     tokenizer that cannot be read.
     """
-    loaded = load_tokenizer(tokenizer)
-    shown = preview(read_rows(path, count), loaded, max_length, chat_template, colour)
-    lengths = measure(read_rows(path, measured), loaded, max_length, chat_template)
+    loaded = load_tokenizer(tokenizer, chat_template)
+    shown = preview(read_rows(path, count), loaded, max_length, colour)
+    lengths = measure(read_rows(path, measured), loaded, max_length)
     figure = path.with_name("token_lengths.png")
     draw(lengths, figure, f"{path.parent.name}, {len(lengths.tokens):,} rows, tokenizer {Path(tokenizer).name}")
     return f"{shown}\n{lengths.table()}\nhistogram: {figure}"
-
-
-def load_tokenizer(place: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder or a hub id."""
-    try:
-        return AutoTokenizer.from_pretrained(str(place))
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--tokenizer {place}: no tokenizer can be loaded from there ({reason})") from None

@@ -20,9 +20,12 @@ from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.routing_statistics import CAPACITY
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "router-tuning")
+TEMPLATE = "chat_template.jinja"
+"""The template that a run rendered its conversations in."""
 RESULTS = (
     "router.safetensors",
     "router_config.json",
+    TEMPLATE,
     "run.json",
     "metrics.jsonl",
     "routing_history.json",

@@ -13,25 +13,33 @@ import torch
 import torch.distributed as dist
 import transformers
 from peft import PeftModel
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
 from router_tuning.model import save_routers
 from router_tuning.tuning import checkpoints
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.command_line import Command
+from router_tuning.tuning.encoding import load_tokenizer, template_kind
 from router_tuning.tuning.engines import running
 from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.job import TunedRun, TuningJob
 from router_tuning.tuning.recipes import load_recipe
 from router_tuning.tuning.routing_statistics import CAPACITY
-from router_tuning.tuning.run_folder import check_folder, clear_folder, default_folder, provenance, write_results
-from router_tuning.tuning.tuning_data import RawData, check_file, encode_file
+from router_tuning.tuning.run_folder import (
+    TEMPLATE,
+    check_folder,
+    clear_folder,
+    default_folder,
+    provenance,
+    write_results,
+)
+from router_tuning.tuning.tuning_data import RawData, TrainingData, check_file, encode_file, tokenizer_hash
 from router_tuning.tuning.tuning_model import (
     dense_config,
     fingerprint,
     identify,
     load_model,
-    load_tokenizer,
     locate_base,
     routing_of,
 )
@@ -57,6 +65,13 @@ class Preparation:
             training.output_dir = str(default_folder(command))
         self.output = Path(training.output_dir)
         check_folder(self.output, training.resume_from_checkpoint is not None, training.overwrite_output_dir)
+        self.tokenizer = load_tokenizer(
+            command.model.tokenizer_name or self.base, command.data.chat_template, command.model.trust_remote_code
+        )
+        self.tokenizer.padding_side = "right"
+        command.data.chat_template = template_kind(self.tokenizer)
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(command.data.max_seq_length, positions or command.data.max_seq_length)
         self.raw: RawData = check_file(command.data.path, command.data.max_train_samples)
         StepOrder([0] * self.raw.rows, training.global_batch_size, training.seed)
 
@@ -90,6 +105,7 @@ class Preparation:
         settings["max_seq_length"] = self.command.data.max_seq_length
         settings["length_grouping"] = self.command.data.length_grouping
         settings["chat_template"] = self.command.data.chat_template
+        settings["tokenizer"] = tokenizer_hash(self.tokenizer)[:16]
         plugin = training.deepspeed_plugin
         settings["deepspeed"] = plugin and f"ZeRO-{plugin.zero_stage} on {training.world_size} processes"
         return settings
@@ -109,26 +125,33 @@ def run_tuning(preparation: Preparation, interruption: Interruption) -> TunedRun
     if training.should_save:
         clear_folder(output, keep_checkpoints=training.resume_from_checkpoint is not None)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "tensorboard")
-    tokenizer = load_tokenizer(preparation.base, command.model)
+    tokenizer, processes = preparation.tokenizer, command.data.preprocessing_num_workers
     with training.main_process_first(desc="encoding the data"):
-        data = encode_file(
-            preparation.raw,
-            tokenizer,
-            command.data.max_seq_length,
-            command.data.chat_template,
-            command.data.preprocessing_num_workers,
-        )
+        data = encode_file(preparation.raw, tokenizer, preparation.max_length, processes)
+    check_ids(tokenizer, data, preparation.config)
     transformers.set_seed(training.seed)
     model = load_model(preparation.base, command.model, command.routing, preparation.config)
     model.config.pad_token_id = tokenizer.pad_token_id
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
-    job = TuningJob(command, model, tokenizer, data, identity, identify(model), interruption, resume)
+    job = TuningJob(
+        command, model, tokenizer, data, preparation.max_length, identity, identify(model), interruption, resume
+    )
     describe(job)
     tuned = load_recipe(command.routing.recipe).tune(job)
     if not tuned.interrupted:
         finish(job, tuned)
     return tuned
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, data: TrainingData, config: PretrainedConfig) -> None:
+    """UserError for rows, or padding, with ids that the base's embedding has not."""
+    largest, size = max(data.largest_id, tokenizer.pad_token_id), config.get_text_config().vocab_size
+    if largest >= size:
+        raise UserError(
+            f"--tokenizer_name {tokenizer.name_or_path}: its ids reach {largest} in the data, the base's embedding "
+            f"has vocab_size {size}: this tokenizer belongs to another base"
+        )
 
 
 def agree_on(identity: dict[str, Any]) -> None:
@@ -178,10 +201,12 @@ def describe(job: TuningJob) -> None:
     )
     left = len(data.rows) - steps * training.global_batch_size
     logger.info(
-        f"{data.raw.path}: {len(data.rows)} conversations ({data.unusable} without assistant text left out, "
-        f"{data.cut} cut at {command.data.max_seq_length} tokens); {steps} steps of {training.global_batch_size} "
-        f"per epoch, {left} over"
+        f"{data.raw.path}: {len(data.rows)} conversations in the {command.data.chat_template} chat template "
+        f"(left out: {data.left_out or 0}; {data.cut} cut at {job.max_length} tokens); {steps} steps of "
+        f"{training.global_batch_size} per epoch, {left} over"
     )
+    if data.cut and job.max_length < command.data.max_seq_length:
+        logger.warning(f"{data.cut} conversations are longer than the {job.max_length} positions of the base: cut")
     logger.info(f"output folder: {job.output}")
     logger.info(
         f"{training.world_size} process(es) x {training.per_device_train_batch_size} sequences x "
@@ -204,8 +229,13 @@ def finish(job: TuningJob, tuned: TunedRun) -> None:
             "data": {
                 "path": str(job.data.raw.path),
                 "rows": len(job.data.rows),
-                "unusable": job.data.unusable,
+                "left_out": job.data.left_out,
                 "sha256": job.data.raw.sha256,
+            },
+            "tokenizer": {
+                "name": job.command.model.tokenizer_name,
+                "chat_template": job.command.data.chat_template,
+                "sha256": tokenizer_hash(job.tokenizer),
             },
             "seed": training.seed,
             "world_size": training.world_size,
@@ -236,6 +266,7 @@ def write_trained(job: TuningJob, tuned: TunedRun, weights: dict[str, torch.Tens
     model = tuned.trainer.accelerator.unwrap_model(tuned.trainer.model, keep_fp32_wrapper=False)
     routers = {_router_name(name): value for name, value in weights.items() if "mod_router" in name}
     save_routers(model, job.output, state=routers, extra={**tuned.extra, "base": job.base_identity})
+    (job.output / TEMPLATE).write_text(job.tokenizer.chat_template, encoding="utf-8")
     if isinstance(model, PeftModel):
         write_folder(
             job.output / "adapter", partial(model.save_pretrained, state_dict=weights, save_embedding_layers=False)

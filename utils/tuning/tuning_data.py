@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,7 +19,8 @@ from router_tuning.data.rows import checked_row, lines_of
 from router_tuning.errors import UserError
 from router_tuning.tuning.encoding import TemplateRefusal, encode_row, learns
 
-_TEMPLATE = 1  # raised when the encoding changes, so that no cached encoding of an earlier one is taken
+_ENCODING = 2  # raised when the encoding changes, so that no cached encoding of an earlier one is taken
+_NO_ANSWER, _CUT, _REFUSED = "without assistant text", "cut before their answer", "refused by the chat template"
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,18 @@ class RawData:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Encoded rows ``input_ids``, ``labels``, ``length``; ``unusable`` rows had no assistant token within the cut."""
+    """Encoded rows ``input_ids``, ``labels``, ``length``.
+
+    Attributes:
+        left_out: how many rows of the file teach nothing, and why, as text.
+        cut: rows that are longer than the cut and were shortened to it.
+        largest_id: of all tokens.
+    """
 
     rows: Dataset
-    unusable: int
+    left_out: str
     cut: int
+    largest_id: int
     raw: RawData
 
     @property
@@ -65,7 +74,6 @@ def encode_file(
     raw: RawData,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    chat_template: bool = False,
     processes: int | None = None,
 ) -> TrainingData:
     """Encode a checked file; rows without a token that carries loss are left out. UserError if none is left.
@@ -78,27 +86,50 @@ def encode_file(
         gen_kwargs={"path": str(raw.path), "limit": raw.rows},
         fingerprint=_fingerprint(raw.sha256, raw.rows),
     )
-    key = (raw.sha256, raw.rows, _tokenizer_hash(tokenizer, chat_template), max_length, chat_template)
+    key = (raw.sha256, raw.rows, tokenizer_hash(tokenizer), max_length)
     encoded = rows.map(
-        partial(_encode, tokenizer=tokenizer, max_length=max_length, chat_template=chat_template),
+        partial(_encode, tokenizer=tokenizer, max_length=max_length),
         remove_columns=rows.column_names,
         num_proc=processes if processes and processes < raw.rows else None,
         new_fingerprint=_fingerprint(*key),
         desc="encode",
     )
-    usable = [number for number, learnt in enumerate(encoded["learnt"]) if learnt]
-    unusable = len(encoded) - len(usable)
+    faults = encoded["fault"]
+    usable = [number for number, fault in enumerate(faults) if not fault]
+    left_out = count_faults(faults)
     if not usable:
-        raise UserError(
-            f"{raw.path}: no row has an assistant token within {max_length} tokens; raise --max_seq_length"
-        )
-    kept = encoded.select(usable) if unusable else encoded
-    return TrainingData(kept.remove_columns(["learnt", "cut"]), unusable, sum(encoded["cut"]), raw)
+        raise UserError(f"{raw.path}: no row to learn from within {max_length} tokens ({left_out})")
+    kept = encoded.select(usable) if left_out else encoded
+    cut, largest = sum(kept["cut"]), max(kept["largest_id"])
+    return TrainingData(kept.remove_columns(["fault", "cut", "largest_id"]), left_out, cut, largest, raw)
+
+
+def count_faults(faults: Iterable[str]) -> str:
+    """Rows by why they are left out, with the first refusal: ``refused by the chat template: 3 (no system role)``."""
+    reasons, refusal = Counter(), ""
+    for fault in filter(None, faults):
+        reason, _, why = fault.partition(": ")
+        reasons[reason] += 1
+        refusal = refusal or why
+    return ", ".join(f"{r}: {n}" + (f" ({refusal})" if r == _REFUSED else "") for r, n in reasons.items())
+
+
+def encoded_or_fault(
+    row: Mapping[str, object], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[dict[str, list[int]], str]:
+    """The whole row encoded, and why it teaches nothing within ``max_length`` tokens (empty if it does)."""
+    try:
+        encoded = encode_row(row, tokenizer)
+    except TemplateRefusal as refusal:
+        return {"input_ids": [], "labels": []}, f"{_REFUSED}: {refusal}"
+    if learns(encoded["labels"][:max_length]):
+        return encoded, ""
+    return encoded, _CUT if learns(encoded["labels"]) else _NO_ANSWER
 
 
 def _fingerprint(*key: object) -> str:
     """What ``datasets`` caches a result under."""
-    return hashlib.sha256(json.dumps([_TEMPLATE, *key]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([_ENCODING, *key]).encode()).hexdigest()[:32]
 
 
 def _lines(path: str, limit: int) -> Iterator[dict[str, str]]:
@@ -106,19 +137,19 @@ def _lines(path: str, limit: int) -> Iterator[dict[str, str]]:
         yield {"line": line.decode()}
 
 
-def _encode(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool) -> dict:
-    try:
-        encoded = encode_row(orjson.loads(row["line"]), tokenizer, max_length, chat_template)
-    except TemplateRefusal:
-        encoded = {"input_ids": [], "labels": []}
+def _encode(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
+    encoded, fault = encoded_or_fault(orjson.loads(row["line"]), tokenizer, max_length)
+    kept = {name: ids[:max_length] for name, ids in encoded.items()}
     length = len(encoded["input_ids"])
-    return {**encoded, "length": length, "learnt": learns(encoded["labels"]), "cut": length == max_length}
+    facts = {"fault": fault, "cut": length > max_length, "largest_id": max(encoded["input_ids"], default=0)}
+    return {**kept, "length": min(length, max_length), **facts}
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells tokenizers, and the templates that they render with, apart."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # Truncation and padding are set by each call and say nothing of the vocabulary.
     state.pop("truncation", None)
     state.pop("padding", None)
-    rest = [tokenizer.eos_token, tokenizer.chat_template if chat_template else None]
-    return hashlib.sha256(json.dumps([state, rest], sort_keys=True).encode()).hexdigest()
+    rest = [tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps([state, rest], sort_keys=True, default=str).encode()).hexdigest()

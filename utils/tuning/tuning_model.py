@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig, load_routers, route
@@ -93,21 +92,6 @@ def routing_of(config: PretrainedConfig, routing: RoutingArguments) -> ModConfig
         return routing.config()
     except ValueError as error:
         raise UserError(f"--{error}") from None
-
-
-def load_tokenizer(folder: Path, arguments: ModelArguments) -> Tokenizer:
-    """A fast tokenizer that pads on the right; UserError if there is none."""
-    source = arguments.tokenizer_name or folder
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=arguments.trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise UserError(f"no tokenizer in {source}: {' '.join(str(error).split())}") from None
-    if not tokenizer.is_fast or tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer in {source} must be a fast one with an end-of-sequence token")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def load_model(

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from router_tuning.errors import UserError
 from router_tuning.model import force_routing, record_routing, routed_modules
-from router_tuning.tuning.encoding import render_prompt
+from router_tuning.tuning.encoding import encode_text, render_prompt
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,6 @@ class Answer:
         )
 
 
-def prompt_of(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The conversation in the tokenizer's own chat template, or in that of training where it has none."""
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return render_prompt(messages, tokenizer.eos_token)
-
-
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,
@@ -53,13 +47,14 @@ def answer(
     """Greedy answer to a conversation.
 
     ``streamer`` gets the tokens as they come. ``compare`` lets the model generate as many tokens densely
-    afterwards and notes the time. Raises ValueError if the conversation leaves no room for an answer.
+    afterwards and notes the time. Raises :class:`UserError` if the chat template refuses the conversation, or if it
+    leaves no room for an answer.
     """
-    batch = tokenizer(prompt_of(messages, tokenizer), return_tensors="pt", add_special_tokens=False).to(model.device)
-    ids = batch["input_ids"]
+    prompt = render_prompt({"messages": messages}, tokenizer)
+    ids = torch.tensor([encode_text(prompt, tokenizer)], device=model.device)
     room = model.config.max_position_embeddings - ids.shape[1]
     if room < 1:
-        raise ValueError(
+        raise UserError(
             f"the conversation has {ids.shape[1]} tokens, the model holds {model.config.max_position_embeddings}"
         )
     options = {

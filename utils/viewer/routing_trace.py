@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.evaluation.dynamics import dynamics
-from router_tuning.evaluation.rows import prompt_text
 from router_tuning.evaluation.static_drop import answer_loss
 from router_tuning.model import RoutingLog, record_routing, routed_modules, set_thresholds
+from router_tuning.tuning.encoding import encode_text, render_prompt
 
 POSITION_BINS = 10
 
@@ -30,8 +30,7 @@ def trace_prompt(
     number per sequence (sequence level) or a list of one per token; ``keep`` is the executed share, 0 or 1 but for
     experts. Experts have no score.
     """
-    text = prompt_text(row, tokenizer.eos_token)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+    ids = torch.tensor([encode_text(render_prompt(row, tokenizer), tokenizer)], device=model.device)
     with record_routing(model) as log:
         output = model.generate(
             ids,
