@@ -8,10 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Who may import whom inside utils, besides the modules of the ground floor.
-GROUND = {"errors", "files"}
+GROUND = {"errors", "files", "provenance"}
 BELOW = {
     "errors": set(),
     "files": set(),
+    "provenance": set(),
     "model": set(),
     "data": set(),
     "tuning": {"model", "data"},

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from router_tuning.data.pages import keep_freed_pages
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.provenance import provenance
 from router_tuning.model import GRANULARITIES, is_routed, unroute
+from router_tuning.provenance import provenance
 from router_tuning.speed.benchmark import Setting, benchmark
 from router_tuning.speed.figure import draw_speed
 from router_tuning.speed.ideal import shared_copy

@@ -16,10 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.models import default_device, load_dense
 from router_tuning.evaluation.output import write_json
-from router_tuning.evaluation.provenance import provenance
 from router_tuning.evaluation.tables import Table
 from router_tuning.experiments.cost import MODES, measure_steps
 from router_tuning.model import route
+from router_tuning.provenance import provenance
 from router_tuning.tuning.arguments import ROOT
 
 

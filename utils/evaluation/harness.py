@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
 from router_tuning.evaluation.metered import MeteredLM
-from router_tuning.evaluation.provenance import provenance
+from router_tuning.provenance import provenance
 
 TASK_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "lm_eval"
 SCORE_ORDER = ("exact_match", "acc_norm", "acc", "word_perplexity", "bits_per_byte")

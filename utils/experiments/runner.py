@@ -18,7 +18,6 @@ from router_tuning.evaluation import controls
 from router_tuning.evaluation.cost import measure_cost
 from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.output import write_json
-from router_tuning.evaluation.provenance import provenance
 from router_tuning.evaluation.rows import prompt_batches
 from router_tuning.experiments.data import scored_items, scored_texts, search_rows, train_file
 from router_tuning.experiments.masks import LENGTH, mask_table, static_masks
@@ -31,6 +30,7 @@ from router_tuning.experiments.score import (
     tokens_by_expert,
 )
 from router_tuning.model import record_routing, route, routed_modules
+from router_tuning.provenance import provenance
 from router_tuning.tuning.arguments import ROOT
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import encode_conversation, load_tokenizer, render_prompt

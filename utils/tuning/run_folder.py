@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,6 @@ from router_tuning.tuning.checkpoints import checkpoints, find_fault, remove, sw
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.routing_statistics import CAPACITY
 
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "router-tuning")
 TEMPLATE = "chat_template.jinja"
 """The template that a run rendered its conversations in."""
 RESULTS = (
@@ -109,31 +104,6 @@ def routing_history(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "total": [row[CAPACITY] for row in lines],
         "routers": {name.removeprefix(prefix): [row[name] for row in lines] for name in names},
     }
-
-
-def provenance() -> dict[str, Any]:
-    """Commit of this checkout, package versions, Python and the time (UTC) of the call."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
-    }
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _write(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
 from router_tuning.model import save_routers
+from router_tuning.provenance import provenance
 from router_tuning.tuning import checkpoints
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.command_line import Command
@@ -31,7 +32,6 @@ from router_tuning.tuning.run_folder import (
     check_folder,
     clear_folder,
     default_folder,
-    provenance,
     write_results,
 )
 from router_tuning.tuning.tuning_data import RawData, TrainingData, check_file, encode_file, tokenizer_hash
