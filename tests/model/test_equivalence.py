@@ -10,6 +10,7 @@ import pytest
 import torch
 from masked_reference import MaskedReference
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
+from tiny_routed import random_skip_paths
 
 from router_tuning.model import packed_queries, record_routing, route, routed_modules
 from router_tuning.model.configuration_mod import parse_granularity
@@ -29,24 +30,27 @@ CASES = [
     ("expert_token", "keep"),
     ("attn_token+expert_token", "drop"),
 ]
+WITH_PATH = ("attn_sequence+mlp_token", "block_token")  # for every family; for Llama, all there are
 MATRIX = [
-    (family, granularity, policy)
-    for family in FAMILIES
-    for granularity, policy in CASES
-    if "expert" not in granularity or family in MOE
+    *[(f, g, policy, "zero") for f in FAMILIES for g, policy in CASES if "expert" not in g or f in MOE],
+    *[("llama", g, policy, "low_rank") for g, policy in CASES if "expert" not in g],
+    *[(f, g, "keep", "low_rank") for f in FAMILIES if f != "llama" for g in WITH_PATH],
+    ("mixtral", "attn_token+expert_token", "keep", "low_rank"),
+    ("llama", "attn_token+mlp_sequence", "keep", "mean"),
 ]
 IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 @functools.cache
-def pair(family, granularity, policy, attn):
-    """A routed model whose routers split the test inputs, and its reference."""
+def pair(family, granularity, policy, skip, attn):
+    """A routed model whose routers split the test inputs, with skip paths that matter, and its reference."""
     model = tiny_model(family, attn)
     dense = copy.deepcopy(model)
-    route(model, mod_layers=[1, 2, 3], granularity=granularity, kv_policy=policy)
+    route(model, mod_layers=[1, 2, 3], granularity=granularity, kv_policy=policy, skip=skip, skip_rank=3)
+    paths = random_skip_paths(model)
     balance(model)
     weights = {(m.mod_layer, m.mod_part): m.mod_router.weight.detach() for m in routed_modules(model).values()}
-    return model, MaskedReference(dense, weights, parse_granularity(granularity), policy)
+    return model, MaskedReference(dense, weights, parse_granularity(granularity), policy, paths=paths)
 
 
 @torch.no_grad()
@@ -72,11 +76,11 @@ def close(actual, expected, real):
 
 
 @pytest.mark.parametrize(
-    ("family", "granularity", "policy", "attn"),
+    ("family", "granularity", "policy", "skip", "attn"),
     [(*case, attn) for case in MATRIX for attn in IMPLEMENTATIONS if (case[0], attn) != ("gemma2", "sdpa")],
 )
-def test_equals_masked_dense_model(family, granularity, policy, attn):
-    model, reference = pair(family, granularity, policy, attn)
+def test_equals_masked_dense_model(family, granularity, policy, skip, attn):
+    model, reference = pair(family, granularity, policy, skip, attn)
     mixed = 0
     with torch.no_grad():
         for padding in (None, "left", "right"):
@@ -94,10 +98,14 @@ def test_equals_masked_dense_model(family, granularity, policy, attn):
 
 
 @pytest.mark.parametrize(
-    ("family", "granularity"),
-    [(f, g) for f, g, policy in MATRIX if policy == "keep" and {"attn_token", "block_token"} & set(g.split("+"))],
+    ("family", "granularity", "skip"),
+    [
+        (f, g, s)
+        for f, g, policy, s in MATRIX
+        if policy == "keep" and {"attn_token", "block_token"} & set(g.split("+"))
+    ],
 )
-def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, monkeypatch):
+def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, skip, monkeypatch):
     chunked, plain = [], packed_queries._in_chunks
 
     def in_chunks(*args, attn_mask, **kwargs):
@@ -107,7 +115,7 @@ def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, mon
     monkeypatch.setattr(packed_queries, "_WORTH", 4)
     monkeypatch.setattr(packed_queries, "_LEAST", 2)
     monkeypatch.setattr(packed_queries, "_in_chunks", in_chunks)
-    test_equals_masked_dense_model(family, granularity, "keep", "eager" if family == "gemma2" else "sdpa")
+    test_equals_masked_dense_model(family, granularity, "keep", skip, "eager" if family == "gemma2" else "sdpa")
     assert family == "gemma2" or max(map(len, chunked)) > 2
 
 
@@ -123,9 +131,9 @@ def check_cached(model, reference, ids, mask, sequence):
     assert cache.get_seq_length() == ids.shape[1]
 
 
-@pytest.mark.parametrize(("family", "granularity", "policy"), MATRIX)
-def test_generates_the_reference_text(family, granularity, policy):
-    model, reference = pair(family, granularity, policy, "eager" if family == "gemma2" else "sdpa")
+@pytest.mark.parametrize(("family", "granularity", "policy", "skip"), MATRIX)
+def test_generates_the_reference_text(family, granularity, policy, skip):
+    model, reference = pair(family, granularity, policy, skip, "eager" if family == "gemma2" else "sdpa")
     ids, mask = random_batch(padding="left")
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False,
@@ -138,10 +146,10 @@ def test_generates_the_reference_text(family, granularity, policy):
         assert (out.logits[step] - expected).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "granularity", "policy"), MATRIX)
-def test_beam_search_equals_recomputation(family, granularity, policy):
+@pytest.mark.parametrize(("family", "granularity", "policy", "skip"), MATRIX)
+def test_beam_search_equals_recomputation(family, granularity, policy, skip):
     """Beams fork and die; what the cache then holds must still be each beam's own past."""
-    model, reference = pair(family, granularity, policy, "eager" if family == "gemma2" else "sdpa")
+    model, reference = pair(family, granularity, policy, skip, "eager" if family == "gemma2" else "sdpa")
     ids, mask = random_batch(rows=2, padding="left")
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, num_beams=3, num_return_sequences=2,

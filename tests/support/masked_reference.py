@@ -1,7 +1,8 @@
 """The slow, obvious routed model: a dense one whose outputs are masked, recomputed whole for every question.
 
 It shares no code with the engine: hooks on the plain modules compute ``m = 1[σ(W·h) ≥ τ]`` from the router weights
-and multiply. Under ``kv_policy="drop"`` the keys of skipped tokens are masked as well.
+and choose between the module's output and the skip path. Under ``kv_policy="drop"`` the keys of skipped tokens are
+masked as well.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import torch
 
 
 class MaskedReference:
-    """A dense model with masks; ``weights[(layer, part)]`` are router weights ``[outputs, d]``."""
+    """A dense model with masks; ``weights[(layer, part)]`` are router weights ``[outputs, d]``.
 
-    def __init__(self, model, weights, parts, kv_policy="keep", threshold=0.5):
-        self.model, self.weights, self.parts = model, weights, parts
+    ``paths[(layer, part)]`` are skip paths ``(U, V, b)``; with them the first real token of a sequence always runs.
+    """
+
+    def __init__(self, model, weights, parts, kv_policy="keep", threshold=0.5, paths=None):
+        self.model, self.weights, self.parts, self.paths = model, weights, parts, paths or {}
         self.kv_policy, self.threshold = kv_policy, threshold
         self.held = {}
         self.real = None
@@ -30,15 +34,28 @@ class MaskedReference:
             return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
     def decide(self, layer, part, hidden):
-        """Bool ``[b, 1]`` or ``[b, t]``."""
+        """Bool ``[b, t]``."""
         score = torch.sigmoid(hidden.float() @ self.weights[layer, part].float().T)
         if self.parts[part] == "token":
-            return (score[..., 0] >= self.threshold) & self.real
+            keep = (score[..., 0] >= self.threshold) & self.real
+            return self.with_first(layer, part, keep)
         if (layer, part) not in self.held:
             total = (hidden.float() * self.real[..., None]).sum(1) / self.real.sum(1, keepdim=True)
             score = torch.sigmoid(total @ self.weights[layer, part].float().T)
             self.held[layer, part] = score >= self.threshold
-        return self.held[layer, part].expand(hidden.shape[:2])
+        return self.with_first(layer, part, self.held[layer, part].expand(hidden.shape[:2]))
+
+    def with_first(self, layer, part, keep):
+        """``keep``, and the first real token of each sequence where there is a skip path."""
+        first = self.real & (self.real.cumsum(1) == 1)
+        return keep | first if (layer, part) in self.paths else keep
+
+    def skipped(self, layer, part, hidden):
+        """``P(h)``."""
+        if (layer, part) not in self.paths:
+            return torch.zeros_like(hidden)
+        down, up, bias = self.paths[layer, part]
+        return hidden @ down @ up + bias
 
     @contextmanager
     def _hooks(self):
@@ -68,21 +85,24 @@ class MaskedReference:
 
         def attn_pre(module, args, kwargs):
             decision["m"] = self.decide(layer, part, kwargs["hidden_states"])
+            decision["P"] = self.skipped(layer, part, kwargs["hidden_states"])
             return args, drop_keys(decision["m"], kwargs)
 
         def attn_post(module, args, kwargs, output):
-            return (torch.where(decision["m"][..., None], output[0], 0.0), *output[1:])
+            return (torch.where(decision["m"][..., None], output[0], decision["P"]), *output[1:])
 
         def mlp_post(module, args, output):
-            return torch.where(self.decide(layer, part, args[0])[..., None], output, 0.0)
+            keep, hidden = self.decide(layer, part, args[0]), args[0]
+            return torch.where(keep[..., None], output, self.skipped(layer, part, hidden))
 
         def block_pre(module, args, kwargs):
             norm = getattr(block, "input_layernorm", None)
-            decision["m"] = self.decide(layer, part, args[0] if norm is None else norm(args[0]))
+            hidden = args[0] if norm is None else norm(args[0])
+            decision["m"], decision["P"] = self.decide(layer, part, hidden), self.skipped(layer, part, hidden)
             return args, drop_keys(decision["m"], kwargs)
 
         def block_post(module, args, kwargs, output):
-            return torch.where(decision["m"][..., None], output, args[0])
+            return torch.where(decision["m"][..., None], output, args[0] + decision["P"])
 
         def expert_pre(module, args):
             hidden, index, weight = args

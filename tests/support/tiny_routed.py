@@ -55,3 +55,18 @@ def split_inputs(model, seed: int = 0) -> None:
 def router_weights(model) -> dict:
     """``{(layer, part): weight}``, what the masked reference takes."""
     return {(m.mod_layer, m.mod_part): m.mod_router.weight.detach() for m in routed_modules(model).values()}
+
+
+@torch.no_grad()
+def random_skip_paths(model) -> dict:
+    """Fill the skip paths of a routed model; ``{(layer, part): (U, V, b)}``, what the masked reference takes."""
+    paths = {}
+    for module in routed_modules(model).values():
+        if module.mod_skip is not None:
+            path, generator = module.mod_skip, torch.Generator().manual_seed(module.mod_layer)
+            for parameter in path.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            width = len(path.bias)
+            down, up = (torch.zeros(1, width), torch.zeros(width, 1)) if path.down is None else (path.down, path.up)
+            paths[module.mod_layer, module.mod_part] = (down.T, up.T, path.bias)
+    return paths

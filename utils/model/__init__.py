@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from .cache_mod import kv_cache_bytes
 from .configuration_mod import GRANULARITIES, LlamaModConfig, MistralModConfig, ModConfig, Qwen2ModConfig
+from .fit import fit_skip_paths
 from .modeling_mod import LlamaModForCausalLM, MistralModForCausalLM, Qwen2ModForCausalLM
 from .recording import RoutingLog, force_routing, record_routing
 from .routing import is_routed, route, routed_modules, set_thresholds, unroute
@@ -29,6 +30,7 @@ __all__ = [
     "Qwen2ModConfig",
     "Qwen2ModForCausalLM",
     "RoutingLog",
+    "fit_skip_paths",
     "force_routing",
     "is_routed",
     "kv_cache_bytes",

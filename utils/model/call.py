@@ -22,20 +22,24 @@ class RoutingCall:
     Attributes:
         real: bool ``[b, t]``, true for tokens that are not padding; None when all are real.
         pool: bool ``[b, t]``, tokens that count in a sequence's pooled feature; None when all count.
+        first: bool ``[b, t]``, the first real token of each sequence, which runs where there is a skip path; or None.
         cache: the key/value cache, which also holds sequence-level decisions.
         past: tokens that the cache held before this pass.
         training: run every module densely and let the straight-through gradient pass.
         forced: decisions imposed by :func:`force_routing`.
         record: called as ``record(key, keep, logits, real)`` for each decision taken.
+        observe: called as ``observe(module, features, update, keep, call)`` by modules, which then run densely.
     """
 
     real: Tensor | None = None
     pool: Tensor | None = None
+    first: Tensor | None = None
     cache: Any = None
     past: int = 0
     training: bool = False
     forced: Forced | None = None
     record: Callable[..., None] | None = None
+    observe: Callable[..., None] | None = None
 
 
 _CURRENT: ContextVar[RoutingCall | None] = ContextVar("routing_call", default=None)

@@ -21,6 +21,7 @@ GRANULARITIES = (
 )
 POOLINGS = ("sequence", "prompt")
 KV_POLICIES = ("keep", "drop")
+SKIP_PATHS = ("zero", "mean", "low_rank")
 
 
 def parse_granularity(granularity: str) -> dict[str, str]:
@@ -73,6 +74,9 @@ class ModConfig:
         threshold: τ of ``m = 1[σ(W·h) ≥ τ]``: one number, or ``{"<layer>.<part>": τ}`` with one per router.
         router_pooling: at sequence level, mean over the whole ``sequence`` seen (published) or over the ``prompt``.
         kv_policy: at token level, whether a skipped token offers its key and value (``keep``) or not (``drop``).
+        skip: what a skipped row or token gets: ``zero`` (published), the ``mean`` of what the module gives, or a
+            ``low_rank`` affine map of its input (``skip_rank``). Except with ``zero``, the first token of a sequence
+            always runs. Single experts always leave zero.
         target_capacity, gradient_scale: ``target`` and ``λ`` of the training loss.
 
     Raises:
@@ -85,6 +89,8 @@ class ModConfig:
     threshold: float | dict[str, float] = 0.5
     router_pooling: str = "sequence"
     kv_policy: str = "keep"
+    skip: str = "zero"
+    skip_rank: int = 32
     target_capacity: float = 0.5
     gradient_scale: float = 0.0
 
@@ -97,6 +103,12 @@ class ModConfig:
             raise ValueError(f"router_pooling {self.router_pooling!r} is not one of {', '.join(POOLINGS)}")
         if self.kv_policy not in KV_POLICIES:
             raise ValueError(f"kv_policy {self.kv_policy!r} is not one of {', '.join(KV_POLICIES)}")
+        if self.skip not in SKIP_PATHS:
+            raise ValueError(f"skip {self.skip!r} is not one of {', '.join(SKIP_PATHS)}")
+        if type(self.skip_rank) is not int or self.skip_rank < 1:
+            raise ValueError(f"skip_rank {self.skip_rank!r} must be a whole number, 1 or more")
+        if self.skip != "zero" and set(self.parts) == {"expert"}:
+            raise ValueError(f"skip {self.skip!r}: single experts have no skip path; leave skip at 'zero'")
         if not (_is_number(self.target_capacity) and 0 <= self.target_capacity <= 1):
             raise ValueError(f"target_capacity {self.target_capacity!r} must lie in [0, 1]")
         if not (_is_number(self.gradient_scale) and math.isfinite(self.gradient_scale)):
@@ -153,6 +165,8 @@ class _ModFields:
     mod_threshold: float | dict[str, float] = 0.5
     mod_router_pooling: str = "sequence"
     mod_kv_policy: str = "keep"
+    mod_skip: str = "zero"
+    mod_skip_rank: int = 32
     mod_target_capacity: float = 0.5
     mod_gradient_scale: float = 0.0
     mod_padding_ids: list[int] | None = None

@@ -25,6 +25,8 @@ class ModPreTrained(RoutedCausalLM):
     def _init_weights(self, module: nn.Module) -> None:
         if getattr(module, "is_mod_router", False):
             module.weight.zero_()
+        elif getattr(module, "is_mod_skip", False):
+            module.mod_reset()
         else:
             super()._init_weights(module)
 

@@ -57,6 +57,12 @@ def pack(keep: Tensor, counts: list[int]) -> Packing:
     return Packing(row_list, rows, index, flat, keep[rows[:, None], index], kept)
 
 
+def singles(flat: Tensor, tokens: int) -> Packing:
+    """Packing of the tokens at flat indices ``row·tokens + position``, a packed row for each."""
+    rows = flat // tokens
+    return Packing(rows.tolist(), rows, (flat % tokens)[:, None], flat, None, [1] * flat.shape[0])
+
+
 def true_places(mask: Tensor, count: int) -> Tensor:
     """Flat indices, int64 ``[count]``, of the ``count`` true elements of ``mask``, in order, without a host sync."""
     return torch.nonzero_static(mask.flatten(), size=count)[:, 0]

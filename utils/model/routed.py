@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .call import RouterKey, RoutingCall, current_call, forced_decision
-from .router import ModRouter, pooled_mean, threshold_logit
+from .router import ModRouter, merge, pooled_mean, threshold_logit
+from .skip_path import SkipPath
 
 
 class Decision(NamedTuple):
@@ -22,13 +23,15 @@ class Routed:
     """Mixin in front of a module's own class; ``super().forward`` is the module itself.
 
     Attributes:
-        mod_router: its router. mod_layer: its decoder layer. mod_part: ``attn``, ``mlp``, ``block`` or ``expert``.
+        mod_router: its router. mod_skip: its skip path, None for the published zero.
+        mod_layer: its decoder layer. mod_part: ``attn``, ``mlp``, ``block`` or ``expert``.
         mod_level: ``sequence`` or ``token``. mod_logit: logit of its threshold. mod_kv_policy: ``keep`` or ``drop``.
         mod_key: the name of its router in a routing log.
     """
 
     mod_part: str
     mod_router: ModRouter
+    mod_skip: SkipPath | None
     mod_layer: int
     mod_level: str
     mod_logit: float
@@ -47,7 +50,7 @@ class Routed:
             ValueError: under reentrant checkpointing, which hides the routers of this pass from autograd.
         """
         call = current_call() or RoutingCall(training=self.training and torch.is_grad_enabled())
-        if call.training and not torch.is_grad_enabled():
+        if call.training and call.observe is None and not torch.is_grad_enabled():
             raise ValueError(
                 "routers get no gradient under reentrant gradient checkpointing: pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
@@ -57,8 +60,8 @@ class Routed:
     def mod_decide(self, hidden: Tensor, call: RoutingCall) -> Decision:
         """``m = 1[σ(W·h) ≥ τ]`` for ``hidden [b, t, d]``.
 
-        A sequence's decision is taken in the pass that fills its cache and held for the life of that cache. Padding
-        tokens are never kept at token level.
+        A sequence's decision is taken in the pass that fills its cache and held for the life of that cache. At token
+        level padding is never kept, and the first token of a sequence always where there is a skip path.
         """
         sequence = self.mod_level == "sequence"
         held = self._mod_held(call) if sequence else None
@@ -76,11 +79,43 @@ class Routed:
         if not sequence and call.real is not None:
             real = call.real.to(keep.device)
             keep = keep & real
+        if not sequence and self.mod_first(call) is not None:
+            keep = keep | call.first
+            if logits is not None and logits.requires_grad:  # no decision of the router's
+                logits = torch.where(call.first, logits.detach(), logits)
         if call.record is not None:
             call.record(self.mod_key, keep, logits, real)
         if sequence and call.cache is not None:
             call.cache.layers[self.mod_layer].mod_hold(self.mod_part, keep)
         return Decision(keep, logits)
+
+    def mod_first(self, call: RoutingCall) -> Tensor | None:
+        """Tokens ``[b, t]`` of this pass that run whatever the router says, or None."""
+        return None if self.mod_skip is None else call.first
+
+    def mod_skipped(self, features: Tensor, residual: Tensor | None = None) -> Tensor:
+        """What is skipped gets: ``P(h)`` or zeros, on top of ``residual`` for a block; a tensor of its own."""
+        if self.mod_skip is None:
+            return torch.zeros_like(features) if residual is None else residual.clone()
+        path = self.mod_skip(features)
+        return path if residual is None else residual + path
+
+    def mod_merge(
+        self,
+        decision: Decision,
+        features: Tensor,
+        executed: Tensor,
+        call: RoutingCall,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The output of a pass in which everything ran, ``[b, t, d]``, with the straight-through gradient."""
+        keep, logits = decision
+        if call.observe is not None:
+            call.observe(self, features, executed if residual is None else executed - residual, keep, call)
+        skipped, first = self.mod_skipped(features, residual), self.mod_first(call)
+        if first is not None:
+            skipped = torch.where(first[..., None], executed, skipped)
+        return merge(keep, executed, skipped, logits)
 
     def mod_kept_rows(self, keep: Tensor, call: RoutingCall) -> Tensor:
         """Row indices of a sequence-level decision."""

@@ -1,7 +1,7 @@
 """Attention and whole blocks: rows or tokens that are skipped cost no attention and, unless kept, no key and value.
 
 Both are the same mechanism (paper section 3.2): the module runs on what is kept and the rest of its output is the
-identity of the residual stream, i.e. zeros for an attention module and the input itself for a decoder layer.
+skip path ``P(h)``, zero in the published method; a decoder layer adds it to its input.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ from .call import RoutingCall
 from .key_views import AllKeys, KeptKeys, MergedKeys
 from .keys_values import project_kv, spared_weights
 from .packed_queries import ChunkedMask, PackedHidden
-from .packing import Packing, check_packable, flat_positions, pack, query_mask, select_rows, select_tokens, true_places
+from .packing import (
+    Packing,
+    check_packable,
+    flat_positions,
+    pack,
+    query_mask,
+    select_rows,
+    select_tokens,
+    singles,
+    true_places,
+)
 from .routed import Routed, row_counts
-from .router import merge
 
 
 class RoutedAttending(Routed):
@@ -31,8 +40,8 @@ class RoutedAttending(Routed):
         """Input of the router, and of the attention's projections."""
         raise NotImplementedError
 
-    def mod_residual(self, hidden_states: Tensor) -> Tensor:
-        """Output for what is skipped, in a tensor of its own."""
+    def mod_residual(self, hidden_states: Tensor) -> Tensor | None:
+        """The residual stream, where the module's output contains it."""
         raise NotImplementedError
 
     def mod_attention(self):
@@ -43,22 +52,25 @@ class RoutedAttending(Routed):
         """The routed module, ``[b, t, d] → [b, t, d]``."""
         call = self.mod_call()
         features = self.mod_features(hidden_states)
-        keep, logits = self.mod_decide(features, call)
+        decision = self.mod_decide(features, call)
+        keep = decision.keep
         if call.training:
             if self.mod_level == "token" and self.mod_kv_policy == "drop":
                 kwargs = {**kwargs, "attention_mask": self._mask_skipped_keys(keep, hidden_states, kwargs)}
             output = self.mod_run(hidden_states, kwargs)
-            return merge(keep, output, self.mod_residual(hidden_states), logits)
+            return self.mod_merge(decision, features, output, call, self.mod_residual(hidden_states))
         if self.mod_level == "sequence":
-            return self._run_rows(hidden_states, keep, kwargs, call)
+            return self._run_rows(hidden_states, features, keep, kwargs, call)
         counts = row_counts(keep, call.real)
         if self.mod_kv_policy == "keep":
             if counts is None:
                 return self.mod_run(hidden_states, kwargs)
             return self._run_tokens(hidden_states, features, keep, counts, kwargs)
-        return self._run_ragged(hidden_states, keep, counts, kwargs, call)
+        return self._run_ragged(hidden_states, features, keep, counts, kwargs, call)
 
-    def _run_rows(self, hidden_states: Tensor, keep: Tensor, kwargs: dict, call: RoutingCall) -> Tensor:
+    def _run_rows(
+        self, hidden_states: Tensor, features: Tensor, keep: Tensor, kwargs: dict, call: RoutingCall
+    ) -> Tensor:
         batch, tokens = hidden_states.shape[:2]
         layer = None if call.cache is None else call.cache.layers[self.mod_layer]
         if layer is not None and layer.mod_rows is None:
@@ -66,13 +78,24 @@ class RoutedAttending(Routed):
         rows = self.mod_kept_rows(keep, call)
         if rows.shape[0] == batch:
             return self.mod_run(hidden_states, kwargs)
-        residual = self.mod_residual(hidden_states)
-        if rows.shape[0] == 0:
-            if layer is not None:
-                layer.mod_advance(tokens)
-            return residual
-        output = self.mod_run(hidden_states.index_select(0, rows), select_rows(kwargs, rows, batch))
-        return residual.index_copy_(0, rows, output.to(residual.dtype))
+        output = self.mod_skipped(features, self.mod_residual(hidden_states))
+        if rows.shape[0]:
+            ran = self.mod_run(hidden_states.index_select(0, rows), select_rows(kwargs, rows, batch))
+            output.index_copy_(0, rows, ran.to(output.dtype))
+        elif layer is not None:
+            layer.mod_advance(tokens)
+        first = self.mod_first(call)
+        if first is not None:
+            self._run_first(hidden_states, output, first & ~keep[:, None], kwargs)
+        return output
+
+    def _run_first(self, hidden_states: Tensor, output: Tensor, alone: Tensor, kwargs: dict) -> None:
+        """Where ``alone [b, t]``, write into ``output``: each token as a sequence of its own that leaves no key."""
+        flat = alone.flatten().nonzero()[:, 0]
+        if flat.shape[0]:
+            packing = singles(flat, alone.shape[1])
+            inputs = {**select_tokens(kwargs, packing), "attention_mask": None, "past_key_values": None}
+            packing.put_(self.mod_run(packing.take(hidden_states), inputs), output)
 
     def _run_tokens(
         self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int], kwargs: dict
@@ -82,7 +105,7 @@ class RoutedAttending(Routed):
         if not any(counts):
             if cache is not None:
                 cache.update(*project_kv(attention, features, kwargs["position_embeddings"]), self.mod_layer)
-            return self.mod_residual(hidden_states)
+            return self.mod_skipped(features, self.mod_residual(hidden_states))
         check_packable(attention, self.mod_layer)
         spared = spared_weights(attention)
         if spared:  # first of all, while the features are at hand
@@ -99,7 +122,7 @@ class RoutedAttending(Routed):
         else:
             packed["past_key_values"] = self._merged_keys(features, keep, packing, kwargs)
             ran = self.mod_run(taken, packed)
-        output = self.mod_residual(hidden_states)
+        output = self.mod_skipped(features, self.mod_residual(hidden_states))
         packing.put_(ran, output)
         return output
 
@@ -119,7 +142,9 @@ class RoutedAttending(Routed):
         keys, values = project_kv(self.mod_attention(), chosen, positions)
         return MergedKeys(kwargs.get("past_key_values"), packing, keep.shape, skipped, keys[0], values[0])
 
-    def _run_ragged(self, hidden_states: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, call) -> Tensor:
+    def _run_ragged(
+        self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, call
+    ) -> Tensor:
         """Queries, keys and values of kept tokens only."""
         batch, tokens = keep.shape
         layer = None if call.cache is None else call.cache.layers[self.mod_layer]
@@ -127,7 +152,7 @@ class RoutedAttending(Routed):
             if layer is None:
                 return self.mod_run(hidden_states, kwargs)
             counts = keep.sum(1).tolist()
-        residual = self.mod_residual(hidden_states)
+        output = self.mod_skipped(features, self.mod_residual(hidden_states))
         view = KeptKeys(layer, call.past)
         if layer is not None:
             layer.mod_open_rows(batch, keep.device)
@@ -138,11 +163,11 @@ class RoutedAttending(Routed):
             mask = view.open(packing, kwargs.get("attention_mask"), tokens)
             packed["attention_mask"] = self._mask_type(mask, hidden_states)
             packed["past_key_values"] = view
-            packing.put_(self.mod_run(packing.take(hidden_states), packed), residual)
+            packing.put_(self.mod_run(packing.take(hidden_states), packed), output)
         if layer is not None:
             layer.mod_advance(tokens)
             layer.mod_trim()
-        return residual
+        return output
 
     def _mask_skipped_keys(self, keep: Tensor, hidden_states: Tensor, kwargs: dict) -> Tensor:
         """The module's mask without the keys of skipped tokens; a token always sees itself."""
@@ -170,12 +195,12 @@ class RoutedAttending(Routed):
 
 
 class RoutedAttention(RoutedAttending):
-    """An attention module that runs for kept sequences or tokens only; skipped ones get a zero update."""
+    """An attention module that runs for kept sequences or tokens only; skipped ones get the skip path, if any."""
 
     mod_part = "attn"
 
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
-        """``m·Attn(h)`` for ``hidden_states [b, t, d]``; attention weights are not returned."""
+        """``m·Attn(h) + (1−m)·P(h)`` for ``hidden_states [b, t, d]``; attention weights are not returned."""
         return self.mod_forward(hidden_states, kwargs), None
 
     def mod_run(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -184,8 +209,8 @@ class RoutedAttention(RoutedAttending):
     def mod_features(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
 
-    def mod_residual(self, hidden_states: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states)
+    def mod_residual(self, hidden_states: Tensor) -> None:
+        return None
 
     def mod_attention(self):
         return self

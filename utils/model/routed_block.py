@@ -43,12 +43,12 @@ class RoutedLayer(CarriesCall):
 
 
 class RoutedBlock(CarriesCall, RoutedAttending):
-    """A decoder layer that runs for kept sequences or tokens only; skipped ones pass through unchanged."""
+    """A decoder layer that runs for kept sequences or tokens only; to skipped ones it adds its skip path at most."""
 
     mod_part = "block"
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        """``x + m·F(x)`` for ``hidden_states [b, t, d]``."""
+        """``x + m·F(x) + (1−m)·P(h)`` for ``hidden_states [b, t, d]``."""
         return self.mod_forward(hidden_states, kwargs)
 
     def mod_run(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -59,7 +59,7 @@ class RoutedBlock(CarriesCall, RoutedAttending):
         return hidden_states if norm is None else norm(hidden_states)
 
     def mod_residual(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.clone()
+        return hidden_states
 
     def mod_attention(self):
         return self.self_attn

@@ -1,13 +1,11 @@
-"""Position-wise modules: run the kept rows or tokens, leave zeros (no update) for the others."""
+"""Position-wise modules: run the kept rows or tokens, the skip path (or no update at all) for the others."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .packing import true_places
 from .routed import Routed, row_counts
-from .router import merge
 
 
 class RoutedMLP(Routed):
@@ -16,18 +14,22 @@ class RoutedMLP(Routed):
     mod_part = "mlp"
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """``m·MLP(h)`` for ``hidden_states [b, t, d]``."""
+        """``m·MLP(h) + (1−m)·P(h)`` for ``hidden_states [b, t, d]``."""
         call = self.mod_call()
-        keep, logits = self.mod_decide(hidden_states, call)
+        decision = self.mod_decide(hidden_states, call)
+        keep = decision.keep
         if call.training:
             output = super().forward(hidden_states, *args, **kwargs)
-            return merge(keep, output, torch.zeros_like(output), logits)
-        if self.mod_level == "token":
+            return self.mod_merge(decision, hidden_states, output, call)
+        first = self.mod_first(call)
+        if self.mod_level == "sequence" and first is not None:  # a row that is skipped still runs its first token
+            keep = keep[:, None] | first
+        if keep.dim() == 2:
             counts = row_counts(keep, call.real)
             if counts is None:
                 return super().forward(hidden_states, *args, **kwargs)
             if not any(counts):
-                return torch.zeros_like(hidden_states)
+                return self.mod_skipped(hidden_states)
             flat = hidden_states.flatten(0, 1)
             index = true_places(keep, sum(counts))
             return self._run(flat, index, *args, **kwargs).view_as(hidden_states)
@@ -37,8 +39,8 @@ class RoutedMLP(Routed):
         return self._run(hidden_states, rows, *args, **kwargs)
 
     def _run(self, states: Tensor, index: Tensor, *args, **kwargs) -> Tensor:
-        """The module on ``states[index]``, zeros elsewhere; a flat list of tokens ``[n, d]`` runs as one row."""
-        output = torch.zeros_like(states)
+        """The module on ``states[index]``, the skip path elsewhere; a flat list of tokens ``[n, d]`` is one row."""
+        output = self.mod_skipped(states)
         if index.shape[0]:
             taken = states.index_select(0, index)
             done = super().forward(taken if states.dim() == 3 else taken[None], *args, **kwargs)

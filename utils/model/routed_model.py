@@ -22,6 +22,7 @@ from .routed_experts import RoutedExperts
 from .routed_mlp import RoutedMLP
 from .router import ModRouter
 from .seams import decoder_of, find_module, try_seams
+from .skip_path import SkipPath, first_tokens
 
 MIXINS: dict[str, type[Routed]] = {
     "attn": RoutedAttention,
@@ -38,6 +39,7 @@ class RoutedDecoder:
     mod_config: ModConfig
     mod_logs: list[RoutingLog] | tuple = ()
     mod_forced = None
+    mod_observer = None
 
     def forward(
         self,
@@ -60,7 +62,7 @@ class RoutedDecoder:
             ValueError: for inputs whose meaning routing cannot keep (a cache in training, packed sequences or custom
                 4-D masks at sequence level, requested attention weights).
         """
-        training = self.training and torch.is_grad_enabled()
+        training = (self.training and torch.is_grad_enabled()) or self.mod_observer is not None
         if kwargs.get("output_attentions"):
             raise ValueError("a routed model does not compute all attention weights: unroute(model) to inspect them")
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -78,16 +80,21 @@ class RoutedDecoder:
             past = int(past_key_values.get_seq_length())
         shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         real, pool = self._tokens(input_ids, attention_mask, position_ids, past, shape[1], sequence)
+        first = None
+        if self.mod_config.skip != "zero":
+            first = first_tokens(shape, attention_mask, position_ids, past, past_key_values, self.device)
         if past == 0 and sequence:
             pool = self._bounded(pool, shape, prompt_length, past_key_values)
         call = RoutingCall(
             real=real,
             pool=pool,
+            first=first,
             cache=past_key_values,
             past=past,
             training=training,
             forced=self.mod_forced,
             record=functools.partial(_record, self.mod_logs, set()) if self.mod_logs else None,
+            observe=self.mod_observer,
         )
         with routing_call(call):
             return super().forward(
@@ -243,6 +250,7 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
         mix_in(module, MIXINS[part])
         experts = module.num_experts if part == "expert" else 1
         module.mod_router = ModRouter(decoder.config.hidden_size, experts, device=_device_of(module))
+        module.mod_skip = skip_path(module, part, config, decoder.config.hidden_size, model.dtype)
         module.mod_layer, module.mod_level, module.mod_kv_policy = layer, parts[part], config.kv_policy
         module.mod_key = layer if len(parts) == 1 else (layer, part)
         module.mod_set_threshold(thresholds[layer, part])
@@ -253,6 +261,19 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
     mix_in(decoder, RoutedDecoder)
     decoder.mod_config = config
     config.write_to(model.config)
+
+
+def skip_path(
+    module: nn.Module, part: str, config: ModConfig, hidden_size: int, dtype: torch.dtype
+) -> SkipPath | None:
+    """The skip path that ``config`` asks for, at zero.
+
+    The experts of a layer have none: a token that one expert skips keeps its other experts' update, and a path for
+    each expert would be a large model fitted on few tokens.
+    """
+    if config.skip == "zero" or part == "expert":
+        return None
+    return SkipPath(hidden_size, config.skip_rank if config.skip == "low_rank" else 0, _device_of(module), dtype)
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -273,6 +294,7 @@ def uninstall(model: PreTrainedModel) -> None:
     for module in list(decoder.modules()):
         if isinstance(getattr(module, "mod_router", None), nn.Module):
             del module.mod_router
+            del module.mod_skip
             mix_out(module)
     for layer in decoder.mod_config.mod_layers:
         if hasattr(decoder.layers[layer], "mod_plain_class"):

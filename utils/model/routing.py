@@ -34,6 +34,8 @@ def route(
     threshold: float | dict[str, float] = 0.5,
     router_pooling: str = "sequence",
     kv_policy: str = "keep",
+    skip: str = "zero",
+    skip_rank: int = 32,
     target_capacity: float = 0.5,
     gradient_scale: float = 0.0,
 ) -> PreTrainedModel:
@@ -56,6 +58,8 @@ def route(
         threshold=threshold,
         router_pooling=router_pooling,
         kv_policy=kv_policy,
+        skip=skip,
+        skip_rank=skip_rank,
         target_capacity=target_capacity,
         gradient_scale=gradient_scale,
     )

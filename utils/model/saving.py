@@ -38,12 +38,27 @@ def router_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def router_state(model: nn.Module) -> dict[str, Tensor]:
-    """Router weights, float32 on the CPU, by their names in a checkpoint; sees through peft's wrappers."""
-    names, state = router_names(model), {}
+def router_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights of routers and skip paths, live, by their names in a checkpoint; sees through peft's wrappers."""
+    names, tensors = router_names(model), {}
     for key, module in routed_modules(model).items():
-        state[names[key]] = module.mod_router.weight.detach().float().cpu().contiguous()
-    return state
+        tensors[names[key]] = module.mod_router.weight
+        stem = names[key].removesuffix("mod_router.weight")
+        for name in ("bias", "down", "up"):
+            tensor = getattr(module.mod_skip, name, None)
+            if tensor is not None:
+                tensors[f"{stem}mod_skip.{name}"] = tensor
+    return tensors
+
+
+def router_state(model: nn.Module) -> dict[str, Tensor]:
+    """:func:`router_tensors` as they are saved: on the CPU, routers in float32, skip paths in their own type."""
+    return {name: _as_saved(name, tensor) for name, tensor in router_tensors(model).items()}
+
+
+def _as_saved(name: str, tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.float() if "mod_router" in name else tensor
 
 
 def save_routers(
@@ -55,17 +70,15 @@ def save_routers(
     """Write ``router.safetensors`` and ``router_config.json``; each file appears whole or not at all.
 
     Args:
-        state: the weights, where the caller has gathered them from shards; else they are read from the model.
+        state: weights that the caller has gathered from shards; what is not among them is read from the model.
         extra: further entries of the configuration (calibration, provenance), JSON-serialisable; ``base`` is the
             identity of the base, needed where the model's own weights lie in shards.
     """
     folder, extra = Path(folder), dict(extra or {})
-    state = (
-        router_state(model) if state is None else {k: v.detach().float().cpu().contiguous() for k, v in state.items()}
-    )
-    expected = set(router_names(model).values())
-    if set(state) != expected:
-        raise UserError(f"router weights {sorted(set(state) ^ expected)} do not belong to this model")
+    tensors, given = router_tensors(model), state or {}
+    if not set(given) <= set(tensors):
+        raise UserError(f"router weights {sorted(set(given) - set(tensors))} do not belong to this model")
+    state = {name: _as_saved(name, tensor) for name, tensor in {**tensors, **given}.items()}
     identity = extra.pop("base", None) or base_identity(model)
     config = {"format": FORMAT, **routed_base(model).mod_config.to_fields(), "base": identity, **extra}
     text = json.dumps(config, indent=2) + "\n"
@@ -104,27 +117,27 @@ def load_routers(model: PreTrainedModel, folder: str | os.PathLike, capacity: fl
             unroute(model)
         raise error if isinstance(error, UserError) else UserError(f"{folder / CONFIG_NAME}: {error}") from None
     with torch.no_grad():
-        for key, module in routed_modules(model).items():
-            module.mod_router.weight.copy_(weights[key])
+        for name, tensor in router_tensors(model).items():
+            tensor.copy_(weights[name])
     return model
 
 
 def _fitting(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The saved weights by router name; UserError unless they are exactly the model's, finite, and float."""
-    names = router_names(model)
-    if set(state) != set(names.values()):
-        odd = sorted(set(state) ^ set(names.values()))
+    """The saved weights; UserError unless they are exactly the model's, finite, and float."""
+    tensors = router_tensors(model)
+    if set(state) != set(tensors):
+        odd = sorted(set(state) ^ set(tensors))
         raise UserError(f"{path}: router weights do not match the routed layers: {', '.join(odd)[:300]}")
-    for key, module in routed_modules(model).items():
-        saved, shape = state[names[key]], tuple(module.mod_router.weight.shape)
+    for name, tensor in tensors.items():
+        saved, shape = state[name], tuple(tensor.shape)
         if tuple(saved.shape) != shape:
             raise UserError(
-                f"{path}: {names[key]} has shape {tuple(saved.shape)}, the model needs {shape}: these routers belong "
+                f"{path}: {name} has shape {tuple(saved.shape)}, the model needs {shape}: these routers belong "
                 "to another base"
             )
         if not saved.is_floating_point() or not bool(torch.isfinite(saved).all()):
-            raise UserError(f"{path}: {names[key]} holds values that are no finite floats; save it anew")
-    return {key: state[name] for key, name in names.items()}
+            raise UserError(f"{path}: {name} holds values that are no finite floats; save it anew")
+    return state
 
 
 def read_router_config(folder: Path) -> dict[str, Any]:
@@ -185,7 +198,7 @@ def _routing_of(config: dict[str, Any], folder: Path) -> ModConfig:
 
 def _check_routing(model: nn.Module, saved: ModConfig, folder: Path) -> None:
     here = routed_base(model).mod_config
-    for name in ("mod_layers", "granularity", "kv_policy", "router_pooling"):
+    for name in ("mod_layers", "granularity", "kv_policy", "router_pooling", "skip", "skip_rank"):
         if getattr(here, name) != getattr(saved, name):
             raise UserError(
                 f"{folder / CONFIG_NAME}: {name} is {getattr(saved, name)!r} there and {getattr(here, name)!r} on the "

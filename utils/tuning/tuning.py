@@ -264,7 +264,9 @@ def missed_target(reached: float, target: float, recipe: str) -> str:
 def write_trained(job: TuningJob, tuned: TunedRun, weights: dict[str, torch.Tensor]) -> None:
     """Routers always; the adapter, or the whole model, where it trained."""
     model = tuned.trainer.accelerator.unwrap_model(tuned.trainer.model, keep_fp32_wrapper=False)
-    routers = {_router_name(name): value for name, value in weights.items() if "mod_router" in name}
+    routers = {
+        _router_name(name): value for name, value in weights.items() if "mod_router" in name or "mod_skip" in name
+    }
     save_routers(model, job.output, state=routers, extra={**tuned.extra, "base": job.base_identity})
     (job.output / TEMPLATE).write_text(job.tokenizer.chat_template, encoding="utf-8")
     if isinstance(model, PeftModel):
