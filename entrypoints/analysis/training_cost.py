@@ -18,7 +18,7 @@ from router_tuning.evaluation.models import default_device, load_dense
 from router_tuning.evaluation.output import write_json
 from router_tuning.evaluation.tables import Table
 from router_tuning.experiments.cost import MODES, measure_steps
-from router_tuning.model import route
+from router_tuning.model import ModConfig, route
 from router_tuning.provenance import provenance
 from router_tuning.tuning.arguments import ROOT
 
@@ -75,7 +75,7 @@ def main() -> None:
     found = measure_steps(lambda: build(args), batch, args.rounds)
     shape = {
         "layers": model.config.num_hidden_layers,
-        "routed": len(model.config.mod_layers),
+        "routed": len(ModConfig.read_from(model.config).layers),
         "hidden": model.config.hidden_size,
         "granularity": args.granularity,
         "batch": [args.batch_size, args.length],

@@ -42,9 +42,7 @@ def test_rows_hold_reached_capacity_work_and_memory(phase, granularity):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_ideal_does_exactly_the_work_that_skipping_leaves(granularity):
     dense = tiny_model()
-    parts = ModConfig(mod_layers=[0], granularity=granularity).parts
-    keys_only = (parts.get("attn") or parts.get("block")) == "token"
-    floor = reduced(dense, parts, LAYERS, keys_only)
+    floor = reduced(dense, ModConfig(mod_layers=LAYERS, granularity=granularity))
     routed = route(tiny_model(), mod_layers=LAYERS, granularity=granularity)
     inputs = {"input_ids": torch.randint(3, 61, (2, 8))}
     with force_routing(routed, False):

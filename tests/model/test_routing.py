@@ -7,9 +7,20 @@ import copy
 import pytest
 import torch
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
-from tiny_routed import CASES, LAYERS, routed_model
+from tiny_routed import CASES, LAYERS, random_skip_paths, routed_model, split_inputs
+from transformers import AutoModelForCausalLM
 
-from router_tuning.model import GRANULARITIES, force_routing, is_routed, route, routed_modules, unroute
+from router_tuning.model import (
+    GRANULARITIES,
+    force_routing,
+    is_routed,
+    load_routers,
+    route,
+    routed_modules,
+    save_routers,
+    set_thresholds,
+    unroute,
+)
 from router_tuning.model.configuration_mod import parse_granularity, select_layers
 
 WHERE = {"attn": "self_attn.", "mlp": "mlp.", "block": "", "expert": "mlp.experts."}
@@ -35,6 +46,63 @@ def test_mod_layers_override_mod_n():
     model = route(tiny_model(), mod_n=1, mod_layers=[4, 0])
     assert [key.split(".")[0] for key in routed_modules(model)] == ["0", "4"]
     assert model.config.mod_layers == [0, 4]
+
+
+BY_PART = {"attn": [0, 3], "mlp": [1, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("granularity", "policy"),
+    [("attn_token+mlp_token", "keep"), ("attn_token+mlp_sequence", "drop"), ("attn_sequence+mlp_token", "keep")],
+)
+def test_parts_may_be_routed_in_layers_of_their_own(granularity, policy, tmp_path):
+    """Everything that reads the layers copes: caches, saving, forcing, thresholds, and the way back."""
+    dense = tiny_model()
+    model = route(copy.deepcopy(dense), mod_layers=BY_PART, granularity=granularity, kv_policy=policy, skip="low_rank")
+    names = ["0.attn", "1.mlp", "3.attn", "3.mlp", "4.mlp"]
+    assert list(routed_modules(model)) == names
+    split_inputs(model)
+    random_skip_paths(model)
+    ids, mask = random_batch(padding="left")
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    cached = model(ids[:, :8], attention_mask=mask[:, :8])
+    if "sequence" not in granularity:
+        rest = model(ids[:, 8:], attention_mask=mask, past_key_values=cached.past_key_values).logits
+        assert torch.allclose(rest, whole[:, 8:], atol=1e-5)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, num_beams=2)
+    assert out.shape == (3, 16)
+    with force_routing(model, {(0, "attn"): True, (1, "mlp"): True, 3: True, (4, "mlp"): True}):
+        difference = model(ids, attention_mask=mask).logits - dense(ids, attention_mask=mask).logits
+        assert difference[mask.bool()].abs().max() < 1e-5
+    with pytest.raises(ValueError, match="names no router: .0, 'mlp'"), force_routing(model, {(0, "mlp"): True}):
+        pass
+    save_routers(model, tmp_path)
+    set_thresholds(model, dict.fromkeys(names, 0.4))
+    again = load_routers(copy.deepcopy(dense), tmp_path)
+    assert again.config.mod_layers == BY_PART and list(routed_modules(again)) == names
+    assert torch.equal(again(ids, attention_mask=mask, use_cache=False).logits, whole)
+    model.save_pretrained(tmp_path / "whole")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert loaded.config.mod_layers == BY_PART and list(routed_modules(loaded)) == names
+    assert not any("mod_" in name for name in unroute(model).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"attn": [1]}, "mod_layers names attn; the granularity routes attn, mlp"),
+        ({"attn": [1], "mlp": [9]}, "mod_layers .9. must be distinct indices in 0…4"),
+        ({"attn": [1], "mlp": []}, "mod_layers .. must be distinct"),
+    ],
+)
+def test_impossible_layers_by_part_are_refused(layers, message):
+    with pytest.raises(ValueError, match=message):
+        route(tiny_model(), mod_layers=layers, granularity="attn_token+mlp_token")
+
+
+def test_equal_layers_by_part_are_one_list():
+    model = route(tiny_model(), mod_layers={"mlp": [1, 2], "attn": [2, 1]}, granularity="attn_token+mlp_token")
+    assert model.config.mod_layers == [1, 2]
 
 
 @pytest.mark.parametrize("n", [5, 6, 0, -1])

@@ -82,7 +82,9 @@ def _front_matter(name: str) -> str:
 
 
 def _method(name: str, routing: dict[str, Any]) -> str:
-    layers = ", ".join(map(str, routing["mod_layers"]))
+    listed = routing["mod_layers"]
+    listed = listed if isinstance(listed, dict) else {"": listed}
+    layers = "; ".join(f"{part} {', '.join(map(str, layers))}".strip() for part, layers in listed.items())
     return (
         f"The weights are those of `{name}`, unchanged. Routers on layers {layers} "
         f"(`{routing['mod_granularity']}`, pooling `{routing['mod_router_pooling']}`) decide per input which modules "

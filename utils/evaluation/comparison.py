@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from router_tuning.evaluation.cost import count_flops, measure_cost
 from router_tuning.evaluation.harness import evaluate
 from router_tuning.evaluation.static_drop import StaticDrop, best_static
-from router_tuning.model import force_routing
+from router_tuning.model import ModConfig, force_routing
 
 Batch = dict[str, Tensor]
 
@@ -91,7 +91,7 @@ def static_name(mask: StaticDrop) -> str:
 
 
 def _routed_layers(model: PreTrainedModel) -> list[int]:
-    return list(model.config.mod_layers)
+    return ModConfig.read_from(model.config).layers
 
 
 def _score(

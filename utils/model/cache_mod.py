@@ -7,6 +7,7 @@ logical, i.e. they count skipped tokens too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -216,35 +217,35 @@ class RaggedCacheLayer(HeldDecisions):
 _ADOPTED: dict[tuple[type, type], type] = {}
 
 
-def adopt_layers(cache: Any, layers: list[int], mixin: type[HeldDecisions] | None) -> None:
-    """Make the cache's ``layers`` routed ones; swaps their class at the first call.
+def adopt_layers(cache: Any, plan: Mapping[int, type[HeldDecisions] | None]) -> None:
+    """Make layers of the cache routed ones; swaps their class at the first call.
 
     Args:
-        mixin: what they become; None leaves them plain and only checks them.
+        plan: what each becomes; None leaves it plain and only checks it.
 
     Raises:
         ValueError: for a cache whose layers are not the dynamic ones, or that another routing (or none) has filled.
     """
-    if getattr(cache, "mod_adopted", None) == (mixin, layers):
+    if not plan or getattr(cache, "mod_adopted", None) == plan:
         return
+    deepest = max(plan)
     if not isinstance(cache, Cache):
         raise ValueError(f"past_key_values must be a DynamicCache, not a {type(cache).__name__}")
-    while len(cache.layers) <= layers[-1] and cache.layer_class_to_replicate is not None:
+    while len(cache.layers) <= deepest and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    if len(cache.layers) <= layers[-1]:
-        raise ValueError(f"layer {layers[-1]}: this cache has {len(cache.layers)} layers; make one for this model")
-    routed = set(layers)
+    if len(cache.layers) <= deepest:
+        raise ValueError(f"layer {deepest}: this cache has {len(cache.layers)} layers; make one for this model")
     for index, stored in enumerate(cache.layers):
-        wanted = mixin if index in routed else None
+        wanted = plan.get(index)
         if isinstance(stored, HeldDecisions) and (wanted is None or not isinstance(stored, wanted)):
             if stored.get_seq_length() > 0:
                 raise ValueError(
                     f"layer {index}: this cache was filled under another routing; start from an empty one"
                 )
             stored.__class__ = type(stored).mod_plain_class
-    for index in layers:
+    for index, mixin in plan.items():
         _adopt(cache.layers[index], index, mixin)
-    cache.mod_adopted = (mixin, list(layers))  # decoding asks at every token
+    cache.mod_adopted = dict(plan)  # decoding asks at every token
 
 
 def _adopt(stored: Any, index: int, mixin: type[HeldDecisions] | None) -> None:

@@ -19,6 +19,7 @@ GRANULARITIES = (
     "block_token",
     "expert_token",
 )
+Layers = list[int] | Mapping[str, list[int]]
 POOLINGS = ("sequence", "prompt")
 KV_POLICIES = ("keep", "drop")
 SKIP_PATHS = ("zero", "mean", "low_rank")
@@ -48,8 +49,18 @@ def _parts_of(granularity: str) -> Mapping[str, str]:
     return parts
 
 
-def select_layers(num_layers: int, mod_n: int | None, mod_layers: list[int] | None) -> list[int]:
-    """The routed layers: an explicit list, or the deepest ``mod_n`` layers except the last, ``L-1-n … L-2``."""
+def select_layers(
+    num_layers: int, mod_n: int | None, mod_layers: Layers | None, parts: Iterable[str] = ()
+) -> list[int] | dict[str, list[int]]:
+    """The routed layers: those listed, for each part where parts differ, or the deepest ``mod_n`` except the last."""
+    if isinstance(mod_layers, Mapping):
+        if set(mod_layers) != set(parts):
+            raise ValueError(
+                f"mod_layers names {', '.join(map(str, mod_layers))}; the granularity routes {', '.join(parts)}"
+            )
+        by_part = {part: select_layers(num_layers, None, mod_layers[part]) for part in parts}
+        first, *others = by_part.values()
+        return by_part if any(layers != first for layers in others) else first
     if mod_layers is not None:
         whole = isinstance(mod_layers, Iterable) and all(type(layer) is int for layer in mod_layers)
         layers = sorted(mod_layers) if whole else []
@@ -69,7 +80,7 @@ class ModConfig:
 
     Args:
         mod_n: how many layers are routed, counted from the deepest but one (``mindskip_n`` is its published alias).
-        mod_layers: the routed layers by index; overrides ``mod_n``.
+        mod_layers: the routed layers by index, or ``{part: indices}`` where parts differ; overrides ``mod_n``.
         granularity: one of :data:`GRANULARITIES`, or several joined with ``+`` (a router each).
         threshold: τ of ``m = 1[σ(W·h) ≥ τ]``: one number, or ``{"<layer>.<part>": τ}`` with one per router.
         router_pooling: at sequence level, mean over the whole ``sequence`` seen (published) or over the ``prompt``.
@@ -84,7 +95,7 @@ class ModConfig:
     """
 
     mod_n: int | None = None
-    mod_layers: list[int] | None = None
+    mod_layers: Layers | None = None
     granularity: str = "attn_sequence"
     threshold: float | dict[str, float] = 0.5
     router_pooling: str = "sequence"
@@ -118,6 +129,22 @@ class ModConfig:
     def parts(self) -> Mapping[str, str]:
         """``{part: level}`` of the granularity."""
         return _parts_of(self.granularity)
+
+    def layers_of(self, part: str) -> list[int]:
+        """The layers in which ``part`` is routed, once they are selected."""
+        return self.mod_layers[part] if isinstance(self.mod_layers, Mapping) else self.mod_layers
+
+    @property
+    def targets(self) -> list[tuple[int, str]]:
+        """``(layer, part)`` of every router, shallowest first."""
+        return sorted(
+            ((layer, part) for part in self.parts for layer in self.layers_of(part)), key=lambda target: target[0]
+        )
+
+    @property
+    def layers(self) -> list[int]:
+        """Every layer that has a router."""
+        return sorted({layer for layer, _ in self.targets})
 
     def thresholds(self, routers: list[tuple[int, str]]) -> dict[tuple[int, str], float]:
         """τ of each router ``(layer, part)``; ValueError unless a mapping names exactly these routers."""
@@ -160,7 +187,7 @@ def _field_name(name: str) -> str:
 class _ModFields:
     """Defaults of the routing fields for the named config classes; a config without ``mod_layers`` is dense."""
 
-    mod_layers: list[int] | None = None
+    mod_layers: Layers | None = None
     mod_granularity: str = "attn_sequence"
     mod_threshold: float | dict[str, float] = 0.5
     mod_router_pooling: str = "sequence"

@@ -127,13 +127,11 @@ def force_routing(model: nn.Module, keep: Forced) -> Iterator[None]:
     """
     base = routed_base(model)
     if isinstance(keep, Mapping):
-        layers, parts = base.mod_config.mod_layers, base.mod_config.parts
-        known = {*layers, *((layer, part) for layer in layers for part in parts)}
-        odd = [key for key in keep if key not in known]
+        config = base.mod_config
+        odd = [key for key in keep if key not in {*config.layers, *config.targets}]
         if odd:
-            raise ValueError(
-                f"forced mask names no router: {odd[0]!r}; routed are {', '.join(parts)} of layers {layers}"
-            )
+            routed = ", ".join(f"{part} of layers {config.layers_of(part)}" for part in config.parts)
+            raise ValueError(f"forced mask names no router: {odd[0]!r}; routed are {routed}")
     before = getattr(base, "mod_forced", None)
     base.mod_forced = keep
     try:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from .cache_mod import RaggedCacheLayer, RowCacheLayer, adopt_layers
+from .cache_mod import HeldDecisions, RaggedCacheLayer, RowCacheLayer, adopt_layers
 from .call import RouterKey, RoutingCall, routing_call
 from .configuration_mod import ModConfig, select_layers
 from .mixing import check_forward, mix_in, mix_out
@@ -37,6 +36,7 @@ class RoutedDecoder:
 
     is_routed_decoder = True
     mod_config: ModConfig
+    mod_cache_plan: dict[int, type[HeldDecisions] | None]
     mod_logs: list[RoutingLog] | tuple = ()
     mod_forced = None
     mod_observer = None
@@ -72,11 +72,10 @@ class RoutedDecoder:
             use_cache = False
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        parts = self.mod_config.parts
-        sequence = "sequence" in parts.values()
+        sequence = "sequence" in self.mod_config.parts.values()
         past = 0
         if past_key_values is not None:
-            self._adopt(past_key_values, parts, sequence)
+            adopt_layers(past_key_values, self.mod_cache_plan)
             past = int(past_key_values.get_seq_length())
         shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         real, pool = self._tokens(input_ids, attention_mask, position_ids, past, shape[1], sequence)
@@ -106,15 +105,6 @@ class RoutedDecoder:
                 use_cache=use_cache,
                 **kwargs,
             )
-
-    def _adopt(self, cache: Any, parts: Mapping[str, str], sequence: bool) -> None:
-        attends = parts.get("attn") or parts.get("block")
-        if attends == "token" and self.mod_config.kv_policy == "drop":
-            adopt_layers(cache, self.mod_config.mod_layers, RaggedCacheLayer)
-        elif sequence:
-            adopt_layers(cache, self.mod_config.mod_layers, RowCacheLayer)
-        elif attends:
-            adopt_layers(cache, self.mod_config.mod_layers, None)
 
     def _tokens(self, input_ids, attention_mask, position_ids, past, tokens, sequence):
         """``real`` and ``pool`` of the pass, bool ``[b, t]`` or None (all)."""
@@ -235,16 +225,14 @@ def prompt_length_from(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
 def install(model: PreTrainedModel, config: ModConfig) -> None:
     """Route ``model`` in place as ``config`` says; routers start at zero (everything runs at τ ≤ 0.5)."""
     decoder = decoder_of(model)
-    config.mod_layers = select_layers(len(decoder.layers), config.mod_n, config.mod_layers)
     parts = config.parts
+    config.mod_layers = select_layers(len(decoder.layers), config.mod_n, config.mod_layers, parts)
     targets = {
-        (layer, part): find_module(model, layer, part, config.kv_policy, level)
-        for layer in config.mod_layers
-        for part, level in parts.items()
+        (layer, part): find_module(model, layer, part, config.kv_policy, parts[part]) for layer, part in config.targets
     }
     try_seams(model, targets, config)
     thresholds = config.thresholds(list(targets))
-    for module in (model, decoder, *(decoder.layers[layer] for layer in config.mod_layers), *targets.values()):
+    for module in (model, decoder, *(decoder.layers[layer] for layer in config.layers), *targets.values()):
         check_forward(module)
     for (layer, part), module in targets.items():
         mix_in(module, MIXINS[part])
@@ -256,11 +244,25 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
         module.mod_set_threshold(thresholds[layer, part])
         module.train(module.training)
     if "block" not in parts:
-        for layer in config.mod_layers:
+        for layer in config.layers:
             mix_in(decoder.layers[layer], RoutedLayer)
     mix_in(decoder, RoutedDecoder)
-    decoder.mod_config = config
+    decoder.mod_config, decoder.mod_cache_plan = config, _cache_plan(config)
     config.write_to(model.config)
+
+
+def _cache_plan(config: ModConfig) -> dict[int, type[HeldDecisions] | None]:
+    """What the cache's layers become; None for one that stays plain but must be of a kind that routing can fill."""
+    plan: dict[int, type[HeldDecisions] | None] = {}
+    for layer, part in config.targets:
+        attends, level = part in ("attn", "block"), config.parts[part]
+        if attends and level == "token" and config.kv_policy == "drop":
+            plan[layer] = RaggedCacheLayer
+        elif level == "sequence" and plan.get(layer) is None:
+            plan[layer] = RowCacheLayer
+        elif attends:
+            plan.setdefault(layer)
+    return plan
 
 
 def skip_path(
@@ -296,7 +298,7 @@ def uninstall(model: PreTrainedModel) -> None:
             del module.mod_router
             del module.mod_skip
             mix_out(module)
-    for layer in decoder.mod_config.mod_layers:
+    for layer in decoder.mod_config.layers:
         if hasattr(decoder.layers[layer], "mod_plain_class"):
             mix_out(decoder.layers[layer])
     mix_out(decoder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
-from .configuration_mod import LlamaModConfig, MistralModConfig, ModConfig, Qwen2ModConfig
+from .configuration_mod import Layers, LlamaModConfig, MistralModConfig, ModConfig, Qwen2ModConfig
 from .mixing import check_forward, mix_in, mix_out, swap_class
 from .modeling_mod import LlamaModForCausalLM, MistralModForCausalLM, Qwen2ModForCausalLM
 from .recording import routed_base
@@ -29,7 +29,7 @@ def route(
     model: PreTrainedModel,
     mod_n: int | None = None,
     *,
-    mod_layers: list[int] | None = None,
+    mod_layers: Layers | None = None,
     granularity: str = "attn_sequence",
     threshold: float | dict[str, float] = 0.5,
     router_pooling: str = "sequence",

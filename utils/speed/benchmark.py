@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from router_tuning.data.pages import return_freed_pages
 from router_tuning.evaluation.cost import count_flops
 from router_tuning.model import ModConfig, force_routing, kv_cache_bytes, record_routing, route
+from router_tuning.model.configuration_mod import Layers
 from router_tuning.speed.ideal import reduced, shared_copy
 
 
@@ -35,11 +36,16 @@ class Setting:
     length: int
     granularity: str
     kv_policy: str
-    mod_layers: list[int]
+    mod_layers: Layers
     capacities: list[float | None]
     repeats: int
     builds: int = 1
     seed: int = 0
+
+    @property
+    def routing(self) -> ModConfig:
+        """What is routed."""
+        return ModConfig(mod_layers=self.mod_layers, granularity=self.granularity, kv_policy=self.kv_policy)
 
     @property
     def stretches(self) -> list[int]:
@@ -56,19 +62,17 @@ def forced_mask(setting: Setting, capacity: float) -> dict[Any, Tensor]:
     """
     generator = torch.Generator().manual_seed(setting.seed)
     masks = {}
-    parts = ModConfig(mod_layers=[0], granularity=setting.granularity).parts
     carried = 0.0
-    for layer in setting.mod_layers:
-        for part in parts:
-            if parts[part] == "sequence":
-                carried += capacity * setting.batch
-                count = int(carried + 1e-6)
-                carried -= count
-                mask = torch.zeros(setting.batch, dtype=torch.bool)
-                mask[torch.randperm(setting.batch, generator=generator)[:count]] = True
-            else:
-                mask = torch.cat([_kept(setting.batch, n, capacity, generator) for n in setting.stretches], dim=1)
-            masks[layer, part] = mask
+    for layer, part in setting.routing.targets:
+        if setting.routing.parts[part] == "sequence":
+            carried += capacity * setting.batch
+            count = int(carried + 1e-6)
+            carried -= count
+            mask = torch.zeros(setting.batch, dtype=torch.bool)
+            mask[torch.randperm(setting.batch, generator=generator)[:count]] = True
+        else:
+            mask = torch.cat([_kept(setting.batch, n, capacity, generator) for n in setting.stretches], dim=1)
+        masks[layer, part] = mask
     return masks
 
 
@@ -183,7 +187,6 @@ class _Variant:
 
 def _variants(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel | None, ids: Tensor) -> list[_Variant]:
     """Dense, its ideal, and the routed model at each capacity."""
-    parts = ModConfig(mod_layers=[0], granularity=setting.granularity).parts
     if routed is None:
         routed = route(
             shared_copy(dense),
@@ -191,8 +194,7 @@ def _variants(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel 
             granularity=setting.granularity,
             kv_policy=setting.kv_policy,
         )
-    keys_only = setting.kv_policy == "keep" and (parts.get("attn") or parts.get("block")) == "token"
-    floor = reduced(dense, parts, setting.mod_layers, keys_only)
+    floor = reduced(dense, setting.routing)
     variants = [_Variant(dense, ids, setting), _Variant(floor, ids, setting)]
     for capacity in setting.capacities:
         masks = {} if capacity is None else forced_mask(setting, capacity)

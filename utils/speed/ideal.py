@@ -7,11 +7,11 @@ keys and values (the part that ``kv_policy="keep"`` cannot skip).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from router_tuning.model import ModConfig
 from router_tuning.model.keys_values import project_kv
 
 
@@ -61,15 +61,15 @@ def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
-def reduced(dense: PreTrainedModel, parts: Mapping[str, str], layers: list[int], keys_only: bool) -> PreTrainedModel:
-    """The dense model without the routed modules, or with what ``keep`` leaves of them."""
+def reduced(dense: PreTrainedModel, routing: ModConfig) -> PreTrainedModel:
+    """The dense model without the modules that ``routing`` names, or with what ``keep`` leaves of them."""
     model = shared_copy(dense)
-    for index in layers:
-        layer = model.model.layers[index]
-        if "block" in parts:
+    for index, part in routing.targets:
+        layer, keys_only = model.model.layers[index], routing.kv_policy == "keep" and routing.parts[part] == "token"
+        if part == "block":
             model.model.layers[index] = _IdleLayer(layer, keys_only)
-        if "attn" in parts:
+        if part == "attn":
             layer.self_attn = _KeysOnly(layer.self_attn) if keys_only else _NoUpdate(pair=True)
-        if "mlp" in parts:
+        if part == "mlp":
             layer.mlp = _NoUpdate(pair=False)
     return model

@@ -63,7 +63,8 @@ class RoutingArguments:
 
     mod_n: int | None = field(default=None, metadata={"help": "routed layers, deepest but one; default: half"})
     mod_layers: str | None = field(
-        default=None, metadata={"help": "routed layers by index, as 4,6,8; overrides mod_n"}
+        default=None,
+        metadata={"help": "routed layers by index, as 4,6,8 or attn:4,6+mlp:7,8; overrides mod_n"},
     )
     granularity: str = field(default="attn_sequence", metadata={"help": "what a router decides on; combine with +"})
     threshold: float = field(default=0.5, metadata={"help": "τ of the decision score ≥ τ"})
@@ -84,9 +85,14 @@ class RoutingArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
     lora_target_modules: str = field(default="all-linear", metadata={"help": "comma-separated names, or all-linear"})
 
-    def layers(self) -> list[int] | None:
-        """``mod_layers`` as numbers."""
-        return None if self.mod_layers is None else [int(part) for part in self.mod_layers.split(",")]
+    def layers(self) -> list[int] | dict[str, list[int]] | None:
+        """``mod_layers`` as numbers, by part where it names parts."""
+        if self.mod_layers is None:
+            return None
+        if ":" not in self.mod_layers:
+            return [int(layer) for layer in self.mod_layers.split(",")]
+        named = (part.split(":") for part in self.mod_layers.split("+"))
+        return {part: [int(layer) for layer in layers.split(",")] for part, layers in named}
 
     def config(self) -> ModConfig:
         """The checked routing configuration; ValueError names the field, the value and the fix."""
@@ -112,7 +118,7 @@ class RoutingArguments:
         try:
             self.layers()
         except ValueError:
-            found.append(f"--mod_layers {self.mod_layers}: write indices with commas, as 4,6,8")
+            found.append(f"--mod_layers {self.mod_layers}: write indices as 4,6,8, or as attn:4,6+mlp:7,8 by part")
         for name in ("granularity", "threshold", "router_pooling", "kv_policy", "target_capacity"):
             try:
                 ModConfig(**{name: getattr(self, name)})

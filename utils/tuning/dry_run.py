@@ -33,7 +33,7 @@ def dry_run(command: Command) -> str:
         autocast=training.bf16,
         checkpointing=bool(training.activation_checkpointing),
     )
-    layers = routing.mod_layers or f"the deepest {routed.mod_n} of {config.num_hidden_layers} but the last"
+    layers = routed.mod_layers or f"the deepest {routed.mod_n} of {config.num_hidden_layers} but the last"
     lines = [
         f"base         {command.model.name}: {memory.parameters / 1e9:.3f} B parameters in {command.model.dtype}",
         f"routing      {routing.granularity} on {layers}",

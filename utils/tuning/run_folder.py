@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ RESULTS = (
 def default_folder(command: Command) -> Path:
     """``trained_models/<base>/<data>/<knobs>``; every knob that changes the result and is often changed is named."""
     model, routing, data, training = command.model, command.routing, command.data, command.training
-    layers = f"layers{routing.mod_layers.replace(',', '-')}" if routing.mod_layers else f"mod_n{routing.mod_n}"
+    layers = f"layers{re.sub('[,:+]', '-', routing.mod_layers)}" if routing.mod_layers else f"mod_n{routing.mod_n}"
     samples = data.max_train_samples or "all"
     knobs = [
         routing.granularity,

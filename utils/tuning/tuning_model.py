@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig, load_routers, route
+from router_tuning.model.configuration_mod import select_layers
 from router_tuning.model.saving import base_identity
 from router_tuning.tuning.arguments import ROOT, ModelArguments, RoutingArguments
 
@@ -85,11 +86,11 @@ def routing_of(config: PretrainedConfig, routing: RoutingArguments) -> ModConfig
         routing.mod_n = layers // 2
     if routing.mod_layers is None and not 1 <= routing.mod_n < layers:
         raise UserError(f"--mod_n {routing.mod_n} must lie in 1…{layers - 1}: the base has {layers} layers")
-    listed = routing.layers() or []
-    if any(not 0 <= layer < layers for layer in listed):
-        raise UserError(f"--mod_layers {routing.mod_layers} must lie in 0…{layers - 1}: the base has {layers} layers")
     try:
-        return routing.config()
+        config = routing.config()
+        if routing.mod_layers is not None:
+            config.mod_layers = select_layers(layers, None, config.mod_layers, config.parts)
+        return config
     except ValueError as error:
         raise UserError(f"--{error}") from None
 
