@@ -9,15 +9,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.output import write_json
+from router_tuning.model import ModConfig
+from router_tuning.model.configuration_mod import select_layers
 from router_tuning.speed.limits import ACCELERATORS, GRANULARITIES, Workload, limit, limits_table
-from router_tuning.tuning.arguments import ROOT
+from router_tuning.speed.shapes import BASES, shape_config
 
-FOLDERS = ("llama3-8b-mod", "mistral-7b-mod", "qwen-2.5-7b-mod")
-PREFILL, PAST, BATCHES = (512, 2048, 8192, 32768), (512, 8192, 32768), (1, 8, 32)
+PREFILL = ((1, 512), (4, 2048), (1, 8192), (1, 32768))
+DECODE = tuple((batch, past) for past in (2048, 8192, 32768) for batch in (1, 8, 32))
+WORKLOADS = [("prefill", batch, tokens) for batch, tokens in PREFILL]
+WORKLOADS += [("decode", batch, past) for batch, past in DECODE]
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,10 +27,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--folders", nargs="+", default=FOLDERS, help="folders under ckpt; their config.json is enough"
-    )
-    parser.add_argument("--accelerator", choices=ACCELERATORS, default="h200")
+    parser.add_argument("--shapes", nargs="+", choices=BASES, default=BASES)
+    parser.add_argument("--accelerator", choices=ACCELERATORS, default="h100")
     parser.add_argument("--capacities", nargs="+", type=float, default=[0.0, 0.5])
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     args = parser.parse_args()
@@ -41,33 +41,22 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     accelerator = ACCELERATORS[args.accelerator]
-    works = [("prefill", Workload(b, t, 0)) for t in PREFILL for b in BATCHES]
-    works += [("decode", Workload(b, 1, past)) for past in PAST for b in BATCHES]
     rows = []
-    for folder in args.folders:
-        path = ROOT / "ckpt" / folder
-        if not (path / "config.json").is_file():
-            raise UserError(f"--folders {folder}: no {path / 'config.json'}")
-        config = AutoConfig.from_pretrained(path)
-        n = config.num_hidden_layers // 2
-        for phase, work in works:
+    for shape in args.shapes:
+        config = shape_config(shape)
+        layers = select_layers(config.num_hidden_layers, config.num_hidden_layers // 2, None)
+        for phase, batch, length in WORKLOADS:
+            work = Workload(batch, length, 0) if phase == "prefill" else Workload(batch, 1, length)
             for granularity in GRANULARITIES:
+                routing = ModConfig(mod_layers=layers, granularity=granularity)
                 for capacity in args.capacities:
-                    found = limit(config, work, granularity, n, capacity, accelerator)
-                    rows.append(
-                        {
-                            "model": folder.removesuffix("-mod"),
-                            "phase": phase,
-                            "batch": work.batch,
-                            "length": work.tokens if phase == "prefill" else work.past,
-                            "granularity": granularity,
-                            "capacity": capacity,
-                            **{key: float(f"{value:.5g}") for key, value in found.items()},
-                        }
-                    )
+                    found = limit(config, work, routing, capacity, accelerator)
+                    about = {"model": shape, "phase": phase, "batch": batch, "length": length}
+                    about |= {"granularity": granularity, "capacity": capacity}
+                    rows.append(about | {key: float(f"{value:.5g}") for key, value in found.items()})
     command = f"python entrypoints/analysis/speed_limits.py --accelerator {args.accelerator} --output {args.output}"
     write_json(args.output, {"command": command, "accelerator": vars(accelerator), "rows": rows})
-    print(limits_table(rows, args.folders[0].removesuffix("-mod")).text())
+    print(limits_table(rows, args.shapes[0]).text())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Render the README's tables anew from the committed JSON.
+"""Render the tables of README.md and docs/*.md anew from the committed JSON.
 
 python entrypoints/analysis/update_readme.py
 """
@@ -6,26 +6,25 @@ python entrypoints/analysis/update_readme.py
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.output import write_text
 from router_tuning.experiments.readme import render
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     ).parse_args()
-    try:
-        text = render(README.read_text())
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from None
-    temporary = README.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, README)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        try:
+            text = render(page.read_text())
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"{page.relative_to(ROOT)}: {error}") from None
+        write_text(page, text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of the README: each block between its markers is rendered from committed JSON and nothing else."""
+"""Tables of README.md and docs/: each block between its markers is rendered from committed JSON alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from router_tuning.embedded.base_checkpoint import results_table
 from router_tuning.evaluation.report import summary_table
 from router_tuning.evaluation.results import cost_table
 from router_tuning.evaluation.tables import Table
+from router_tuning.speed.cells import measured, read_rows
 from router_tuning.speed.limits import limits_table
+from router_tuning.speed.table import gpu_tables, speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,41 +45,11 @@ def quickstart_block() -> str:
     )
 
 
-def speed_block() -> str:
+def speed_block(name: str = "benchmark_speed_cpu") -> str:
     """The speed benchmark on two CPU cores."""
-    result = _json("figures/benchmark_speed_cpu.json")
-    header = ["phase", "granularity", "kv", "capacity", "speed-up", "ideal", "skip efficiency", "KV bytes"]
-    rows = [
-        [
-            f"{row['phase']} {row['batch']}×{row['length']}",
-            row["granularity"],
-            row["kv_policy"],
-            f"{row['capacity']:.2f}",
-            f"{row['speed_up']:.2f}×" + (" (slower)" if row["slower_than_dense"] else ""),
-            f"{1 / row['ideal_ratio']:.2f}×",
-            "–" if row["skip_efficiency"] is None else f"{row['skip_efficiency']:.2f}",
-            f"{row['kv_bytes_routed'] / row['kv_bytes_dense']:.2f}",
-        ]
-        for row in result["rows"]
-        if row["decisions"] in ("0.0", "0.5", "1.0")
-    ]
-    longer = _json("figures/benchmark_speed_attn_token_cpu.json")
-    again = ", ".join(
-        f"{row['skip_efficiency']:.2f} at capacity {row['capacity']:.2f}"
-        for row in longer["rows"]
-        if row["skip_efficiency"] is not None
-    )
-    kept = "kept by the process" if result["pages_kept"] else "given back and mapped anew as the C library likes"
-    return (
-        f"Random weights, forced masks, {result['device']} ({result['date'][:10]}); dense and routed take turns in\n"
-        "one process. *Ideal* is the dense model without the skipped work, *skip efficiency* the share of that\n"
-        f"saving which is realised. Freed memory is {kept} (`--pages`); the models of a cell are\n"
-        f"built {result['rows'][0]['builds']} times, because where they happen to lie moves a time by a percent.\n\n"
-        f"{Table(header, rows).markdown()}\n\n`{result['command']}`\n\n"
-        "Token-level attention has the least to save in prefill, so its efficiency is the least certain: a longer\n"
-        f"run with {longer['rows'][0]['builds']} builds gives {again}.\n\n`{longer['command']}`\n\n"
-        "![Time against capacity](figures/benchmark_speed_cpu.svg)"
-    )
+    rows = read_rows(ROOT / "figures" / f"{name}.jsonl")
+    about = rows[0]["run"]
+    return f"{about['device']}, {about['date'][:10]}:\n\n{speed_table(rows).markdown()}\n\n`{about['command']}`"
 
 
 def limits_block() -> str:
@@ -85,10 +57,26 @@ def limits_block() -> str:
     result = _json("figures/speed_limits.json")
     accelerator = result["accelerator"]
     return (
-        f"Llama-3-8B in bfloat16, 16 of 32 layers routed, capacity 0.5, {accelerator['name']}\n"
-        f"({accelerator['operations'] / 1e12:.0f} TFLOP/s, {accelerator['bandwidth'] / 1e12:.1f} TB/s):\n\n"
+        f"{accelerator['name']}, {accelerator['operations'] / 1e12:.0f} TFLOP/s and "
+        f"{accelerator['bandwidth'] / 1e12:.2f} TB/s by its data sheet:\n\n"
         f"{limits_table(result['rows'], 'llama3-8b').markdown()}\n\n`{result['command']}`"
     )
+
+
+def gpu_block() -> str:
+    """What was measured on a GPU, if it was."""
+    rows = read_rows(ROOT / "figures" / "gpu_speed.jsonl")
+    abouts = [row["run"] for row in rows if "run" in row]
+    if not abouts:
+        return "**Not measured yet**: no GPU was at hand."
+    lines = [
+        f"{about['device']}, {about['date'][:10]}, commit {about['git_commit']}, {about['shape']}: "
+        f"{about['ceilings']['operations'] / 1e12:.0f} TFLOP/s, {about['ceilings']['bandwidth'] / 1e12:.2f} TB/s"
+        for about in abouts
+    ]
+    failed = [f"{row['cell']}: {row['failed']}" for row in rows if "failed" in row]
+    tables = [table.markdown() for table in gpu_tables(measured(rows)).values()]
+    return "\n\n".join([*lines, *tables, *failed])
 
 
 def training_block() -> str:
@@ -160,7 +148,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quickstart": quickstart_block,
     "base": base_block,
     "speed": speed_block,
+    "speed_attn_token": lambda: speed_block("benchmark_speed_attn_token_cpu"),
     "limits": limits_block,
+    "gpu": gpu_block,
     "training": training_block,
     "kills": kills_block,
     "science": science_block,

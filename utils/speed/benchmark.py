@@ -1,78 +1,79 @@
 """Dense beside routed in one process: what skipping saves, as a share of what it could save at best.
 
-The ideal is the dense model's own time for exactly the work that is skipped: at capacity c ``(1 − c)`` of the
-difference between it and the reduced model of :mod:`.speed_ideal`. Skip efficiency is the saving that was reached over
-that ideal.
+Two bounds stand beside every ratio. The *ideal* is measured in the same rounds: at capacity c, ``(1 − c)`` of the
+time by which the dense model is slower than itself without the routed modules (:mod:`.ideal`). The *limit* is
+computed from operations and bytes and the ceilings of the device (:mod:`.limits`).
 """
 
 from __future__ import annotations
 
-import gc
-import os
 import statistics
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from router_tuning.data.pages import return_freed_pages
-from router_tuning.evaluation.cost import count_flops
-from router_tuning.model import ModConfig, force_routing, kv_cache_bytes, record_routing, route
-from router_tuning.model.configuration_mod import Layers
+from router_tuning.model import ModConfig, RoutingLog, is_routed, kv_cache_bytes, record_routing, route, routed_modules
+from router_tuning.speed.cells import free_memory
 from router_tuning.speed.ideal import reduced, shared_copy
+from router_tuning.speed.limits import Accelerator, Workload, limit
+from router_tuning.speed.timing import peak_bytes, spread, timed
 
 
-@dataclass
+@dataclass(frozen=True)
 class Setting:
-    """One benchmark cell: inputs ``[batch, length]`` (prefill), or single tokens after ``length`` (decode)."""
+    """What is timed: passes over ``[batch, length]`` (prefill), or single tokens behind ``length`` (decode).
+
+    Args:
+        routing: what is routed and how, with ``mod_layers``; its skip path is replaced by each of ``skips``.
+        capacities: shares that run, by masks drawn at random; None lets the routers decide.
+        repeats: timed rounds (at least 2), in decoding one token each. builds: how often the models are built anew.
+        skips: skip paths, each with every capacity.
+    """
 
     phase: str
     batch: int
     length: int
-    granularity: str
-    kv_policy: str
-    mod_layers: Layers
-    capacities: list[float | None]
+    routing: ModConfig
+    capacities: tuple[float | None, ...]
     repeats: int
+    skips: tuple[str, ...] = ("zero",)
     builds: int = 1
     seed: int = 0
 
     @property
-    def routing(self) -> ModConfig:
-        """What is routed."""
-        return ModConfig(mod_layers=self.mod_layers, granularity=self.granularity, kv_policy=self.kv_policy)
-
-    @property
-    def stretches(self) -> list[int]:
-        """Lengths of what a row's capacity is exact for: the prompt, and (decode) the steps that are timed."""
+    def exact_lengths(self) -> list[int]:
+        """Lengths over which a row's capacity is exact: the prompt with one step to warm up, and the timed steps."""
         return [self.length] if self.phase == "prefill" else [self.length + 1, self.repeats]
 
+    @property
+    def copies(self) -> int:
+        """Rows per prompt in decoding: four prompts at most are run, and their cache is repeated."""
+        return 1 if self.phase == "prefill" else self.batch // next(n for n in (4, 3, 2, 1) if self.batch % n == 0)
 
-def forced_mask(setting: Setting, capacity: float) -> dict[Any, Tensor]:
-    """Random masks of exactly the capacity (rounded to whole rows or tokens), one per routed module.
 
-    Token level: ``[batch, tokens]``, exact for the prompt and for the steps behind it.
+def random_masks(setting: Setting, capacity: float) -> dict[tuple[int, str], Tensor]:
+    """Masks of exactly the capacity (rounded to whole rows or tokens), one per routed module.
 
-    Sequence level: rows are dealt out over the layers so that the share over all of them is exact to one row.
+    Token level: bool ``[batch, tokens]``, exact over each of ``exact_lengths``. Sequence level: bool ``[batch]``;
+    rows are dealt out over the layers so that the share over all of them is exact to one prompt.
     """
     generator = torch.Generator().manual_seed(setting.seed)
-    masks = {}
-    carried = 0.0
-    for layer, part in setting.routing.targets:
-        if setting.routing.parts[part] == "sequence":
-            carried += capacity * setting.batch
+    masks, carried, prompts = {}, 0.0, setting.batch // setting.copies
+    for target in setting.routing.targets:
+        if setting.routing.parts[target[1]] == "sequence":
+            carried += capacity * prompts
             count = int(carried + 1e-6)
             carried -= count
-            mask = torch.zeros(setting.batch, dtype=torch.bool)
-            mask[torch.randperm(setting.batch, generator=generator)[:count]] = True
+            kept = torch.randperm(prompts, generator=generator) < count
+            masks[target] = kept.repeat_interleave(setting.copies)
         else:
-            mask = torch.cat([_kept(setting.batch, n, capacity, generator) for n in setting.stretches], dim=1)
-        masks[layer, part] = mask
+            lengths = setting.exact_lengths
+            masks[target] = torch.cat([_kept(setting.batch, n, capacity, generator) for n in lengths], dim=1)
     return masks
 
 
@@ -81,191 +82,179 @@ def _kept(rows: int, tokens: int, capacity: float, generator: torch.Generator) -
     return torch.zeros(rows, tokens, dtype=torch.bool).scatter_(1, order[:, : round(capacity * tokens)], True)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@contextmanager
+def imposed(model: PreTrainedModel, masks: Mapping[tuple[int, str], Tensor]) -> Iterator[None]:
+    """Decide by masks ``[b]`` or ``[b, t]`` of the pass, at the cost of routers that decide for themselves.
 
-
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
-    _synchronize(device)
-    start = time.perf_counter()
-    run()
-    _synchronize(device)
-    return time.perf_counter() - start
-
-
-def _peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Peak memory of one run over what was held before it (CUDA allocator; resident set on Linux; else None)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    return_freed_pages()
+    Every router computes its logits as always; a hook then puts those of the mask in their place.
+    """
+    modules, hooks = routed_modules(model), []
+    for (layer, part), mask in masks.items():
+        logits = torch.where(mask, 1.0, -1.0)[..., None]
+        hooks.append(modules[f"{layer}.{part}"].mod_router.register_forward_hook(lambda *_, given=logits: given))
     try:
-        with open("/proc/self/clear_refs", "w") as handle:
-            handle.write("5")
-        before = _resident("VmRSS")
-        run()
-        return _resident("VmHWM") - before
-    except OSError:
-        return None
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _resident(field: str) -> int:
-    with open(f"/proc/{os.getpid()}/status") as handle:
-        return next(int(line.split()[1]) * 1024 for line in handle if line.startswith(f"{field}:"))
-
-
-class _Variant:
-    """One model under test with its forced masks, timed in turns with the others."""
+class Variant:
+    """One model under test, with the masks that it runs under, timed in turns with the others."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, setting: Setting, masks=None) -> None:
-        self.model, self.ids, self.setting, self.masks = model, ids, setting, masks
-        self.cache: Any = None
+        self.model, self.ids, self.setting = model, ids, setting
+        self.masks: Mapping[tuple[int, str], Tensor] = masks or {}
+        self.decode, self.cache = setting.phase == "decode", None
 
-    def forced(self, number: int | None = None) -> AbstractContextManager[None]:
-        """Impose the masks, all or those of one step, cut out here: around what is timed, not within it."""
-        if self.masks is None:
-            return nullcontext()
-        masks = self.masks
-        if number is not None and self.setting.phase == "decode":
-            masks = {key: mask if mask.dim() == 1 else self._at(mask, number) for key, mask in masks.items()}
-        return force_routing(self.model, masks)
+    def imposed(self, columns: slice, rows: slice = slice(None)) -> AbstractContextManager[None]:
+        """The masks of some tokens, cut out here: around what is timed, not within it."""
+        cut = {key: m[rows, columns] if m.dim() == 2 else m[rows] for key, m in self.masks.items()}
+        return imposed(self.model, cut) if cut else nullcontext()
 
-    def forward(self, ids: Tensor, use_cache: bool = True):
-        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=use_cache, logits_to_keep=1)
+    def at(self, number: int) -> slice:
+        """The tokens of a step."""
+        start = self.setting.length + number
+        return slice(start, start + 1) if self.decode else slice(None)
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
     def prepare(self) -> None:
         """Fill the cache that decoding starts from."""
-        self.cache = None
-        if self.setting.phase == "decode":
+        if self.decode:
+            rows, prompt = slice(None, None, self.setting.copies), slice(self.setting.length)
             self.cache = DynamicCache(config=self.model.config)
-            self.forward(self.ids[:, : self.setting.length])
+            with self.imposed(prompt, rows):
+                self.forward(self.ids[rows, prompt])
+            self.cache.batch_repeat_interleave(self.setting.copies)
 
-    def step(self, number: int) -> None:
-        if self.setting.phase == "prefill":
-            self.forward(self.ids)
-        else:
-            self.forward(self._at(self.ids, number))
-
-    def _at(self, tokens: Tensor, number: int) -> Tensor:
-        """The column of a decoding step in ``[b, tokens]``."""
-        return tokens.narrow(1, self.setting.length + number, 1)
-
-    def measure(self) -> dict[str, Any]:
-        """FLOPs, bytes of keys and values, peak memory, share executed in the timed steps; room for their times."""
-        with self.forced():
+    def warm_up(self) -> dict[str, Any]:
+        """The first step, untimed: its peak memory, the keys and values held, the share that runs; room for times."""
+        routers = routed_modules(self.model).values() if is_routed(self.model) else ()
+        outputs: list[Any] = []
+        with record_routing(self.model) if routers else nullcontext(RoutingLog()) as log:
             self.prepare()
-            peak = _peak_bytes(lambda: self.step(0), self.ids.device)
-            self.prepare()
-            out = self.forward(self.ids) if self.cache is None else None
-            held = kv_cache_bytes(out.past_key_values if out is not None else self.cache)
-            if self.setting.phase == "prefill":
-                flops = count_flops(self.model, {"input_ids": self.ids})
-            else:
-                inputs = {"input_ids": self._at(self.ids, 0), "past_key_values": self.cache}
-                flops = count_flops(self.model, inputs, use_cache=True)
-            capacity = 1.0 if self.masks is None else self._capacity()
-        return {"flops": flops, "kv_bytes": held, "peak_bytes": peak, "capacity": capacity, "times": []}
-
-    def _capacity(self) -> float:
-        """Mean over the routers: of the timed tokens, or of the decision that holds from the prompt on."""
-        with record_routing(self.model) as log:
-            self.prepare()
-            if self.setting.phase == "prefill":
-                self.forward(self.ids)
-        shares = log.capacity()
-        if self.setting.phase == "decode":
-            self.step(0)
-            with record_routing(self.model) as log:
-                self.forward(self.ids[:, self.setting.length + 1 :])
+            with self.imposed(self.at(0)):
+                peak = peak_bytes(lambda: outputs.append(self.step(0)), self.ids.device)
+        held, shares = kv_cache_bytes(outputs.pop().past_key_values), log.capacity()
+        if self.decode and any(router.mod_level == "token" for router in routers):
+            steps = slice(self.setting.length + 1, None)  # all that are timed, at once: their tokens decide anew
+            with record_routing(self.model) as log, self.imposed(steps):
+                self.forward(self.ids[:, steps])
             shares |= log.capacity()
+            self.prepare()
+            self.time(0)
         del shares["total"]
-        return sum(shares.values()) / len(shares)
+        capacity = statistics.fmean(shares.values()) if routers else 1.0
+        return {"kv_bytes": held, "peak_bytes": peak, "capacity": capacity, "times": []}
+
+    def step(self, number: int) -> Any:
+        """The pass over all tokens, or over one."""
+        return self.forward(self.ids[:, self.at(number)])
+
+    def time(self, number: int) -> float:
+        """Seconds of one step."""
+        with self.imposed(self.at(number)):
+            return timed(lambda: self.step(number), self.ids.device)
 
 
-def _variants(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel | None, ids: Tensor) -> list[_Variant]:
-    """Dense, its ideal, and the routed model at each capacity."""
-    if routed is None:
-        routed = route(
-            shared_copy(dense),
-            mod_layers=setting.mod_layers,
-            granularity=setting.granularity,
-            kv_policy=setting.kv_policy,
-        )
-    floor = reduced(dense, setting.routing)
-    variants = [_Variant(dense, ids, setting), _Variant(floor, ids, setting)]
-    for capacity in setting.capacities:
-        masks = {} if capacity is None else forced_mask(setting, capacity)
-        variants.append(_Variant(routed, ids, setting, {key: mask.to(ids.device) for key, mask in masks.items()}))
-    return variants
+def variants(
+    dense: PreTrainedModel, setting: Setting, ids: Tensor, routed: PreTrainedModel | None = None
+) -> dict[str | tuple[str, float | None], Variant]:
+    """``dense``, its ``ideal``, and the routed model by (skip path, capacity); weights are shared."""
+    found: dict[Any, Variant] = {"dense": Variant(dense, ids, setting)}
+    found["ideal"] = Variant(reduced(dense, setting.routing), ids, setting)
+    for skip in setting.skips:
+        model = routed or routed_copy(dense, replace(setting.routing, skip=skip))
+        for capacity in setting.capacities:
+            masks = {} if capacity is None else random_masks(setting, capacity)
+            masks = {target: mask.to(ids.device) for target, mask in masks.items()}
+            found[skip, capacity] = Variant(model, ids, setting, masks)
+    return found
+
+
+def routed_copy(dense: PreTrainedModel, routing: ModConfig) -> PreTrainedModel:
+    """A routed model on the weights of ``dense``; a skip path gets random ones."""
+    model = route(shared_copy(dense), **{field.name: getattr(routing, field.name) for field in fields(routing)})
+    for name, tensor in model.state_dict().items():
+        if "mod_skip" in name:
+            tensor.normal_(std=0.02)
+    return model
 
 
 @torch.no_grad()
-def benchmark(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel | None = None) -> list[dict[str, Any]]:
-    """Time one setting at all its capacities; a capacity of None lets the routers of ``routed`` decide.
+def benchmark(
+    dense: PreTrainedModel, setting: Setting, accelerator: Accelerator, routed: PreTrainedModel | None = None
+) -> list[dict[str, Any]]:
+    """Time one setting at all its capacities, with each skip path.
 
     Every round runs each variant once, in an order that turns from round to round; medians over the rounds are
     reported with their quartiles, ratios are medians of per-round ratios. The variants are built ``builds`` times:
     where its objects happen to lie makes one of two equal models up to a percent faster than the other.
 
-    Returns one dict per capacity: seconds, ``time_ratio`` (routed / dense), ``ideal_ratio``, ``skip_efficiency``
-    (None where nothing is skipped), FLOPs, bytes of keys and values, peak bytes; ``capacity`` is the share executed
-    in what was timed.
+    Args:
+        accelerator: the ceilings of the device. routed: a model that decides for itself, instead of random masks.
+
+    Returns one dict per skip path and capacity; ``capacity`` is the share executed in what was timed, ratios are
+    routed / dense, ``skip_efficiency`` and ``limit_share`` the shares of the ideal and of the computed saving that
+    are reached (None where there is next to nothing to save).
     """
     generator = torch.Generator().manual_seed(setting.seed)
-    shape = (setting.batch, sum(setting.stretches))
+    shape = (setting.batch, sum(setting.exact_lengths))
     ids = torch.randint(3, dense.config.vocab_size, shape, generator=generator).to(dense.device)
-    measured: list[dict[str, Any]] = []
+    measured: dict[Any, dict[str, Any]] = {}
     for _ in range(setting.builds):
-        gc.collect()  # what was built before, whose parts hold references to each other
-        variants = _variants(dense, setting, routed, ids)
-        measured = measured or [variant.measure() for variant in variants]
-        for variant in variants:
-            with variant.forced():
-                variant.prepare()
-        for number in range(setting.repeats + 1):
-            turn = number % len(variants)
-            for place in [*range(turn, len(variants)), *range(turn)]:
-                with variants[place].forced(number):
-                    seconds = _timed(lambda v=variants[place], n=number: v.step(n), ids.device)
-                if number:
-                    measured[place]["times"].append(seconds)
-    dense_one, floor, *rest = measured
-    return [_row(setting, asked, dense_one, floor, one) for asked, one in zip(setting.capacities, rest, strict=True)]
+        free_memory()
+        for name, one in _timed_rounds(variants(dense, setting, ids, routed), setting.repeats).items():
+            measured.setdefault(name, {**one, "times": []})["times"] += one["times"]
+    bounds = measured.pop("dense"), measured.pop("ideal")
+    past, tokens = (setting.length, 1) if setting.phase == "decode" else (0, setting.length)
+    work = Workload(setting.batch, tokens, past, dense.dtype.itemsize)
+    rows = []
+    for (skip, asked), one in measured.items():
+        computed = limit(dense.config, work, setting.routing, one["capacity"], accelerator)
+        rows.append({**_about(setting, skip, asked), **_row(*bounds, one, computed)})
+    return rows
+
+
+def _timed_rounds(found: dict[Any, Variant], rounds: int) -> dict[Any, dict[str, Any]]:
+    measured = {name: variant.warm_up() for name, variant in found.items()}
+    names = list(found)
+    for number in range(1, rounds + 1):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            measured[name]["times"].append(found[name].time(number))
+    return measured
+
+
+def _about(setting: Setting, skip: str, asked: float | None) -> dict[str, Any]:
+    about = {name: getattr(setting, name) for name in ("phase", "batch", "length", "repeats", "builds")}
+    about |= {name: getattr(setting.routing, name) for name in ("granularity", "kv_policy", "mod_layers")}
+    return about | {"skip": skip, "decisions": "own" if asked is None else asked}
 
 
 def _row(
-    setting: Setting, asked: float | None, dense: dict[str, Any], floor: dict[str, Any], routed: dict[str, Any]
+    dense: dict[str, Any], ideal: dict[str, Any], routed: dict[str, Any], computed: dict[str, float]
 ) -> dict[str, Any]:
-    capacity = routed["capacity"]
-    ratio = statistics.median(r / d for r, d in zip(routed["times"], dense["times"], strict=True))
-    floor_ratio = statistics.median(f / d for f, d in zip(floor["times"], dense["times"], strict=True))
-    ideal = (1 - capacity) * (1 - floor_ratio)
+    ratios, floors = (
+        [mine / its for mine, its in zip(one["times"], dense["times"], strict=True)] for one in (routed, ideal)
+    )
+    ratio = statistics.median(ratios)
+    possible = (1 - routed["capacity"]) * (1 - statistics.median(floors))
+    computable = 1 - 1 / computed["speed_up_limit"]
     return {
-        "phase": setting.phase,
-        "batch": setting.batch,
-        "length": setting.length,
-        "granularity": setting.granularity,
-        "kv_policy": setting.kv_policy,
-        "routed_layers": setting.mod_layers,
-        "decisions": "own" if asked is None else str(asked),
-        "capacity": capacity,
-        "seconds_dense": _spread(dense["times"]),
-        "seconds_routed": _spread(routed["times"]),
+        "capacity": routed["capacity"],
+        "seconds_dense": spread(dense["times"]),
+        "seconds_routed": spread(routed["times"]),
         "time_ratio": ratio,
-        "speed_up": 1 / ratio,
-        "ideal_ratio": 1 - ideal,
-        "skip_efficiency": (1 - ratio) / ideal if ideal > 0.005 else None,
-        "slower_than_dense": ratio > 1,
-        **{f"{name}_dense": dense[name] for name in ("flops", "kv_bytes", "peak_bytes")},
-        **{f"{name}_routed": routed[name] for name in ("flops", "kv_bytes", "peak_bytes")},
-        "repeats": setting.repeats,
-        "builds": setting.builds,
-    }
-
-
-def _spread(times: list[float]) -> dict[str, float]:
-    lower, median, upper = statistics.quantiles(times, n=4)
-    return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
+        "time_ratio_spread": spread(ratios),
+        "ideal_ratio": 1 - possible,
+        "skip_efficiency": (1 - ratio) / possible if possible > 0.005 else None,
+        "limit_ratio": 1 / computed["speed_up_limit"],
+        "limit_share": (1 - ratio) / computable if computable > 0.005 else None,
+        "limit_seconds_dense": computed["dense_seconds"],
+        "flops_share": computed["operations_share"],
+        **{f"{name}_{side}": one[name] for name in ("kv_bytes", "peak_bytes")
+           for side, one in (("dense", dense), ("routed", routed))},
+    }  # fmt: skip

@@ -8,21 +8,21 @@ bounds of the speed-up. Measured speed-ups beyond them would have another cause 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
 from router_tuning.evaluation.tables import Table
-from router_tuning.model.configuration_mod import parse_granularity
+from router_tuning.model import ModConfig
 
 GRANULARITIES = ("attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token")
-BYTES = 2  # of a weight, key or value in bfloat16
+GRANULARITIES += ("attn_token+mlp_token",)
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Peak dense bfloat16 operations per second, and memory bytes per second."""
+    """Peak dense operations per second (bfloat16 in data sheets), and memory bytes per second."""
 
     name: str
     operations: float
@@ -38,11 +38,15 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """``batch`` rows of ``tokens`` new tokens behind ``past`` cached ones, under uniformly random decisions."""
+    """``batch`` rows of ``tokens`` new tokens behind ``past`` cached ones, under uniformly random decisions.
+
+    ``value_bytes`` is the size of a weight, key or value: 2 in bfloat16.
+    """
 
     batch: int
     tokens: int
     past: int
+    value_bytes: int = 2
 
     def pairs(self, causal: bool) -> float:
         """Query-key pairs of one row; a kernel without the saving of causality computes them all."""
@@ -62,18 +66,24 @@ class Work:
 
 
 def layer_work(
-    config: PretrainedConfig, work: Workload, routing: dict[str, str], capacity: float, causal: bool = True
+    config: PretrainedConfig,
+    work: Workload,
+    levels: Mapping[str, str],
+    capacity: float,
+    kv_policy: str = "keep",
+    causal: bool = True,
 ) -> Iterator[Work]:
     """The parts of one decoder layer: queries and output, keys and values, attention itself, MLP.
 
     Args:
-        routing: level by part (``{"attn": "token"}``; empty for a dense layer). capacity: share that runs. Keys of
-            skipped tokens are kept (``kv_policy="keep"``).
+        levels: by part (``{"attn": "token"}``; empty for a dense layer). capacity: share that runs. kv_policy:
+            whether a token whose attention is skipped offers its key and value. causal: as for ``Workload.pairs``.
     """
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv_heads, hidden = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
-    attention, mlp = routing.get("block", routing.get("attn")), routing.get("block", routing.get("mlp"))
-    tokens, state = work.batch * work.tokens, 2 * kv_heads * width * BYTES
+    attention, mlp = levels.get("block", levels.get("attn")), levels.get("block", levels.get("mlp"))
+    tokens, size = work.batch * work.tokens, work.value_bytes
+    state = 2 * kv_heads * width * size
 
     def share(level: str | None) -> float:
         return 1.0 if level is None else capacity
@@ -85,50 +95,52 @@ def layer_work(
         return 1 - (1 - capacity) ** (work.batch if level == "sequence" else tokens)
 
     kept = share(attention)
-    # Only a whole sequence leaves no keys: a skipped token still offers its own.
-    stored, offered = (kept, weights_read(attention)) if attention == "sequence" else (1.0, 1.0)
+    dropped = attention == "token" and kv_policy == "drop"
+    # A skipped sequence leaves no keys; a skipped token still offers its own, unless they are dropped.
+    stored, offered = (kept, weights_read(attention)) if dropped or attention == "sequence" else (1.0, 1.0)
     queries = 2 * heads * width * hidden
-    yield Work(2 * kept * tokens * queries, weights_read(attention) * queries * BYTES)
+    yield Work(2 * kept * tokens * queries, weights_read(attention) * queries * size)
     states = 2 * kv_heads * width * hidden
-    yield Work(2 * stored * tokens * states, offered * states * BYTES + stored * tokens * state)
-    read = kept * work.batch * (work.past + work.tokens) * state
-    if attention == "token":  # a row's cache is read if any of its queries runs
-        read = (1 - (1 - capacity) ** work.tokens) * work.batch * (work.past + work.tokens) * state
-    yield Work(kept * work.batch * work.pairs(causal) * 4 * heads * width, read)
+    yield Work(2 * stored * tokens * states, offered * states * size + stored * tokens * state)
+    seen = kept if dropped else 1.0  # of the keys of a row that runs
+    rows_read = 1 - (1 - capacity) ** work.tokens if attention == "token" else kept  # if any of its queries runs
+    read = rows_read * work.batch * seen * (work.past + work.tokens) * state
+    yield Work(kept * seen * work.batch * work.pairs(causal) * 4 * heads * width, read)
     inner = 3 * hidden * config.intermediate_size
-    yield Work(2 * share(mlp) * tokens * inner, weights_read(mlp) * inner * BYTES)
+    yield Work(2 * share(mlp) * tokens * inner, weights_read(mlp) * inner * size)
 
 
 def model_work(
-    config: PretrainedConfig, work: Workload, granularity: str | None, n: int, capacity: float, causal: bool = True
+    config: PretrainedConfig, work: Workload, routing: ModConfig | None, capacity: float = 1.0, causal: bool = True
 ) -> list[Work]:
-    """All parts of a model with ``n`` routed layers, and its head on the last token of every row."""
-    routing = parse_granularity(granularity) if granularity else {}
-    parts = [part for _ in range(config.num_hidden_layers - n) for part in layer_work(config, work, {}, 1.0, causal)]
-    parts += [part for _ in range(n) for part in layer_work(config, work, routing, capacity, causal)]
+    """All parts of a model (dense without ``routing``), and its head on the last token of every row."""
+    levels: list[dict[str, str]] = [{} for _ in range(config.num_hidden_layers)]
+    for layer, part in routing.targets if routing else ():
+        levels[layer][part] = routing.parts[part]
+    policy = routing.kv_policy if routing else "keep"
+    parts = [part for found in levels for part in layer_work(config, work, found, capacity, policy, causal)]
     head = config.hidden_size * config.vocab_size
-    return [*parts, Work(2 * work.batch * head, head * BYTES)]
+    return [*parts, Work(2 * work.batch * head, head * work.value_bytes)]
 
 
 def limit(
-    config: PretrainedConfig, work: Workload, granularity: str, n: int, capacity: float, accelerator: Accelerator
+    config: PretrainedConfig, work: Workload, routing: ModConfig, capacity: float, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Highest speed-up, and shares of operations and bytes that are left, of a routed model against the dense one."""
-    dense, routed = model_work(config, work, None, 0, 1.0), model_work(config, work, granularity, n, capacity)
-    sums = [
-        (
-            sum(part.seconds(accelerator) for part in parts),
-            sum(part.operations for part in parts),
-            sum(part.bytes for part in parts),
-        )
-        for parts in (dense, routed)
-    ]
-    (dense_seconds, *dense_costs), (seconds, *costs) = sums
+    """Highest speed-up, and shares of operations and bytes that are left, of a routed model against the dense one.
+
+    Args:
+        routing: with ``mod_layers``. A skip path is left out: the limit is that of the method without one.
+    """
+    dense, routed = model_work(config, work, None), model_work(config, work, routing, capacity)
+
+    def ratio(cost: Callable[[Work], float]) -> float:
+        return sum(map(cost, routed)) / sum(map(cost, dense))
+
     return {
-        "dense_seconds": dense_seconds,
-        "speed_up_limit": dense_seconds / seconds,
-        "operations_share": costs[0] / dense_costs[0],
-        "bytes_share": costs[1] / dense_costs[1],
+        "dense_seconds": sum(part.seconds(accelerator) for part in dense),
+        "speed_up_limit": 1 / ratio(lambda part: part.seconds(accelerator)),
+        "operations_share": ratio(lambda part: part.operations),
+        "bytes_share": ratio(lambda part: part.bytes),
     }
 
 

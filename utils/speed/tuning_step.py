@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from router_tuning.model import record_routing
+from router_tuning.speed.timing import timed
 
 MODES = ("routers", "forced", "full")
 """Routers on a frozen base; the same, gradients forced through all layers as in the published code; all weights."""
@@ -30,9 +30,13 @@ class _Step:
 
 
 def measure_steps(
-    build: Callable[[], PreTrainedModel], batch: dict[str, Tensor], rounds: int = 7, target: float = 0.5
+    build: Callable[[], PreTrainedModel],
+    batch: dict[str, Tensor],
+    rounds: int = 7,
+    target: float = 0.5,
+    modes: tuple[str, ...] = MODES,
 ) -> dict[str, Any]:
-    """Time and memory of a step in every mode of :data:`MODES`, all in this process and in turns.
+    """Time and memory of a step in each of ``modes``, all in this process and in turns.
 
     Args:
         build: gives a fresh routed model. batch: ``input_ids, attention_mask, labels [b, t]``.
@@ -43,11 +47,11 @@ def measure_steps(
     weights left out; ``state_bytes`` gradients and optimizer moments; ``step_bytes`` their sum; ``peak_bytes`` what
     the GPU's allocator saw at most (None on a CPU).
     """
-    steps = {mode: _prepare(build(), mode, batch, target) for mode in MODES}
-    times: dict[str, list[float]] = {mode: [] for mode in MODES}
+    steps = {mode: _prepare(build(), mode, batch, target) for mode in modes}
+    times: dict[str, list[float]] = {mode: [] for mode in modes}
     for number in tqdm(range(rounds + 1), desc="training steps", leave=False):
-        for mode in MODES if number % 2 else reversed(MODES):
-            seconds = _timed(steps[mode])
+        for mode in modes if number % 2 else reversed(modes):
+            seconds = timed(steps[mode].run, steps[mode].model.device)
             if number:
                 times[mode].append(seconds)
     result: dict[str, Any] = {}
@@ -62,7 +66,7 @@ def measure_steps(
             "peak_bytes": peak,
         }
     mine = result["routers"]
-    for other in ("forced", "full"):
+    for other in set(modes) - {"routers"}:
         pairs = zip(times["routers"], times[other], strict=True)
         result[f"routers_to_{other}"] = {
             "time": statistics.median(a / b for a, b in pairs),
@@ -92,14 +96,6 @@ def _prepare(model: PreTrainedModel, mode: str, batch: dict[str, Tensor], target
     return _Step(model, optimizer, run)
 
 
-def _timed(step: _Step) -> float:
-    _synchronize(step.model)
-    started = time.perf_counter()
-    step.run()
-    _synchronize(step.model)
-    return time.perf_counter() - started
-
-
 def _memory(step: _Step) -> tuple[int, int | None]:
     """Bytes saved for the backward pass of one step, and the allocator's peak."""
     weights = {p.untyped_storage().data_ptr() for p in step.model.parameters()}
@@ -124,8 +120,3 @@ def _state_bytes(step: _Step) -> int:
     for values in step.optimizer.state.values():
         total += sum(v.nbytes for v in values.values() if isinstance(v, Tensor))
     return total
-
-
-def _synchronize(model: nn.Module) -> None:
-    if next(model.parameters()).device.type == "cuda":
-        torch.cuda.synchronize()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from tiny_models import random_batch, tiny_model
 
-from router_tuning.experiments.cost import MODES, measure_steps
 from router_tuning.model import route
+from router_tuning.speed.tuning_step import MODES, measure_steps
 
 
 def test_memory_of_a_step_by_what_trains():

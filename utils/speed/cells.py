@@ -1,0 +1,113 @@
+"""A benchmark as a list of cells, each appended to a JSON-lines file at once: whatever cuts it short costs one cell.
+
+The file is a journal: a line that says what ran (``run``), a line per row (``cell``, ``seconds`` that its cell took,
+and what was measured), a line with ``failed`` for a cell that could not run, one with ``not_started`` for what the
+time did not suffice for. A later run on the same device goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Something to measure: ``run`` gives its rows.
+
+    Cells of one ``kind`` take about the same time; the first of them is expected to take ``expected`` seconds, or as
+    long as the longest of all cells before.
+    """
+
+    name: str
+    kind: str
+    run: Callable[[], list[Row]]
+    expected: float = 0.0
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All lines of a journal, without a last one that was cut."""
+    return [json.loads(line) for line in _whole_lines(path).splitlines()]
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def run_cells(
+    cells: Iterable[Cell],
+    path: Path,
+    about: Row,
+    minutes: float | None = None,
+    report: Callable[[str, list[Row]], None] = lambda name, rows: None,
+) -> None:
+    """Run the cells that the journal lacks, in order.
+
+    Args:
+        path: the journal, which is appended to. about: describes this run; what was measured on another
+            ``about["device"]`` counts as missing.
+        minutes: no cell starts that is expected to end later than this after the call.
+        report: called with the name and the rows of each cell, as it ends.
+    """
+    start = time.perf_counter()
+    done = {row["cell"] for row in measured(read_rows(path), about["device"])}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    longest: dict[str, float] = {}
+    late = []
+    gc.freeze()  # what is there now stays: cells collect their own alone
+    with path.open("a", encoding="utf-8") as journal:
+        journal.truncate(len(_whole_lines(path)))
+        _write(journal, [{"run": about}])
+        for cell in cells:
+            if cell.name in done:
+                continue
+            began = time.perf_counter()
+            expected = longest.get(cell.kind, max(cell.expected, *longest.values(), 0.0))
+            if minutes is not None and began - start + expected > 60 * minutes:
+                late.append(cell.name)
+                continue
+            try:
+                rows = cell.run()
+            except Exception as error:
+                rows = [{"failed": f"{type(error).__name__}: {error}"[:500]}]
+            free_memory()
+            took = time.perf_counter() - began
+            longest[cell.kind] = max(longest.get(cell.kind, 0.0), took)
+            rows = [{"cell": cell.name, "seconds": took, **row} for row in rows]
+            _write(journal, rows)
+            report(cell.name, rows)
+        if late:
+            _write(journal, [{"not_started": late, "minutes": minutes}])
+    gc.unfreeze()
+
+
+def measured(rows: list[Row], device: str | None = None) -> list[Row]:
+    """Rows that hold a measurement, each with the ``device`` of its run; of one device alone if it is named."""
+    found, about = [], {}
+    for row in rows:
+        about = row.get("run", about)
+        if "cell" in row and "failed" not in row and device in (None, about["device"]):
+            found.append({**row, "device": about["device"]})
+    return found
+
+
+def free_memory() -> None:
+    """Let go of what no longer has a name: models whose parts hold references to each other, and their memory."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _write(journal: Any, rows: list[Row]) -> None:
+    journal.writelines(json.dumps(row) + "\n" for row in rows)
+    journal.flush()

@@ -1,0 +1,89 @@
+"""Seconds, memory and ceilings of a device: events and the allocator on a GPU, clock and resident set on a CPU."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from router_tuning.data.pages import return_freed_pages
+from router_tuning.speed.limits import Accelerator
+
+
+def now(device: torch.device) -> Any:
+    """The moment at which the device gets here: an event in its stream, or the clock."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Seconds from one moment to another, once the device has reached both."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one run, the device idle before it and done after it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = now(device)
+    run()
+    return seconds_between(start, now(device))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles of at least two values."""
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Peak memory of one run over what was held before it (CUDA allocator; resident set on Linux; else None)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    return_freed_pages()
+    try:
+        with open("/proc/self/clear_refs", "w") as handle:
+            handle.write("5")
+    except OSError:
+        run()
+        return None
+    before = _resident("VmRSS")
+    run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    with open(f"/proc/{os.getpid()}/status") as handle:
+        return next(int(line.split()[1]) * 1024 for line in handle if line.startswith(f"{field}:"))
+
+
+@torch.no_grad()
+def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> Accelerator:
+    """What this device reaches: a large copy (bytes read and written), and a square matrix product.
+
+    Both on random numbers, which a GPU multiplies more slowly than zeros.
+    """
+    side, values = (8192, 1 << 30) if device.type == "cuda" else (512, 1 << 24)
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    source = torch.randn(1 << 20, device=device, dtype=dtype).repeat(values >> 20)
+    target = torch.empty_like(source)
+    seconds = {}
+    for name, run in (("product", lambda: torch.mm(left, right, out=product)), ("copy", lambda: target.copy_(source))):
+        timed(run, device)
+        seconds[name] = statistics.median(timed(run, device) for _ in range(repeats))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Accelerator(f"{name}, measured", 2 * side**3 / seconds["product"], 2 * source.nbytes / seconds["copy"])
