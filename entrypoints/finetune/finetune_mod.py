@@ -18,8 +18,9 @@ from router_tuning.tuning.command_line import parse_command
 from router_tuning.tuning.dry_run import dry_run
 from router_tuning.tuning.engines import lost_contact
 from router_tuning.tuning.interruption import Interruption
+from router_tuning.tuning.preparation import Preparation
 from router_tuning.tuning.quiet import quieten
-from router_tuning.tuning.tuning import Preparation, run_tuning
+from router_tuning.tuning.tuning import run_tuning
 
 RANK = int(os.environ.get("RANK", 0))
 EXIT_CODE_FILE = "ROUTER_TUNING_EXIT_CODE_FILE"

@@ -11,7 +11,7 @@ from peft import PeftModel
 from tiny_models import random_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from router_tuning.checkpoint.card import model_card, tuning_command
+from router_tuning.checkpoint.card import model_card
 from router_tuning.checkpoint.export_forms import export_adapter, export_merged, export_peft
 from router_tuning.checkpoint.export_full import export_full
 from router_tuning.checkpoint.run_folder import base_of, data_of
@@ -107,7 +107,6 @@ def test_card_states_what_the_run_recorded_and_nothing_else(tmp_path, run):
         assert fact in card
     assert "LEARNING_RATE=0.001" in card and "TARGET_CAPACITY" not in card
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert tuning_command({"mod_n": 3}) == "MOD_N=3 bash scripts/finetune_mod.sh"
 
 
 def test_base_and_data_of_a_run(tmp_path, base, run):

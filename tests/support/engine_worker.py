@@ -24,8 +24,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from router_tuning.tuning.command_line import parse_command
 from router_tuning.tuning.interruption import Interruption
+from router_tuning.tuning.preparation import Preparation
 from router_tuning.tuning.quiet import quieten
-from router_tuning.tuning.tuning import Preparation, run_tuning
+from router_tuning.tuning.tuning import run_tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 

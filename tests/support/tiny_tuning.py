@@ -11,7 +11,8 @@ import tiny_checkpoint
 from router_tuning.tuning.command_line import Command, parse_command
 from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.job import TunedRun
-from router_tuning.tuning.tuning import Preparation, run_tuning
+from router_tuning.tuning.preparation import Preparation
+from router_tuning.tuning.tuning import run_tuning
 
 WORDS = "red blue green one two three cat dog sun moon tree house up down left right".split()
 ROWS = 26

@@ -15,8 +15,9 @@ from router_tuning.model import load_routers, record_routing
 from router_tuning.tuning.command_line import parse_command
 from router_tuning.tuning.encoding import render_prompt
 from router_tuning.tuning.interruption import Interruption
+from router_tuning.tuning.preparation import Preparation
 from router_tuning.tuning.recipes.budget.recipe import predicting_part_of, prompt_of
-from router_tuning.tuning.tuning import Preparation, run_tuning
+from router_tuning.tuning.tuning import run_tuning
 
 TASKS = ("copy", "max", "count")
 

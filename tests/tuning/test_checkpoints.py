@@ -8,17 +8,18 @@ import pytest
 
 from router_tuning.errors import UserError
 from router_tuning.tuning import checkpoints
+from router_tuning.tuning.arguments import DEFAULTS
 from router_tuning.tuning.run_folder import clear_folder
 
-IDENTITY = {"base": "abc", "granularity": "attn_sequence", "mod_n": 3, "betas": [0.9, 0.999]}
+SETTINGS = {"base": "abc", "granularity": "attn_sequence", "mod_n": 3, "betas": [0.9, 0.999]}
 
 
-def write(run, step, identity=IDENTITY):
+def write(run, step, settings=SETTINGS):
     staging = checkpoints.staging_folder(run, step)
     (staging / "global_step").mkdir(parents=True)
     (staging / "weights.bin").write_bytes(bytes(range(100)))
     (staging / "global_step" / "shard.bin").write_bytes(b"shard")
-    return checkpoints.publish(staging, run, step, identity)
+    return checkpoints.publish(staging, run, step, settings)
 
 
 def truncate(path):
@@ -77,10 +78,10 @@ def test_what_was_half_written_is_no_checkpoint_and_is_swept(tmp_path):
 )
 def test_another_run_is_refused_and_the_difference_named(tmp_path, name, value):
     folder = write(tmp_path, 1)
-    checkpoints.check_identity(folder, IDENTITY)
+    checkpoints.check_settings(folder, SETTINGS)
     with pytest.raises(UserError) as caught:
-        checkpoints.check_identity(folder, {**IDENTITY, name: value})
-    assert f"{name} was {IDENTITY.get(name)!r} and is {value!r}" in str(caught.value)
+        checkpoints.check_settings(folder, {**SETTINGS, name: value})
+    assert f"{name} was {SETTINGS.get(name, DEFAULTS.get(name))!r} and is {value!r}" in str(caught.value)
 
 
 def test_rotation_keeps_the_newest(tmp_path):
@@ -94,8 +95,8 @@ def test_rotation_keeps_the_newest(tmp_path):
 
 def test_writing_a_step_again_replaces_it(tmp_path):
     write(tmp_path, 1)
-    folder = write(tmp_path, 1, {**IDENTITY, "mod_n": 5})
-    assert json.loads((folder / "manifest.json").read_text())["identity"]["mod_n"] == 5
+    folder = write(tmp_path, 1, {**SETTINGS, "mod_n": 5})
+    assert json.loads((folder / "manifest.json").read_text())["settings"]["mod_n"] == 5
     assert checkpoints.find_fault(folder) is None
 
 

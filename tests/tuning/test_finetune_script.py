@@ -16,6 +16,9 @@ import tiny_tuning
 import torch
 from safetensors.torch import load_file
 
+from router_tuning.tuning.arguments import NEUTRAL
+from router_tuning.tuning.command_line import VARIABLES, launch_command, parse_command
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/finetune_mod.sh"
 STEPS = 20
@@ -100,6 +103,46 @@ def test_the_log_of_twenty_steps_fits_on_two_screens(run):
     assert STEPS - 1 <= sum(line.startswith("step ") for line in lines) <= STEPS, "a line per step, none twice"
     for unwanted in ("Warning", "warnings.warn", "Traceback", "\r"):
         assert unwanted not in text, text
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["--recipe", "budget", "--data_type", "mixed", "--chat_template", "published", "--mod_n", "3"],
+        ["--model_name_or_path", "org/base", "--train_file", "my rows.jsonl", "--lora", "True", "--seed", "3"],
+        [
+            "--lr_scheduler_kwargs",
+            '{"num_cycles": 0.4}',
+            "--gradient_accumulation_steps",
+            "2",
+            "--label_names",
+            "a",
+            "b",
+        ],
+        ["--bf16", "True", "--router_only", "False", "--logging_steps", "5", "--output_dir", "somewhere"],
+    ],
+)
+def test_the_command_of_a_record_repeats_the_run(tmp_path, given):
+    """What a model card prints goes through the script and the parser to the same settings."""
+    command = parse_command(given)
+    python = tmp_path / "python"  # stands for the interpreter: says what it was called with
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || printf "%s\\0" "$@"\n')
+    python.chmod(0o755)
+    line = launch_command(json.loads(json.dumps(command.values())))
+    environment = {**os.environ, "PYTHON": str(python)}
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    words = done.stdout.partition("\n")[2].split("\0")[:-1]
+    words = words[words.index(str(ROOT / "entrypoints/finetune/finetune_mod.py")) + 1 :]
+    again = parse_command([word for word in words if word != "--overwrite_output_dir"])
+    wanted = {name: value for name, value in command.given().items() if name not in NEUTRAL}
+    assert {name: value for name, value in again.given().items() if name not in NEUTRAL} == wanted
+
+
+def test_the_variables_of_the_script_are_those_that_commands_name():
+    knobs = dict(re.findall(r"^  ([A-Z_]+):(\w+)", SCRIPT.read_text(), re.MULTILINE))
+    bases = {"FOLDER_NAME": "folder_name", "MODEL_NAME_OR_PATH": "model_name_or_path"}
+    assert {variable: name for name, variable in VARIABLES.items()} == knobs | bases
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny_checkpoint
@@ -13,10 +17,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from router_tuning.checkpoint.run_folder import base_of
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, route
+from router_tuning.tuning.preparation import Preparation
 from router_tuning.tuning.run_folder import RESULTS, default_folder
-from router_tuning.tuning.tuning import Preparation
 
 
 def logits(model, parts):
@@ -66,9 +71,18 @@ def test_an_earlier_run_is_kept_unless_told_otherwise(parts, tmp_path):
         ({"mod_layers": "1,2", "router_dir": None}, "mod_layers was '1,2,3' and is '1,2'"),
         ({"learning_rate": 0.1}, "learning_rate was 0.02 and is 0.1"),
         ({"seed": 8}, "seed was 7 and is 8"),
+        ({"label_smoothing_factor": 0.3}, "label_smoothing_factor was 0.0 and is 0.3"),
+        ({"neftune_noise_alpha": 5}, "neftune_noise_alpha was None and is 5.0"),
+        ({"adam_beta2": 0.9}, "adam_beta2 was 0.999 and is 0.9"),
+        ({"router_dir": None}, "router_dir was '"),
+        ({"tokenizer_name": "other"}, "tokenizer was '"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(parts, finished, tmp_path, change, named):
+    if "tokenizer_name" in change:
+        tokenizer = AutoTokenizer.from_pretrained(parts["base"], eos_token="<pad>")
+        tokenizer.save_pretrained(tmp_path / "other")
+        change = {"tokenizer_name": tmp_path / "other"}
     with pytest.raises(UserError) as caught:
         tiny_tuning.tune(parts, tmp_path / "run", resume_from_checkpoint=finished / "checkpoint-3", **change)
     assert named in str(caught.value) and "\n" not in str(caught.value)
@@ -77,6 +91,43 @@ def test_a_checkpoint_of_other_settings_is_refused(parts, finished, tmp_path, ch
     )
     with pytest.raises(UserError, match="cannot be continued by this run"):  # also before several are launched
         Preparation(resumed).check_checkpoint()
+
+
+def test_what_changes_nothing_that_is_learnt_may_change(parts, finished, tmp_path):
+    moved = shutil.copytree(parts["base"], tmp_path / "moved")
+    resume = {"resume_from_checkpoint": finished / "checkpoint-3", "logging_steps": 2, "save_total_limit": 1}
+    command = tiny_tuning.command({**parts, "base": moved}, tmp_path / "run", **resume, dataloader_num_workers=1)
+    Preparation(command).check_checkpoint()
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised"), [(ValueError("all scores are alike"), UserError), (MemoryError, MemoryError)]
+)
+def test_what_was_trained_is_saved_before_it_is_measured(parts, tmp_path, monkeypatch, fault, raised):
+    def fails(job, tuned):
+        raise fault
+
+    monkeypatch.setattr("router_tuning.tuning.recipes.paper.measure", fails)
+    run = tmp_path / "run"
+    with pytest.raises(raised) as caught:
+        tiny_tuning.tune(parts, run, max_steps=1)
+    if raised is UserError:
+        assert re.fullmatch(
+            r"all scores are alike; .* calibrate them with python \S+calibrate.py --run \S+ .*", str(caught.value)
+        )
+    assert base_of(run) == parts["base"] and json.loads((run / "run.json").read_text())["steps"] == 1
+    load_routers(AutoModelForCausalLM.from_pretrained(parts["base"]), run)
+
+
+def test_a_record_is_read_from_everywhere(parts, tmp_path, monkeypatch):
+    monkeypatch.chdir(parts["base"].parent)
+    relative = {"base": Path("base"), "start": Path("./start"), "data": Path("data.jsonl")}
+    at_home = f"~/{os.path.relpath(parts['base'], Path.home())}"
+    tiny_tuning.tune(relative, os.path.relpath(tmp_path / "run"), max_steps=1, tokenizer_name=at_home)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    named = [record["base"]["path"], record["data"]["path"], record["tokenizer"]["name"]]
+    named += [record["arguments"][name] for name in ("model_name_or_path", "router_dir", "train_file", "output_dir")]
+    assert all(Path(path).is_absolute() for path in named), named
 
 
 def test_a_checkpoint_of_another_base_or_other_data_is_refused(parts, finished, tmp_path):

@@ -7,9 +7,11 @@ from typing import Any
 
 from router_tuning.checkpoint.run_folder import read_run
 from router_tuning.model.saving import read_router_config
+from router_tuning.tuning.command_line import launch_command
 
 KNOBS = (
     "recipe",
+    "chat_template",
     "learning_rate",
     "num_train_epochs",
     "max_train_samples",
@@ -21,21 +23,6 @@ KNOBS = (
     "router_only",
     "seed",
 )
-VARIABLES = {
-    "FOLDER_NAME": "folder_name",
-    "DATA_TYPE": "data_type",
-    "MAX_TRAIN_SAMPLES": "max_train_samples",
-    "MOD_N": "mod_n",
-    "GRANULARITY": "granularity",
-    "ROUTER_ONLY": "router_only",
-    "LEARNING_RATE": "learning_rate",
-    "WEIGHT_DECAY": "weight_decay",
-    "NUM_EPOCHS": "num_train_epochs",
-    "MAX_SEQ_LENGTH": "max_seq_length",
-    "GRADIENT_SCALE": "gradient_scale",
-    "TARGET_CAPACITY": "target_capacity",
-}
-"""Environment variables of the published script, and the arguments that they set."""
 USAGE = {
     "adapter": (
         "```python\nfrom router_tuning.model import load_routers  # the Router-Tuning repository\n\n"
@@ -102,12 +89,5 @@ def _facts(record: dict[str, Any], arguments: dict[str, Any]) -> str:
     rows += [f"| {key} | {record[key]} |" for key in ("steps", "reached_capacity", "git_commit") if record.get(key)]
     if not rows:
         return ""
-    command = f"```bash\n{tuning_command(arguments)}\n```" if arguments.get("folder_name") else ""
-    return "\n\n".join(part for part in ("\n".join(["| | |", "|---|---|", *rows]), command) if part)
-
-
-def tuning_command(arguments: dict[str, Any]) -> str:
-    """The published command line of a run, its knobs as environment variables."""
-    values = {variable: arguments.get(name) for variable, name in VARIABLES.items()}
-    assigned = [f"{variable}={value}" for variable, value in values.items() if value is not None]
-    return " ".join([*assigned, "bash scripts/finetune_mod.sh"])
+    parts = ["\n".join(["| | |", "|---|---|", *rows])]
+    return "\n\n".join(parts + ([f"```bash\n{launch_command(arguments)}\n```"] if arguments else []))

@@ -152,7 +152,8 @@ class Laboratory:
     def _tune(self, cell: Cell) -> dict[str, Any]:
         from router_tuning.tuning.command_line import parse_command
         from router_tuning.tuning.interruption import Interruption
-        from router_tuning.tuning.tuning import Preparation, run_tuning
+        from router_tuning.tuning.preparation import Preparation
+        from router_tuning.tuning.tuning import run_tuning
 
         folder = self.run_folder(cell)
         flags = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -254,3 +254,30 @@ class TuningArguments(TrainingArguments):
         if self.push_to_hub:
             found.append("--push_to_hub: export the run first, then upload the export")
         return found
+
+
+PARTS = (ModelArguments, RoutingArguments, DataArguments, TuningArguments)
+DEFAULTS: dict[str, Any] = {
+    f.name: f.default if f.default_factory is MISSING else f.default_factory() for part in PARTS for f in fields(part)
+}
+"""Value of every argument that is not given."""
+
+ORIGINS = frozenset(
+    "folder_name model_name_or_path model_revision trust_remote_code tokenizer_name router_dir data_type train_file "
+    "max_train_samples".split()
+)
+"""Arguments that say where something comes from: runs share its content, not its place."""
+
+_WITHOUT_INFLUENCE = ("logging_", "log_", "save_", "hub_", "trackio_", "dataloader_", "ddp_", "eval_", "do_")
+NEUTRAL = frozenset(name for name in DEFAULTS if name.startswith(_WITHOUT_INFLUENCE)) | frozenset(
+    "output_dir overwrite_output_dir resume_from_checkpoint dry_run check_inputs num_processes accelerate_config "
+    "cache_dir token preprocessing_num_workers attn_implementation report_to run_name project push_to_hub "
+    "disable_tqdm debug skip_memory_metrics include_num_input_tokens_seen torch_empty_cache_steps use_cache "
+    "enable_jit_checkpoint gradient_accumulation_steps activation_checkpointing activation_checkpointing_kwargs "
+    "gradient_checkpointing gradient_checkpointing_kwargs use_cpu local_rank fsdp fsdp_config deepspeed "
+    "parallelism_config accelerator_config per_device_eval_batch_size bf16_full_eval fp16_full_eval".split()
+)
+"""Arguments that do not change what is learnt. Every other, and every new one, has to be that of a run to continue it.
+
+The number of forward passes of a step is not among the others: the global batch is.
+"""

@@ -1,4 +1,4 @@
-"""Checkpoint folders that are complete or not there, and the identity that a run must have to continue one."""
+"""Checkpoint folders that are complete or not there, and the settings that a run must share to continue one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from router_tuning.errors import UserError
+from router_tuning.tuning.arguments import DEFAULTS
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _HASHED_UP_TO = 256 << 20  # bytes; larger files are checked by size alone
 
 
@@ -23,13 +24,13 @@ def staging_folder(run: Path, step: int) -> Path:
     return run / f".checkpoint-{step}.partial"
 
 
-def publish(staging: Path, run: Path, step: int, identity: Mapping[str, Any]) -> Path:
+def publish(staging: Path, run: Path, step: int, settings: Mapping[str, Any]) -> Path:
     """Describe every file of ``staging`` in a manifest, flush all to disk and rename the folder to its place."""
     files = {}
     for path in sorted(p for p in staging.rglob("*") if p.is_file()):
         _flush(path)
         files[path.relative_to(staging).as_posix()] = _describe(path)
-    manifest = {"format": FORMAT, "step": step, "identity": dict(identity), "files": files}
+    manifest = {"format": FORMAT, "step": step, "settings": dict(settings), "files": files}
     (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _flush(staging / MANIFEST)
     place = run / f"checkpoint-{step}"
@@ -102,19 +103,29 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
-def check_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """UserError that names every value in which this run differs from the one that wrote the checkpoint."""
-    saved = json.loads((folder / MANIFEST).read_text())["identity"]
-    differing = [
-        f"{name} was {saved.get(name)!r} and is {value!r}"
-        for name, value in identity.items()
-        if saved.get(name) != json.loads(json.dumps(value))
-    ]
+def check_settings(folder: Path, settings: Mapping[str, Any], unknown: Sequence[str] = ()) -> None:
+    """UserError that names every value in which this run differs from the one that wrote the checkpoint.
+
+    Args:
+        unknown: settings that are not known yet.
+    """
+    saved = json.loads((folder / MANIFEST).read_text())["settings"]
+    here = json.loads(json.dumps(settings, default=str))
+    differing = differences(saved, here | {name: saved.get(name) for name in unknown})
     if differing:
         raise UserError(
-            f"{folder} cannot be continued by this run: {'; '.join(differing)}. Use the same settings, "
-            "another output folder, or --overwrite_output_dir to start again"
+            f"{folder} cannot be continued by this run: {differing}. Use the same settings, another output folder, or "
+            "--overwrite_output_dir to start again"
         )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Settings that differ, with both values; one that a side lacks is at its default there."""
+    pairs = [
+        (name, *(side.get(name, DEFAULTS.get(name)) for side in (before, now)))
+        for name in sorted(before.keys() | now.keys())
+    ]
+    return "; ".join(f"{name} was {was!r} and is {here!r}" for name, was, here in pairs if was != here)
 
 
 def chosen(resume: str | None, run: Path) -> tuple[Path | None, list[str]]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
+import shlex
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +19,17 @@ from transformers import HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from router_tuning.errors import UserError
-from router_tuning.tuning.arguments import DataArguments, ModelArguments, RoutingArguments, TuningArguments
+from router_tuning.tuning.arguments import (
+    DEFAULTS,
+    NEUTRAL,
+    PARTS,
+    DataArguments,
+    ModelArguments,
+    RoutingArguments,
+    TuningArguments,
+)
 from router_tuning.tuning.engines import keep_schedule
-from router_tuning.tuning.recipes import DEFAULTS, RECIPES
+from router_tuning.tuning.recipes import RECIPE_DEFAULTS, RECIPES
 
 RENAMED = {
     "mindskip_n": "mod_n",
@@ -54,23 +65,80 @@ WITHOUT_EFFECT = {
 """Published names that have nothing left to decide, with the reason."""
 
 
+VARIABLES = {
+    "folder_name": "FOLDER_NAME",
+    "model_name_or_path": "MODEL_NAME_OR_PATH",
+    "mod_n": "MOD_N",
+    "granularity": "GRANULARITY",
+    "router_only": "ROUTER_ONLY",
+    "recipe": "RECIPE",
+    "data_type": "DATA_TYPE",
+    "max_train_samples": "MAX_TRAIN_SAMPLES",
+    "max_seq_length": "MAX_SEQ_LENGTH",
+    "chat_template": "CHAT_TEMPLATE",
+    "learning_rate": "LEARNING_RATE",
+    "weight_decay": "WEIGHT_DECAY",
+    "num_train_epochs": "NUM_EPOCHS",
+    "gradient_scale": "GRADIENT_SCALE",
+    "target_capacity": "TARGET_CAPACITY",
+    "global_batch_size": "GLOBAL_BATCH_SIZE",
+    "per_device_train_batch_size": "MICRO_BATCH_SIZE",
+    "seed": "SEED",
+    "output_dir": "OUTPUT_DIR",
+    "resume_from_checkpoint": "RESUME",
+}
+"""Argument → environment variable of ``scripts/finetune_mod.sh`` that sets it."""
+
+_PATHS = ("router_dir", "train_file", "output_dir", "resume_from_checkpoint", "cache_dir")
+_PATHS_OR_NAMES = ("model_name_or_path", "tokenizer_name")
+_SECRETS = ("token", "hub_token")
+
+
 @dataclass
 class Command:
-    """A parsed and checked command line; ``notes`` are lines that a user should see."""
+    """A parsed and checked command line; ``notes`` are lines that a user should see.
+
+    ``typed`` are the Trainer's arguments as they were given, before the Trainer makes objects of them.
+    """
 
     model: ModelArguments
     routing: RoutingArguments
     data: DataArguments
     training: TuningArguments
+    typed: dict[str, Any]
     notes: list[str]
 
     def values(self) -> dict[str, Any]:
         """All arguments as plain values, for the record of the run; secrets are left out."""
-        flat: dict[str, Any] = {}
-        for part in (self.model, self.routing, self.data):
-            flat |= dataclasses.asdict(part)
-        flat |= {k: v for k, v in self.training.to_dict().items() if not k.startswith("_")}
-        return {k: v for k, v in flat.items() if k not in ("token", "hub_token", "check_inputs", "dry_run")}
+        parts = (self.model, self.routing, self.data)
+        flat = {name: value for part in parts for name, value in dataclasses.asdict(part).items()} | self.typed
+        # How a step is cut follows from the number of processes.
+        flat |= {"global_batch_size": self.training.global_batch_size, "gradient_accumulation_steps": None}
+        return {name: value for name, value in flat.items() if name not in _SECRETS}
+
+    def given(self) -> dict[str, Any]:
+        """The arguments that are not at their defaults."""
+        return not_default(self.values())
+
+
+def not_default(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``values`` (of a command, or of its record) that are arguments and not at their defaults."""
+    return {name: value for name, value in values.items() if name in DEFAULTS and value != DEFAULTS[name]}
+
+
+def launch_command(values: Mapping[str, Any]) -> str:
+    """The shell command that repeats a run of recorded ``values``: variables first, then what none of them sets."""
+    variables, flags = [], []
+    for name, value in not_default(values).items():
+        if name in NEUTRAL:
+            continue
+        listed = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
+        words = shlex.join(map(str, listed))
+        if name in VARIABLES:
+            variables.append(f"{VARIABLES[name]}={words}")
+        else:
+            flags.append(f"--{name} {words}")
+    return " ".join([*variables, "bash scripts/finetune_mod.sh", *flags])
 
 
 class _Parser(HfArgumentParser):
@@ -98,29 +166,39 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
         UserError: one line that names every unknown flag, every value of a wrong type or range, and every conflict.
     """
     argv, notes = modernise(sys.argv[1:] if argv is None else list(argv))
-    parts = (ModelArguments, RoutingArguments, DataArguments, TuningArguments)
-    parser = _Parser(parts, allow_abbrev=False, description="Tune the routers of a Mixture-of-Depths model.")
-    parser.set_defaults(**DEFAULTS.get(_recipe_in(argv), {}))
+    parser = _Parser(PARTS, allow_abbrev=False, description="Tune the routers of a Mixture-of-Depths model.")
+    parser.set_defaults(**RECIPE_DEFAULTS.get(_recipe_in(argv), {}))
     namespace, unknown = parser.parse_known_args(argv)
     values = vars(namespace)
+    for name in (*_PATHS, *_PATHS_OR_NAMES):
+        values[name] = _absolute(values[name], name in _PATHS)
     problems = [*parser.found, *_unknown(unknown, values)]
     model, routing, data = (
-        part(**{f.name: values.pop(f.name) for f in dataclasses.fields(part) if f.init}) for part in parts[:3]
+        part(**{f.name: values.pop(f.name) for f in dataclasses.fields(part) if f.init}) for part in PARTS[:3]
     )
     for part in (model, routing, data):
         problems += part.problems()
     if routing.recipe not in RECIPES:
         problems.append(f"--recipe {routing.recipe} is none of {', '.join(sorted(RECIPES))}")
     _set_precision(model, routing, values, notes)
+    typed = {f.name: values[f.name] for f in dataclasses.fields(TuningArguments) if f.init}
     try:
-        training = TuningArguments(**{f.name: values[f.name] for f in dataclasses.fields(TuningArguments) if f.init})
+        training = TuningArguments(**typed)
         problems += training.problems()
         notes += keep_schedule(training.deepspeed_plugin)
     except (ValueError, ImportError) as error:
         problems.append(" ".join(str(error).split()))
     if problems:
         raise UserError("; ".join(problems))
-    return Command(model, routing, data, training, notes)
+    return Command(model, routing, data, training, typed, notes)
+
+
+def _absolute(place: str | None, is_path: bool) -> str | None:
+    """A path as it reads from everywhere; ``auto``, and a hub id where one may stand, as they are."""
+    if place in (None, "auto"):
+        return place
+    path = Path(place).expanduser()
+    return str(path.absolute()) if is_path or path.exists() or place.startswith((".", "~")) else place
 
 
 def _recipe_in(argv: list[str]) -> str | None:

@@ -33,7 +33,7 @@ class RouterTrainer(Trainer):
         target_capacity: target of the penalty.
         gradient_scale: its weight λ.
         order: the rows of each step; see :class:`~router_tuning.tuning.batching.StepOrder`.
-        identity: what a run must share with a checkpoint to continue it.
+        settings: what a run must share with a checkpoint to continue it.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class RouterTrainer(Trainer):
         target_capacity: float,
         gradient_scale: float,
         order: StepOrder,
-        identity: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.target_capacity, self.gradient_scale = target_capacity, gradient_scale
-        self.order, self.identity = order, dict(identity or {})
+        self.order, self.settings = order, dict(settings or {})
         self.statistics = RoutingStatistics(self.args.device)
         self._micro = (-1, 0)  # step under way, micro-batches of it seen by this process
         self._read_at = 0
@@ -153,7 +153,7 @@ class RouterTrainer(Trainer):
             self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
         self.barrier()
         if self.args.should_save:
-            checkpoints.publish(staging, run, step, self.identity)
+            checkpoints.publish(staging, run, step, self.settings)
             checkpoints.rotate(run, self.args.save_total_limit)
         self.barrier()
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from router_tuning.tuning.arguments import TuningArguments
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.interruption import Interruption
+from router_tuning.tuning.preparation import Preparation
 from router_tuning.tuning.tuning_data import TrainingData
 
 
@@ -18,32 +21,44 @@ class TuningJob:
     """A loaded and routed base in which what trains requires a gradient, and its encoded data.
 
     Attributes:
-        max_length: tokens that longer conversations were cut to.
-        identity: what a run must share with a checkpoint to continue it.
+        settings: what a run must share with a checkpoint to continue it.
         base_identity: what tells the base from others, for ``router_config.json``; read before an engine cuts the
             weights.
         resume: the checkpoint to continue, complete and checked.
     """
 
-    command: Command
+    preparation: Preparation
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     data: TrainingData
-    max_length: int
-    identity: dict[str, Any]
+    settings: dict[str, Any]
     base_identity: dict[str, Any]
     interruption: Interruption
     resume: Path | None = None
 
     @property
+    def command(self) -> Command:
+        """The checked command line."""
+        return self.preparation.command
+
+    @property
+    def training(self) -> TuningArguments:
+        """The Trainer's part of it."""
+        return self.preparation.command.training
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the template that the run renders conversations in."""
+        return self.preparation.tokenizer
+
+    @property
     def output(self) -> Path:
         """Folder of the run."""
-        return Path(self.command.training.output_dir)
+        return self.preparation.output
 
 
 @dataclass
 class TunedRun:
-    """Outcome of a recipe.
+    """Outcome of a recipe: of its ``tune(job)``, completed by its ``measure(job, tuned)`` once that is saved.
 
     Attributes:
         trainer: gives the trained weights (``gather_trained``), collective.
@@ -51,6 +66,7 @@ class TunedRun:
         measured: capacities of the final routers, as :meth:`RouterTrainer.measure_capacity` gives them.
         interrupted: a signal ended it; the checkpoint is there, results are not.
         extra: entries for ``router_config.json`` (calibration).
+        weights: all that trained, whole, by name.
     """
 
     trainer: Any
@@ -58,3 +74,9 @@ class TunedRun:
     measured: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The trained model, out of its engine's wrapper."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.errors import UserError
+from router_tuning.files import write_text
 from router_tuning.tuning.arguments import ROOT
 from router_tuning.tuning.checkpoints import checkpoints, find_fault, remove, sweep
 from router_tuning.tuning.command_line import Command
@@ -91,9 +91,9 @@ def clear_folder(folder: Path, keep_checkpoints: bool) -> None:
 def write_results(folder: Path, run: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
     """Write ``metrics.jsonl``, ``routing_history.json`` and, last, ``run.json``: where it is, the run is complete."""
     lines = [row for row in history if "loss" in row]
-    _write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
-    _write(folder / "routing_history.json", json.dumps(routing_history(lines), indent=1) + "\n")
-    _write(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
+    write_text(folder / "routing_history.json", json.dumps(routing_history(lines), indent=1) + "\n")
+    write_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
 
 
 def routing_history(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -105,9 +105,3 @@ def routing_history(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "total": [row[CAPACITY] for row in lines],
         "routers": {name.removeprefix(prefix): [row[name] for row in lines] for name in names},
     }
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

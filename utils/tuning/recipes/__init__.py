@@ -1,4 +1,7 @@
-"""Ways to tune routers. A recipe is a module with ``tune(job) -> TunedRun``, imported when it is asked for."""
+"""Ways to tune routers. A recipe is a module, imported when it is asked for, of two functions.
+
+``tune(job) -> TunedRun`` trains; ``measure(job, tuned)`` calibrates and measures what has been saved by then.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 RECIPES = {"paper": "router_tuning.tuning.recipes.paper", "budget": "router_tuning.tuning.recipes.budget.recipe"}
 """Name on the command line → module."""
 
-DEFAULTS: dict[str, dict[str, Any]] = {
+RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "budget": {
         "router_pooling": "prompt",
         "learning_rate": 1e-2,

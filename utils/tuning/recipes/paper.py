@@ -13,7 +13,7 @@ _MEASURED_ROWS = 256
 
 def tune(job: TuningJob) -> TunedRun:
     """Train the job's model in place (He et al. 2024, section 3.3). Collective: every rank calls."""
-    training, routing = job.command.training, job.command.routing
+    training, routing = job.training, job.command.routing
     trainer = RouterTrainer(
         model=job.model,
         args=training,
@@ -23,12 +23,16 @@ def tune(job: TuningJob) -> TunedRun:
         target_capacity=routing.target_capacity,
         gradient_scale=routing.gradient_scale,
         order=StepOrder(job.data.lengths, training.global_batch_size, training.seed, job.command.data.length_grouping),
-        identity=job.identity,
+        settings=job.settings,
     )
     use_compact_progress(trainer)
     trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))
-    if job.interruption.signal is not None:
-        return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=True)
-    rows = min(_MEASURED_ROWS, len(trainer.order))
-    per_process = max(1, rows // (training.per_device_train_batch_size * training.world_size))
-    return TunedRun(trainer=trainer, history=trainer.state.log_history, measured=trainer.measure_capacity(per_process))
+    stopped = job.interruption.signal is not None
+    return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=stopped)
+
+
+def measure(job: TuningJob, tuned: TunedRun) -> None:
+    """Measure the capacity that the routers have reached. Collective: every rank calls."""
+    rows = min(_MEASURED_ROWS, len(tuned.trainer.order))
+    per_process = max(1, rows // (job.training.per_device_train_batch_size * job.training.world_size))
+    tuned.measured = tuned.trainer.measure_capacity(per_process)

@@ -44,22 +44,23 @@ Batch = dict[str, Tensor]
 
 
 def tune(job: TuningJob) -> TunedRun:
-    """Train the job's routers in place and calibrate them. Collective: every rank calls.
+    """Train the job's routers in place. Collective: every rank calls.
 
     Raises:
         UserError: for weights cut into shards, and at sequence level for anything but routers on a frozen base.
     """
     if any(hasattr(parameter, "ds_id") for parameter in job.model.parameters()):
         raise UserError("recipe 'budget' needs whole weights on every process: use ZeRO stage 2 or lower")
-    tuned = _search_and_fit(job) if is_sequence_level(job.model) else _train(job)
-    if not tuned.interrupted:
-        _finish(job, tuned)
-    return tuned
+    return _search_and_fit(job) if is_sequence_level(job.model) else _train(job)
 
 
-def _finish(job: TuningJob, tuned: TunedRun) -> None:
-    """Calibrate the dial and turn it to the requested capacity."""
-    model = tuned.trainer.accelerator.unwrap_model(tuned.trainer.model, keep_fp32_wrapper=False)
+def measure(job: TuningJob, tuned: TunedRun) -> None:
+    """Calibrate the dial and turn it to the requested capacity. Collective: every rank calls.
+
+    Raises:
+        ValueError: if the routers cannot tell inputs apart.
+    """
+    model = tuned.model
     training = model.training
     model.eval()
     batches = calibration_batches(job)
@@ -101,11 +102,11 @@ def _search_and_fit(job: TuningJob) -> TunedRun:
     rows = _drawn(job, SEARCH_INPUTS)
     batches = in_batches([job.data.rows[row] for row in rows], Collator(job.tokenizer), _ROWS)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model.to(job.command.training.device)
-    explored = explore(model, batches[rank::world], MAX_MASKS, seed=job.command.training.seed + rank)
+    model.to(job.training.device)
+    explored = explore(model, batches[rank::world], MAX_MASKS, seed=job.training.seed + rank)
     if world > 1:
         explored = _gathered(explored, world)
-    policy = fit(explored, FIT_BUDGETS, FitSettings(seed=job.command.training.seed))
+    policy = fit(explored, FIT_BUDGETS, FitSettings(seed=job.training.seed))
     install_policy(model, policy.weight)
     names = list(routed_modules(model))
     dial = {"capacity": policy.budgets, "logit": dict(zip(names, policy.logit.tolist(), strict=True))}
@@ -133,7 +134,7 @@ def _gathered(explored: Explored, world: int) -> Explored:
 
 
 def _train(job: TuningJob) -> TunedRun:
-    training, routing = job.command.training, job.command.routing
+    training, routing = job.training, job.command.routing
     if training.fp16:
         raise UserError("recipe 'budget' at token level reads gradients, which fp16 scales: use --bf16 or float32")
     generator = torch.Generator().manual_seed(training.seed)
@@ -154,7 +155,7 @@ def _train(job: TuningJob) -> TunedRun:
 
 
 def _shared(job: TuningJob) -> dict[str, Any]:
-    training = job.command.training
+    training = job.training
     return {
         "model": job.model,
         "args": training,
@@ -165,7 +166,7 @@ def _shared(job: TuningJob) -> dict[str, Any]:
         "order": StepOrder(
             job.data.lengths, training.global_batch_size, training.seed, job.command.data.length_grouping
         ),
-        "identity": job.identity,
+        "settings": job.settings,
     }
 
 
@@ -228,5 +229,5 @@ def in_batches(rows: Sequence[dict[str, list[int]]], collator: Collator, size: i
 
 
 def _drawn(job: TuningJob, count: int) -> list[int]:
-    generator = torch.Generator().manual_seed(job.command.training.seed)
+    generator = torch.Generator().manual_seed(job.training.seed)
     return torch.randperm(len(job.data.rows), generator=generator)[:count].tolist()
