@@ -7,6 +7,7 @@ import torch
 from tiny_models import random_batch
 from tiny_routed import routed_model
 
+from router_tuning.model import dial as dial_module
 from router_tuning.model import load_routers, record_routing, routed_modules, save_routers, set_thresholds
 from router_tuning.model.dial import calibrate
 from router_tuning.model.saving import thresholds_for
@@ -54,6 +55,21 @@ def test_a_start_sets_the_differences_between_routers():
     first, last = dial["logit"][names[0]][1], dial["logit"][names[-1]][1]
     assert last - first == pytest.approx(len(names) - 1)
     assert abs(dial["reached"][1] - 0.5) <= 0.02
+
+
+def test_decisions_that_move_all_scores_behind_them_are_solved_too(monkeypatch):
+    """A router whose scores lie close together, far from those of the next, which follow its decisions row by row."""
+    model, rows = routed_model("llama", "attn_sequence"), torch.linspace(0, 0.1, 48)
+    modules = routed_modules(model)
+    first, *others = modules
+
+    def logits(_, __):
+        runs = rows >= modules[first].mod_logit
+        return {first: rows, **{name: torch.where(runs, 9.0, -9.0) + rows for name in others}}
+
+    monkeypatch.setattr(dial_module, "router_logits", logits)
+    found = calibrate(model, [], start={"capacity": [0.0, 1.0], "logit": {n: [0.0, 0.0] for n in modules}})
+    assert max(abs(c - r) for c, r in zip(found["capacity"], found["reached"], strict=True)) <= 0.02
 
 
 def test_thresholds_are_left_as_they_were():

@@ -49,12 +49,22 @@ def capacity_at(logits: Mapping[str, Tensor], threshold: Mapping[str, float]) ->
     return sum(float((values >= threshold[name]).float().mean()) for name, values in logits.items()) / len(logits)
 
 
+def logits_at(dial: Mapping[str, Any], capacity: float) -> dict[str, float]:
+    """Threshold logits of a dial by router, linear between its points and those of the outermost beyond them."""
+    grid = dial["capacity"]
+    upper = next((i for i, c in enumerate(grid) if c >= capacity), len(grid) - 1)
+    lower = max(upper - 1, 0)
+    span = grid[upper] - grid[lower]
+    share = 0.0 if span == 0 else min(max((capacity - grid[lower]) / span, 0.0), 1.0)
+    return {name: row[lower] + share * (row[upper] - row[lower]) for name, row in dial["logit"].items()}
+
+
 def calibrate(
     model: nn.Module,
     batches: Sequence[Batch],
     start: Mapping[str, Any] | None = None,
     capacity: Sequence[float] = GRID,
-    rounds: int = 4,
+    rounds: int = 16,
     tolerance: float = 0.004,
 ) -> dict[str, Any]:
     """Thresholds by budget, ``{"capacity": [c], "logit": {"<layer>.<part>": [per c]}, "reached": [c]}``.
@@ -66,7 +76,9 @@ def calibrate(
     Args:
         start: an earlier dial, for instance of another data set, or one with thresholds learnt per budget.
         capacity: ascending budgets from 0 to 1.
-        rounds: most passes over ``batches`` per point; one that is within ``tolerance`` is enough.
+        rounds: most passes over ``batches`` per point. One or two are enough but where a router's decisions move all
+            scores of a deeper one.
+        tolerance: how close to a budget is close enough, at least half a decision.
 
     Raises:
         ValueError: if the routers cannot tell inputs apart, so that no threshold gives a share between 0 and 1.
@@ -76,8 +88,11 @@ def calibrate(
     reached = []
     with _thresholds_kept(modules):
         logits = router_logits(model, batches)
+        if all(bool((values == values[0]).all()) for values in logits.values()):
+            raise ValueError("no threshold gives a share between 0 and 1: the routers give all inputs the same score")
+        tolerance = max(tolerance, 0.5 / sum(len(values) for values in logits.values()))
         for point in capacity:
-            base = _start_at(start, point, list(modules))
+            base = logits_at(start, point) if start else dict.fromkeys(modules, 0.0)
             # The policy of the point before is close to this one: its logits are the first guess.
             found, share, logits = _solve(model, modules, batches, point, base, logits, rounds, tolerance)
             reached.append(share)
@@ -109,10 +124,7 @@ def _solve(model, modules, batches, point, base, logits, rounds, tolerance) -> t
             low = shift
         else:
             high = shift
-    _, threshold, share = best
-    if min(point, 1 - point) > 0.01 and share in (0.0, 1.0):
-        raise ValueError(f"no threshold reaches capacity {point}: the routers give all inputs the same score")
-    return threshold, share, logits
+    return *best[1:], logits
 
 
 def _shift_for(logits: Mapping[str, Tensor], base: Mapping[str, float], point: float) -> float:
@@ -130,20 +142,6 @@ def _shift_for(logits: Mapping[str, Tensor], base: Mapping[str, float], point: f
     above = float(moved[last - 1]) if last else float(moved[0]) + margin
     below = float(moved[last]) if last < len(moved) else float(moved[-1]) - margin
     return (above + below) / 2
-
-
-def _start_at(start: Mapping[str, Any] | None, point: float, names: list[str]) -> dict[str, float]:
-    if start is None:
-        return dict.fromkeys(names, 0.0)
-    grid = start["capacity"]
-    upper = next((i for i, c in enumerate(grid) if c >= point), len(grid) - 1)
-    lower = max(upper - 1, 0)
-    span = grid[upper] - grid[lower]
-    share = 0.0 if span == 0 else min(max((point - grid[lower]) / span, 0.0), 1.0)
-    return {
-        name: start["logit"][name][lower] + share * (start["logit"][name][upper] - start["logit"][name][lower])
-        for name in names
-    }
 
 
 def _set(modules: Mapping[str, Routed], logit: Mapping[str, float]) -> None:

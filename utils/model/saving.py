@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from .configuration_mod import ModConfig
+from .dial import logits_at
 from .identity import base_identity, causal_lm, check_base
 from .recording import routed_base
 from .routing import is_routed, route, routed_modules, set_thresholds, unroute
@@ -178,11 +179,7 @@ def thresholds_for(config: dict[str, Any], capacity: float, where: Path | str) -
         grid, table = dial["capacity"], dial["logit"]
         if capacity in (0, 1) and not grid[0] < capacity < grid[-1]:
             return dict.fromkeys(table, 1.0 - capacity)
-        upper = next((i for i, c in enumerate(grid) if c >= capacity), len(grid) - 1)
-        lower = max(upper - 1, 0)
-        span = grid[upper] - grid[lower]
-        share = 0.0 if span == 0 else min((capacity - grid[lower]) / span, 1.0)
-        return {key: _sigmoid(row[lower] + share * (row[upper] - row[lower])) for key, row in table.items()}
+        return {name: _sigmoid(logit) for name, logit in logits_at(dial, capacity).items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: the stored calibration is damaged ({error!r}); calibrate anew") from None
 

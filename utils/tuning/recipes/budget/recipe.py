@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from router_tuning.errors import UserError
 from router_tuning.model import routed_modules, set_thresholds
-from router_tuning.model.dial import calibrate, capacity_at, router_logits
+from router_tuning.model.dial import calibrate, capacity_at, logits_at, router_logits
 from router_tuning.tuning.batching import Collator, StepOrder
 from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.interruption import StopOnSignal
@@ -65,7 +65,7 @@ def measure(job: TuningJob, tuned: TunedRun) -> None:
     model.eval()
     batches = calibration_batches(job)
     dial = calibrate(model, batches, start=tuned.extra.get("dial"))
-    logit = turned(dial, job.command.routing.target_capacity)
+    logit = logits_at(dial, job.command.routing.target_capacity)
     set_thresholds(
         model, {name: float(torch.sigmoid(torch.tensor(z, dtype=torch.double))) for name, z in logit.items()}
     )
@@ -78,16 +78,6 @@ def measure(job: TuningJob, tuned: TunedRun) -> None:
     }
     tuned.extra["dial"] = dial
     model.train(training)
-
-
-def turned(dial: dict[str, Any], capacity: float) -> dict[str, float]:
-    """Threshold logits of a dial at a capacity, linear between its points."""
-    grid = dial["capacity"]
-    upper = next((i for i, c in enumerate(grid) if c >= capacity), len(grid) - 1)
-    lower = max(upper - 1, 0)
-    span = grid[upper] - grid[lower]
-    share = 0.0 if span == 0 else (capacity - grid[lower]) / span
-    return {name: row[lower] + share * (row[upper] - row[lower]) for name, row in dial["logit"].items()}
 
 
 # ---- sequence level
