@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from router_tuning.errors import UserError
 from router_tuning.evaluation.harness import TASK_CONFIGS, evaluate, main_score
 from router_tuning.evaluation.metered import MeteredLM
-from router_tuning.model import force_routing, load_routers
+from router_tuning.model import force_routing, load_routers, record_routing
+from router_tuning.model.recording import routed_base
 
 TASKS = ["mod_copy_gen", "mod_math_mc", "mod_dialogue_mc", "mod_story_text"]
 
@@ -36,7 +37,7 @@ def result(routed, tokenizer):
 
 def test_scores_equal_stock_lm_eval(routed, tokenizer, result):
     stock = simple_evaluate(
-        model=HFLM(pretrained=routed, tokenizer=tokenizer, batch_size=3),
+        model=HFLM(pretrained=routed, tokenizer=tokenizer, batch_size=1),
         tasks=TASKS,
         limit=6,
         task_manager=TaskManager(include_path=str(TASK_CONFIGS), include_defaults=False),
@@ -54,6 +55,27 @@ def test_batch_size_changes_no_score(routed, tokenizer, result):
         for task in TASKS:
             assert other["scores"][task] == pytest.approx(result["scores"][task], rel=1e-5)
             assert other["meter"][task]["capacity"] == pytest.approx(result["meter"][task]["capacity"])
+
+
+def test_decisions_on_the_prompt_alone_see_no_answer(routed, tokenizer, monkeypatch):
+    """All choices of a question are scored under one decision, that of its prompt, whatever their lengths."""
+    monkeypatch.setattr(routed_base(routed).mod_config, "router_pooling", "prompt")
+    monkeypatch.setattr(routed.config, "mod_router_pooling", "prompt")
+    lm = MeteredLM(pretrained=routed, tokenizer=tokenizer, batch_size=4)
+    prompt = tokenizer("Which?")["input_ids"]
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ab", "abcd efg", "hi jkl", "zy")]
+    with torch.no_grad(), record_routing(routed) as log:
+        found = [score for score, _ in lm._loglikelihood_tokens([(None, prompt, answer) for answer in answers])]
+        alone = routed(torch.tensor([prompt])).past_key_values
+    expected = log.decisions
+    for records in log.records.values():
+        assert all(torch.equal(r.keep, records[-1].keep.expand(len(r.keep))) for r in records)
+    for answer, score in zip(answers, found, strict=True):
+        with torch.no_grad(), force_routing(routed, expected):
+            logits = routed(torch.tensor([prompt + answer]), prompt_length=torch.tensor([len(prompt)])).logits
+        chosen = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert score == pytest.approx(float(chosen.gather(1, torch.tensor(answer)[:, None]).sum()), rel=1e-5)
+    assert alone.get_seq_length() == len(prompt)
 
 
 def test_meter_sees_what_runs(routed, tokenizer, result):

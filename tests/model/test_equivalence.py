@@ -10,7 +10,7 @@ import pytest
 import torch
 from masked_reference import MaskedReference
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
-from tiny_routed import random_skip_paths
+from tiny_routed import random_skip_paths, routed_model, router_weights
 
 from router_tuning.model import packed_queries, record_routing, route, routed_modules
 from router_tuning.model.configuration_mod import parse_granularity
@@ -117,6 +117,55 @@ def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, ski
     monkeypatch.setattr(packed_queries, "_in_chunks", in_chunks)
     test_equals_masked_dense_model(family, granularity, "keep", skip, "eager" if family == "gemma2" else "sdpa")
     assert family == "gemma2" or max(map(len, chunked)) > 2
+
+
+def _prefix(kind):
+    """A 4-D mask under which the first half sees itself both ways."""
+    seen = torch.ones(12, 12).tril().bool()
+    seen[:6, :6] = True
+    seen = seen[None, None].expand(3, -1, -1, -1)
+    return seen if kind is bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
+@pytest.mark.parametrize(
+    ("family", "attn", "seen"),
+    [
+        ("gemma3_text", "sdpa", "both ways by config"),
+        ("llama", "sdpa", "prefix"),
+        ("llama", "sdpa", "additive prefix"),
+        ("llama", "eager", "additive prefix"),
+        ("llama", "sdpa", "both ways by keyword"),
+        ("llama", "sdpa", "both ways by switch"),
+        ("llama", "eager", "both ways by switch"),
+    ],
+)
+def test_attention_need_not_be_causal(family, attn, seen, granularity, policy, chunks, monkeypatch):
+    """What a query sees is what mask, keyword and module say, in evaluation, in chunks and in training."""
+    if chunks:
+        monkeypatch.setattr(packed_queries, "_WORTH", 4)
+        monkeypatch.setattr(packed_queries, "_LEAST", 2)
+    model = tiny_model(family, attn, **({"use_bidirectional_attention": True} if "config" in seen else {}))
+    dense = copy.deepcopy(model)
+    routed_model(granularity=granularity, model=model, kv_policy=policy)
+    for switched in (model, dense) if "switch" in seen else ():
+        switched.config.is_causal = False
+        for layer in switched.model.layers:
+            layer.self_attn.is_causal = False
+    reference = MaskedReference(dense, router_weights(model), parse_granularity(granularity), policy)
+    ids, padded = random_batch(padding="left")
+    inputs = {"is_causal": False} if "keyword" in seen else {}
+    masks = [_prefix(float if "additive" in seen else bool)] if "prefix" in seen else [None, padded][: 2 - len(inputs)]
+    for mask in masks:
+        real = mask if mask is padded else torch.ones_like(ids)
+        expected = reference.logits(ids, mask, **inputs)
+        with record_routing(model) as log, torch.no_grad():
+            close(model(ids, attention_mask=mask, use_cache=False, **inputs).logits, expected, real)
+        assert 0 < log.capacity()["total"] < 1
+        close(model.train()(ids, attention_mask=mask, **inputs).logits, expected, real)
+        model.eval()
 
 
 def check_cached(model, reference, ids, mask, sequence):

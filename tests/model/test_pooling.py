@@ -7,8 +7,7 @@ import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import LAYERS, routed_model
 
-from router_tuning.model import record_routing
-from router_tuning.model.routed_model import prompt_length_from
+from router_tuning.model import prompt_length_from, record_routing
 
 SEQUENCE = ["attn_sequence", "mlp_sequence", "block_sequence", "attn_sequence+mlp_sequence"]
 
@@ -58,41 +57,57 @@ def test_a_result_does_not_depend_on_batch_mates(granularity, policy):
             assert torch.allclose(together[row, mask[row].bool()], alone[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("pad", [None, 0, 5])
 @pytest.mark.parametrize("granularity", SEQUENCE)
-def test_right_padding_without_a_mask_is_recognised_by_its_ids(granularity):
-    """lm-eval pads on the right with id 0 and passes no mask."""
+def test_without_a_mask_every_token_is_real_whatever_its_id(granularity, pad):
+    """``generate()`` drops a mask of ones: what a prompt ends in must not count less than in a padded batch."""
     model = routed_model("llama", granularity)
-    ids, mask = random_batch(4, 12, padding="right")
-    assert (ids[mask == 0] == 0).all()
-    scores, keep, logits = decisions(model, ids)
+    model.config.pad_token_id = pad
+    tail = torch.cat([random_batch(2, 8)[0], torch.tensor([[0, 0], [5, 0]])], 1)
+    scores, keep, logits = decisions(model, tail)
+    ones_scores, ones_keep, ones_logits = decisions(model, tail, attention_mask=torch.ones_like(tail))
+    assert torch.equal(keep, ones_keep) and torch.allclose(scores, ones_scores) and torch.allclose(logits, ones_logits)
+    batch, mask = torch.cat([torch.zeros(2, 3, dtype=torch.long), tail], 1), torch.ones(2, 13, dtype=torch.long)
+    mask[:, :3] = 0
+    assert torch.allclose(decisions(model, batch, attention_mask=mask)[0], scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", SEQUENCE)
+@pytest.mark.parametrize("cuts", [(3, 12), (5, 9, 12), (1, 2, 3, 4, 12)])
+def test_a_chunk_of_padding_decides_nothing(granularity, cuts):
+    """Left-padded rows of a prefill in chunks are decided on in the chunk that brings their first token."""
+    model = routed_model("llama", granularity)
+    ids, mask = random_batch(4, 12, padding="left")  # 0, 2, 4, 6 tokens of padding
+    cache, start, keep, logits = None, 0, {}, []
+    for end in cuts:
+        with torch.no_grad(), record_routing(model) as log:
+            out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+        for layer, records in log.records.items():
+            for record in records:
+                real = torch.ones(4, dtype=torch.bool) if record.real is None else record.real
+                for row in real.nonzero().flatten().tolist():
+                    assert keep.setdefault((layer, row), (end, bool(record.keep[row])))[0] == end, "decided once"
+        cache, start = out.past_key_values, end
+        logits.append(out.logits)
+    logits = torch.cat(logits, 1)
     for row in range(4):
-        alone_scores, alone_keep, alone_logits = decisions(model, ids[row : row + 1, mask[row].bool()])
-        assert torch.equal(keep[:, row], alone_keep[:, 0])
-        assert torch.allclose(scores[:, row], alone_scores[:, 0], atol=1e-5)
-        assert torch.allclose(logits[row, mask[row].bool()], alone_logits[0], atol=1e-4)
-
-
-def test_which_ids_are_taken_for_padding():
-    model = routed_model()
-    ids, _ = random_batch(1, 8)
-    inside = ids.clone()
-    inside[0, 3] = 0
-    assert not torch.equal(decisions(model, inside)[0], decisions(model, inside[:, [0, 1, 2, 4, 5, 6, 7]])[0])
-    model.config.pad_token_id = 5
-    tail = torch.cat([ids, torch.tensor([[5, 0, 5]])], 1)
-    assert torch.allclose(decisions(model, tail)[0], decisions(model, ids)[0], atol=1e-6)
-    model.config.mod_padding_ids = []
-    assert not torch.allclose(decisions(model, tail)[0], decisions(model, ids)[0], atol=1e-6)
-    masked = decisions(model, tail, attention_mask=torch.ones_like(tail))[0]
-    assert torch.allclose(decisions(model, tail)[0], masked)
-
-
-def test_a_mask_overrules_the_ids():
-    model = routed_model()
-    ids, _ = random_batch(1, 8)
-    tail = torch.cat([ids, torch.zeros(1, 2, dtype=torch.long)], 1)
-    counted = decisions(model, tail, attention_mask=torch.ones_like(tail))[0]
-    assert not torch.allclose(counted, decisions(model, ids)[0], atol=1e-6)
+        pads = 2 * row
+        first = next(end for end in cuts if end > pads)
+        alone_cache, begin, alone = None, pads, []
+        for end in (end for end in cuts if end > pads):
+            with torch.no_grad(), record_routing(model) as log:
+                out = model(
+                    ids[row : row + 1, begin:end],
+                    position_ids=torch.arange(begin, end)[None],
+                    past_key_values=alone_cache,
+                )
+            if end == first:
+                assert {k[0]: v for k, v in keep.items() if k[1] == row} == {
+                    layer: (first, bool(decision[0])) for layer, decision in log.decisions.items()
+                }
+            alone_cache, begin = out.past_key_values, end
+            alone.append(out.logits)
+        assert torch.allclose(logits[row, pads:], torch.cat(alone, 1)[0], atol=1e-4)
 
 
 def test_a_row_of_padding_alone_does_no_harm():
@@ -127,15 +142,42 @@ def test_prompt_pooling_decides_as_cached_generation_does(granularity):
     assert not torch.allclose(decisions(model, out, attention_mask=full)[0], scores, atol=1e-6)
 
 
-def test_training_on_labels_pools_the_prompt_too():
-    model = routed_model("llama", router_pooling="prompt")
+def boundaries(ids, mask, labels):
+    """All ways in which a batch says where its prompts end: ``(positional, keyword)`` arguments."""
+    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+    plain = {"input_ids": ids, "attention_mask": mask}
+    return [
+        ((), {**plain, "prompt_length": prompt_length_from(labels, mask)}),
+        ((), {**plain, "labels": labels}),
+        ((ids, mask), {"labels": labels}),
+        ((), {**plain, "shift_labels": shifted}),
+        ((ids, mask), {"shift_labels": shifted, "labels": None}),
+    ]
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_prompts_end_is_the_same_however_it_is_said(padding, training):
+    model = routed_model("llama", router_pooling="prompt").train(training)
+    ids, mask = random_batch(3, 12, padding=padding)
+    labels = torch.where((torch.arange(12) >= 5) & mask.bool(), ids, -100)
+    prompts = torch.where(torch.arange(12) < 5, mask, 0)
+    pooled = routed_model("llama", router_pooling="sequence")
+    expected = decisions(pooled, ids, attention_mask=prompts)[0][0]  # the first router sees no other layer's padding
+    for args, kwargs in boundaries(ids, mask, labels):
+        with torch.set_grad_enabled(training), record_routing(model) as log:
+            model(*args, **kwargs)
+        assert torch.allclose(log.scores[LAYERS[0]], expected, atol=1e-5)
+
+
+def test_training_on_prompts_that_end_nowhere_is_refused():
+    model = routed_model("llama", router_pooling="prompt").train()
     ids, mask = random_batch(3, 12, padding="right")
-    labels = torch.where((torch.arange(12) >= 4) & mask.bool(), ids, -100)
-    expected = decisions(model, ids, attention_mask=mask, prompt_length=torch.full((3,), 4))[0]
-    model.train()
-    with record_routing(model) as log:
-        model(ids, attention_mask=mask, labels=labels)
-    assert torch.allclose(torch.stack(list(log.scores.values())), expected, atol=1e-6)
+    with pytest.raises(ValueError, match="prompt_length.*labels") as error:
+        model(ids, attention_mask=mask)
+    assert "\n" not in str(error.value)
+    for model in (routed_model("llama", "attn_token", router_pooling="prompt"), routed_model("llama")):
+        model.train()(ids, attention_mask=mask)
 
 
 def test_sequence_pooling_ignores_the_boundary():
@@ -152,6 +194,7 @@ def test_prompt_length_counts_real_tokens():
     labels = torch.where(torch.arange(12) >= 8, ids, -100)
     assert prompt_length_from(labels, mask).tolist() == [8, 6, 4]
     assert prompt_length_from(labels, None).tolist() == [8, 8, 8]
+    assert prompt_length_from(labels[:, 1:], mask[:, :-1], shifted=True).tolist() == [8, 6, 4]
     assert prompt_length_from(torch.full((1, 4), -100), None).tolist() == [4]
 
 

@@ -25,13 +25,13 @@ class MaskedReference:
         self.real = None
 
     @torch.no_grad()
-    def logits(self, ids, mask=None, hold=False):
+    def logits(self, ids, mask=None, hold=False, **inputs):
         """Dense logits under the masks; with ``hold`` the sequence decisions of the first call are kept."""
-        self.real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        self.real = torch.ones_like(ids).bool() if mask is None or mask.dim() == 4 else mask.bool()
         if not hold:
             self.held = {}
         with self._hooks():
-            return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
 
     def decide(self, layer, part, hidden):
         """Bool ``[b, t]``."""
@@ -76,11 +76,14 @@ class MaskedReference:
             seen = keep[:, None, None, :] | torch.eye(tokens, dtype=torch.bool)[None, None]
             mask = kwargs["attention_mask"]
             if mask is None:
-                mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+                mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool)
+                mask = mask.tril() if kwargs.get("is_causal", block.self_attn.is_causal) else mask
             if mask.dtype == torch.bool:
                 mask = mask & seen
             else:
                 mask = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+            if mask.dtype == torch.bool and self.model.config._attn_implementation == "eager":
+                mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
             return {**kwargs, "attention_mask": mask}
 
         def attn_pre(module, args, kwargs):

@@ -81,3 +81,4 @@ def test_collator_pads_on_the_right_and_masks(parts):
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert batch["prompt_length"].tolist() == [1, 0]

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 from tqdm import tqdm
 
 from router_tuning.model import RoutingLog, record_routing
@@ -20,8 +22,12 @@ class MeteredLM(HFLM):
 
     ``meter[task]`` holds ``requests`` (count), ``seconds`` (wall clock, this process), and, for a routed model,
     ``capacity`` (``{"total": share, <router>: share}`` over the task's decisions) and ``decisions`` (``{<router>:
-    count}`` of sequences or tokens decided). Scores are those of ``HFLM``: a sequence's result does not depend on its
-    batch mates.
+    count}`` of sequences or tokens decided).
+
+    Scores are those of ``HFLM``, whatever the batch. It pads on the right without an attention mask, and then every
+    token is real: a model that decides per sequence would pool the padding. Here such a model gets requests of one
+    length at a time, and is told where the prompts end. Stock lm-eval gives the same scores at batch size 1 (for
+    ``router_pooling="sequence"``), and for models that decide per token at any.
 
     Launched as several processes (``accelerate launch``, ``torchrun``), each takes a share of the documents, which
     ``HFLM`` leaves to its caller for a model that is already loaded; :meth:`gathered_meter` then joins their meters.
@@ -30,6 +36,7 @@ class MeteredLM(HFLM):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.meter: dict[str, dict[str, Any]] = {}
+        self._answer: int | None = None  # tokens of the answers under way
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.accelerator = Accelerator(cpu=self.device.type == "cpu")
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -52,6 +59,34 @@ class MeteredLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As ``HFLM.generate_until``, task by task."""
         return self._by_task(super().generate_until, requests, disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list:
+        """As in ``HFLM``; for a model that decides per sequence in groups that need no padding."""
+        config = self.model.config
+        if "sequence" not in (getattr(config, "mod_granularity", None) or ""):
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        if self.batch_size == "auto" and override_bs is None:
+            override_bs = self._detect_batch_size()
+        groups: dict[tuple[int, int | None], list[int]] = {}
+        for place, (_, context, answer) in enumerate(requests):
+            length = len(answer) if config.mod_router_pooling == "prompt" else None
+            groups.setdefault((len(context) + len(answer), length), []).append(place)
+        results: list[Any] = [None] * len(requests)
+        for (_, self._answer), places in groups.items():
+            answers = super()._loglikelihood_tokens([requests[place] for place in places], True, override_bs)
+            for place, answer in zip(places, answers, strict=True):
+                results[place] = answer
+        self._answer = None
+        return results
+
+    def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._answer is None:
+            return super()._model_call(inps, *args, **kwargs)
+        prompt = inps.shape[1] - (self._answer - 1)  # the answer's last token is never an input
+        with torch.no_grad():
+            return self.model(inps, prompt_length=torch.full_like(inps[:, 0], prompt)).logits
 
     def gathered_meter(self) -> dict[str, dict[str, Any]]:
         """The meter over all processes (what the others saw is empty on all but the first of them)."""

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from router_tuning.embedded.sample_tasks import Item, final_answer
 from router_tuning.model import RoutingLog, is_routed, record_routing
 from router_tuning.model.recording import Record
-from router_tuning.model.routed_model import prompt_length_from
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import encode_conversation, render_prompt
 
@@ -179,10 +178,9 @@ def token_losses(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[T
 def _predictions(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Float32 logits ``[b, t-1, vocabulary]`` and what they should predict, ``[b, t-1]``."""
     batch = {key: value.to(model.device) for key, value in batch.items()}
-    labels, mask = batch["labels"], batch["attention_mask"]
-    extra = {"prompt_length": prompt_length_from(labels, mask)} if is_routed(model) else {}
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, **extra).logits[:, :-1]
-    return logits.float(), labels[:, 1:]
+    names = ("input_ids", "attention_mask", "prompt_length") if is_routed(model) else ("input_ids", "attention_mask")
+    logits = model(**{name: batch[name] for name in names}, use_cache=False).logits[:, :-1]
+    return logits.float(), batch["labels"][:, 1:]
 
 
 def answers_right(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:

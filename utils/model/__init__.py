@@ -7,6 +7,7 @@ from .configuration_mod import GRANULARITIES, LlamaModConfig, MistralModConfig, 
 from .fit import fit_skip_paths
 from .modeling_mod import LlamaModForCausalLM, MistralModForCausalLM, Qwen2ModForCausalLM
 from .recording import RoutingLog, force_routing, record_routing
+from .routed_model import prompt_length_from
 from .routing import is_routed, route, routed_modules, set_thresholds, unroute
 from .saving import load_routers, router_state, save_routers
 
@@ -35,6 +36,7 @@ __all__ = [
     "is_routed",
     "kv_cache_bytes",
     "load_routers",
+    "prompt_length_from",
     "record_routing",
     "route",
     "routed_modules",

@@ -19,15 +19,16 @@ class HeldDecisions(CacheLayerMixin):
     """Sequence-level decisions of one layer, ``{part: bool [b]}``, which follow the rows of the batch."""
 
     mod_decisions: dict[str, Tensor]
+    mod_blank: Tensor | None
     mod_length: int
 
     def mod_adopt(self) -> None:
         """Start from the (empty) plain layer that this object was."""
         self._clear()
 
-    def mod_hold(self, part: str, keep: Tensor) -> None:
-        """Hold the decision ``keep [b]`` of a part for the life of this cache."""
-        self.mod_decisions[part] = keep
+    def mod_hold(self, part: str, keep: Tensor, blank: Tensor | None = None) -> None:
+        """Hold the decision ``keep [b]`` of a part for the life of this cache; rows that are ``blank`` still wait."""
+        self.mod_decisions[part], self.mod_blank = keep, blank
         self._kept_rows.pop(part, None)
 
     def mod_kept_rows(self, part: str) -> Tensor:
@@ -37,7 +38,7 @@ class HeldDecisions(CacheLayerMixin):
         return self._kept_rows[part]
 
     def _clear(self) -> None:
-        self.mod_decisions, self._kept_rows, self.mod_length = {}, {}, 0
+        self.mod_decisions, self.mod_blank, self._kept_rows, self.mod_length = {}, None, {}, 0
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen, stored or not."""
@@ -70,6 +71,7 @@ class HeldDecisions(CacheLayerMixin):
             indices = indices.nonzero().flatten()
         self.mod_select_storage(indices)
         self.mod_decisions = {part: keep[indices.to(keep.device)] for part, keep in self.mod_decisions.items()}
+        self.mod_blank = None if self.mod_blank is None else self.mod_blank[indices.to(self.mod_blank.device)]
         self._kept_rows = {}
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -103,6 +105,13 @@ class RowCacheLayer(HeldDecisions):
     def reset(self) -> None:
         super().reset()
         self.mod_rows = None
+
+    def mod_store(self, keep: Tensor) -> None:
+        """Store the rows ``keep [b]``, some of those stored so far."""
+        if self.mod_rows is not None and self.keys is not None and self.keys.numel() > 0:
+            stay = keep[self.mod_rows].to(self.keys.device)
+            self.keys, self.values = self.keys[stay], self.values[stay]
+        self.mod_rows = keep
 
     def mod_batch_size(self) -> int | None:
         if self.mod_rows is not None:

@@ -23,6 +23,9 @@ class RoutingCall:
         real: bool ``[b, t]``, true for tokens that are not padding; None when all are real.
         pool: bool ``[b, t]``, tokens that count in a sequence's pooled feature; None when all count.
         first: bool ``[b, t]``, the first real token of each sequence, which runs where there is a skip path; or None.
+        decides: whether sequences are decided on in this pass; else the cache holds all their decisions.
+        decided: bool ``[b]``, the sequences that are; None when all are.
+        blank: bool ``[b]``, sequences of which only padding has come so far; None when there is none.
         cache: the key/value cache, which also holds sequence-level decisions.
         past: tokens that the cache held before this pass.
         training: run every module densely and let the straight-through gradient pass.
@@ -34,6 +37,9 @@ class RoutingCall:
     real: Tensor | None = None
     pool: Tensor | None = None
     first: Tensor | None = None
+    decides: bool = True
+    decided: Tensor | None = None
+    blank: Tensor | None = None
     cache: Any = None
     past: int = 0
     training: bool = False

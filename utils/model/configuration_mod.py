@@ -196,7 +196,6 @@ class _ModFields:
     mod_skip_rank: int = 32
     mod_target_capacity: float = 0.5
     mod_gradient_scale: float = 0.0
-    mod_padding_ids: list[int] | None = None
 
 
 class LlamaModConfig(_ModFields, LlamaConfig):

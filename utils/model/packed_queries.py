@@ -81,11 +81,14 @@ class ChunkedMask(Tensor):
         index, queries = packing.index, packing.index.shape[1]
         size = -(-queries // min(_MOST_CHUNKS, queries // _LEAST))
         chunked = ((tokens - 1 - index)[:, None, :, None] if mask is None else mask).as_subclass(cls)
-        # Positions ascend in each row but for filler at its end, whose output nobody reads.
-        reached = index if packing.slots is None else index.cummax(1).values
-        ends = torch.cat([reached[:, size - 1 : queries - 1 : size], reached[:, -1:]], dim=1)
         chunked.size, chunked.ahead = size, mask is None
-        chunked.behind = [tokens - 1 - position for position in ends.amax(0).tolist()]
+        if mask is None:
+            # Positions ascend in each row but for filler at its end, whose output nobody reads.
+            reached = index if packing.slots is None else index.cummax(1).values
+            ends = torch.cat([reached[:, size - 1 : queries - 1 : size], reached[:, -1:]], dim=1)
+            chunked.behind = [tokens - 1 - position for position in ends.amax(0).tolist()]
+        else:
+            chunked.behind = _unseen(mask, packing, size)
         return chunked
 
     @staticmethod
@@ -99,6 +102,17 @@ class ChunkedMask(Tensor):
             if func is scaled_dot_product_attention:
                 return _in_chunks(*args, **kwargs)
             return func(*args, **(kwargs or {}))
+
+
+def _unseen(mask: Tensor, packing: Packing, size: int) -> list[int]:
+    """How many of the last keys no query of a chunk sees, by the mask itself, which need not be causal."""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    if packing.slots is not None:
+        seen = seen & packing.slots[:, None, :, None]
+    by_chunk = torch.stack([chunk.any(0) for chunk in seen.flatten(0, 1).any(0).split(size)])  # [chunks, keys]
+    keys = by_chunk.shape[1]
+    last = (by_chunk * torch.arange(1, keys + 1, device=mask.device)).amax(1).clamp(min=1)
+    return (keys - last).tolist()
 
 
 def _in_chunks(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: ChunkedMask, **kwargs) -> Tensor:

@@ -60,13 +60,16 @@ class Routed:
     def mod_decide(self, hidden: Tensor, call: RoutingCall) -> Decision:
         """``m = 1[σ(W·h) ≥ τ]`` for ``hidden [b, t, d]``.
 
-        A sequence's decision is taken in the pass that fills its cache and held for the life of that cache. At token
-        level padding is never kept, and the first token of a sequence always where there is a skip path.
+        A sequence's decision is taken in the pass that brings its first token, and held for the life of the cache.
+        Padding decides nothing: a sequence of which nothing has come yet runs along, and at token level padding is
+        never kept, and the first token of a sequence always where there is a skip path.
         """
         sequence = self.mod_level == "sequence"
         held = self._mod_held(call) if sequence else None
         if held is not None:
-            return Decision(held.to(hidden.device), None)
+            held = held.to(hidden.device)
+            if not call.decides:
+                return Decision(held, None)
         keep = logits = None
         if call.forced is not None:
             shape = hidden.shape[:1] if sequence else hidden.shape[:2]
@@ -75,10 +78,10 @@ class Routed:
             features = pooled_mean(hidden, call.pool) if sequence else hidden
             logits = self.mod_router(features)[..., 0]
             keep = logits >= self.mod_logit
-        real = None
-        if not sequence and call.real is not None:
-            real = call.real.to(keep.device)
-            keep = keep & real
+        real = call.decided if sequence else call.real
+        if real is not None:
+            real = real.to(keep.device)
+            keep = torch.where(real, keep, True if held is None else held) if sequence else keep & real
         if not sequence and self.mod_first(call) is not None:
             keep = keep | call.first
             if logits is not None and logits.requires_grad:  # no decision of the router's
@@ -86,7 +89,7 @@ class Routed:
         if call.record is not None:
             call.record(self.mod_key, keep, logits, real)
         if sequence and call.cache is not None:
-            call.cache.layers[self.mod_layer].mod_hold(self.mod_part, keep)
+            call.cache.layers[self.mod_layer].mod_hold(self.mod_part, keep, call.blank)
         return Decision(keep, logits)
 
     def mod_first(self, call: RoutingCall) -> Tensor | None:

@@ -51,6 +51,8 @@ class RoutedAttending(Routed):
     def mod_forward(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The routed module, ``[b, t, d] → [b, t, d]``."""
         call = self.mod_call()
+        if self.mod_level == "token":
+            kwargs = self._with_mask(hidden_states, kwargs, call)
         features = self.mod_features(hidden_states)
         decision = self.mod_decide(features, call)
         keep = decision.keep
@@ -73,8 +75,8 @@ class RoutedAttending(Routed):
     ) -> Tensor:
         batch, tokens = hidden_states.shape[:2]
         layer = None if call.cache is None else call.cache.layers[self.mod_layer]
-        if layer is not None and layer.mod_rows is None:
-            layer.mod_rows = keep
+        if layer is not None and call.decides:
+            layer.mod_store(keep)
         rows = self.mod_kept_rows(keep, call)
         if rows.shape[0] == batch:
             return self.mod_run(hidden_states, kwargs)
@@ -125,6 +127,18 @@ class RoutedAttending(Routed):
         output = self.mod_skipped(features, self.mod_residual(hidden_states))
         packing.put_(ran, output)
         return output
+
+    def _with_mask(self, hidden_states: Tensor, kwargs: dict, call: RoutingCall) -> dict:
+        """``kwargs`` with a mask where none means that all tokens see each other; no mask then means causal."""
+        tokens = hidden_states.shape[1]
+        if tokens == 1 or kwargs.get("attention_mask") is not None:
+            return kwargs
+        attention, causal = self.mod_attention(), kwargs.get("is_causal")
+        causal = getattr(attention, "is_causal", True) if causal is None else causal
+        if causal and self._implementation() != "eager":
+            return kwargs
+        everything = torch.ones(1, 1, tokens, call.past + tokens, dtype=torch.bool, device=hidden_states.device)
+        return {**kwargs, "attention_mask": self._mask_type(everything, hidden_states)}
 
     def _packed_mask(self, mask: Tensor | None, packing: Packing, tokens: int, like: Tensor) -> Tensor | None:
         """The mask of packed queries over the keys of all tokens."""

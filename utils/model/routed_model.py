@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class RoutedDecoder:
     is_routed_decoder = True
     mod_config: ModConfig
     mod_cache_plan: dict[int, type[HeldDecisions] | None]
+    mod_deciding: int | None
     mod_logs: list[RoutingLog] | tuple = ()
     mod_forced = None
     mod_observer = None
@@ -72,22 +74,40 @@ class RoutedDecoder:
             use_cache = False
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        sequence = "sequence" in self.mod_config.parts.values()
-        past = 0
+        sequence, past = self.mod_deciding is not None, 0
         if past_key_values is not None:
             adopt_layers(past_key_values, self.mod_cache_plan)
             past = int(past_key_values.get_seq_length())
         shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
-        real, pool = self._tokens(input_ids, attention_mask, position_ids, past, shape[1], sequence)
+        waiting = past_key_values.layers[self.mod_deciding].mod_blank if sequence and past else None
+        decides = sequence and (past == 0 or waiting is not None)
+        # What is decoded behind a past is no padding, and need not be asked for at every step.
+        masked = decides or not past or shape[1] > 1
+        real = self._real(attention_mask, position_ids, past, shape[1], sequence) if masked else None
+        pool = decided = blank = None
+        if decides:
+            if (
+                self.training
+                and torch.is_grad_enabled()
+                and prompt_length is None
+                and self.mod_config.router_pooling == "prompt"
+            ):
+                raise ValueError(
+                    'router_pooling "prompt" trains on batches that say where their prompts end: pass prompt_length '
+                    "(real tokens of each prompt, [batch]), or labels, to the causal model"
+                )
+            pool = self._bounded(real, shape, prompt_length, past_key_values)
+            decided, blank = _decided(pool, waiting, past_key_values)
         first = None
         if self.mod_config.skip != "zero":
             first = first_tokens(shape, attention_mask, position_ids, past, past_key_values, self.device)
-        if past == 0 and sequence:
-            pool = self._bounded(pool, shape, prompt_length, past_key_values)
         call = RoutingCall(
             real=real,
             pool=pool,
             first=first,
+            decides=decides,
+            decided=decided,
+            blank=blank,
             cache=past_key_values,
             past=past,
             training=training,
@@ -106,29 +126,15 @@ class RoutedDecoder:
                 **kwargs,
             )
 
-    def _tokens(self, input_ids, attention_mask, position_ids, past, tokens, sequence):
-        """``real`` and ``pool`` of the pass, bool ``[b, t]`` or None (all)."""
+    def _real(self, attention_mask, position_ids, past, tokens, sequence) -> Tensor | None:
+        """Tokens of the pass that are not padding, bool ``[b, t]``; None without a mask: all are."""
         plain = attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2)
         if sequence and not plain:
             raise ValueError("sequence-level routing needs a 2-D attention mask [batch, tokens] to know the padding")
-        if (
-            sequence
-            and attention_mask is None
-            and past == 0
-            and position_ids is not None
-            and position_ids.shape[-1] > 1
-        ):
+        if sequence and attention_mask is None and past == 0 and position_ids is not None:
             if bool((position_ids.diff(dim=-1) < 0).any()):
                 raise ValueError("packed sequences cannot be routed per sequence: one row, one sequence")
-        # What is decoded behind a past is no padding, and need not be asked for at every step.
-        masked = plain and attention_mask is not None and not (past and tokens == 1)
-        real = attention_mask[:, -tokens:].bool() if masked else None
-        if not sequence or past:
-            return real, None
-        pool = real
-        if pool is None and input_ids is not None:
-            pool = unpadded(input_ids, self._padding_ids())
-        return real, pool
+        return attention_mask[:, -tokens:].bool() if plain and attention_mask is not None else None
 
     def _bounded(self, pool: Tensor | None, shape: torch.Size, prompt_length, cache) -> Tensor | None:
         """The part of ``pool [b, t]`` that a decision may look at: the prompt, and no token of assisted decoding."""
@@ -145,24 +151,20 @@ class RoutedDecoder:
         pool = torch.ones(shape, dtype=torch.bool, device=self.device) if pool is None else pool
         return pool & (pool.long().cumsum(1) <= prompt_length.to(pool.device).clamp(min=1)[:, None])
 
-    def _padding_ids(self) -> list[int]:
-        named = getattr(self.config, "mod_padding_ids", None)
-        if named is not None:
-            return named
-        pad = self.config.pad_token_id
-        return [0] if pad is None else sorted({0, pad})
 
+def _decided(pool: Tensor | None, waiting: Tensor | None, cache: Any) -> tuple[Tensor | None, Tensor | None]:
+    """``decided`` and ``blank`` of a pass, given the rows that were blank before it.
 
-def unpadded(input_ids: Tensor, padding_ids: list[int]) -> Tensor:
-    """Tokens ``[b, t]`` before a trailing run of padding ids; a row's first token always counts.
-
-    Some callers, lm-eval among them, pad on the right and give no mask. Reading the run from the ids themselves makes
-    a sequence's pooled feature the same in every batch, alone included.
+    Without a cache nothing waits for a later pass, and the host need not know whether a row is blank.
     """
-    padding = torch.isin(input_ids, torch.tensor(padding_ids, device=input_ids.device))
-    trailing = padding.flip(1).long().cumprod(1).flip(1).bool()
-    trailing[:, 0] = False
-    return ~trailing
+    if pool is None:
+        return waiting, None
+    counts = pool.any(1)
+    if cache is not None and bool(counts.all()):
+        return waiting, None
+    decided = counts if waiting is None else counts & waiting.to(counts.device)
+    blank = ~counts if waiting is None else waiting.to(counts.device) & ~counts
+    return decided, blank
 
 
 def _record(logs: list[RoutingLog], seen: set, key: RouterKey, *args, **kwargs) -> None:
@@ -202,20 +204,34 @@ class RoutedCausalLM:
         if plain is None:  # a mixin, not yet a model
             return
 
+        names = list(inspect.signature(plain).parameters)[1:]
+
         # Wrapped per class, so that generate() and Trainer, which inspect signatures, see the family's own.
         @functools.wraps(plain)
         def forward(self, *args, **inputs):
-            labels = inputs.get("labels")
-            if labels is not None and "prompt_length" not in inputs and self.config.mod_router_pooling == "prompt":
-                inputs["prompt_length"] = prompt_length_from(labels, inputs.get("attention_mask"))
+            if self.config.mod_router_pooling == "prompt" and inputs.get("prompt_length") is None:
+                given = {**dict(zip(names, args, strict=False)), **inputs}
+                for name in ("labels", "shift_labels"):
+                    if given.get(name) is not None:
+                        mask = given.get("attention_mask")
+                        inputs["prompt_length"] = prompt_length_from(given[name], mask, name == "shift_labels")
+                        break
             return plain(self, *args, **inputs)
 
         cls.forward = forward
 
 
-def prompt_length_from(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Real tokens before the first label that is learnt, int64 ``[b]``; rows without labels pool everything."""
+def prompt_length_from(labels: Tensor, attention_mask: Tensor | None, shifted: bool = False) -> Tensor:
+    """Real tokens before the first label that is learnt, int64 ``[b]``; rows without labels are prompt as a whole.
+
+    Args:
+        labels: ``[b, t]``, -100 where nothing is learnt.
+        attention_mask: ``[b, t]``, zero on padding; None: no padding.
+        shifted: whether ``labels`` stand a place early, each at the token that predicts it.
+    """
     learnt = labels != -100
+    if shifted:
+        learnt = torch.cat([torch.zeros_like(learnt[:, :1]), learnt[:, :-1]], dim=1)
     before = learnt.long().cumsum(1) == 0
     if attention_mask is not None:
         before = before & attention_mask.bool()
@@ -248,6 +264,7 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
             mix_in(decoder.layers[layer], RoutedLayer)
     mix_in(decoder, RoutedDecoder)
     decoder.mod_config, decoder.mod_cache_plan = config, _cache_plan(config)
+    decoder.mod_deciding = min((layer for layer, part in targets if parts[part] == "sequence"), default=None)
     config.write_to(model.config)
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
+from router_tuning.model import prompt_length_from
 from router_tuning.tuning.encoding import IGNORE_INDEX
 
 
@@ -50,7 +51,10 @@ class StepOrder(Sampler[int]):
 
 
 class Collator:
-    """Pads rows on the right: ``input_ids``, ``attention_mask``, ``labels``, each ``[b, t]``."""
+    """Pads rows on the right: ``input_ids``, ``attention_mask``, ``labels [b, t]`` and ``prompt_length [b]``.
+
+    The last says where each prompt ends, whatever becomes of the labels on their way to the model.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         pad = tokenizer.pad_token_id
@@ -63,8 +67,11 @@ class Collator:
             return torch.tensor([row + [fill] * (length - len(row)) for row in values])
 
         ids = [row["input_ids"] for row in rows]
+        mask = padded([[1] * len(row) for row in ids], 0)
+        labels = padded([row["labels"] for row in rows], IGNORE_INDEX)
         return {
             "input_ids": padded(ids, self.pad),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            "labels": padded([row["labels"] for row in rows], IGNORE_INDEX),
+            "attention_mask": mask,
+            "labels": labels,
+            "prompt_length": prompt_length_from(labels, mask),
         }

@@ -13,10 +13,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from router_tuning.errors import UserError
-from router_tuning.model import routed_modules
+from router_tuning.model import prompt_length_from, routed_modules
 from router_tuning.model.recording import routed_base
 from router_tuning.model.routed import Routed
-from router_tuning.model.routed_model import prompt_length_from
 from router_tuning.model.router import pooled_mean
 from router_tuning.tuning.recipes.budget.layers import Layerwise
 

@@ -25,7 +25,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from router_tuning.model import RoutingLog, record_routing, routed_modules
-from router_tuning.model.routed_model import prompt_length_from
 from router_tuning.tuning.customized_trainer import RouterTrainer
 
 
@@ -129,10 +128,8 @@ class BudgetTrainer(RouterTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         """The loss of a micro-batch at a budget drawn for it."""
-        labels, mask = inputs["labels"], inputs["attention_mask"]
-        plain = {"input_ids": inputs["input_ids"], "attention_mask": mask}
-        plain["prompt_length"] = prompt_length_from(labels, mask)
-        learnt = labels[:, 1:] != -100
+        plain = {key: value for key, value in inputs.items() if key != "labels"}
+        learnt = inputs["labels"][:, 1:] != -100
         budget = _settings.draw()
         dense = self._set_thresholds(model, plain, learnt, budget)
         counted = num_items_in_batch is not None
