@@ -128,7 +128,7 @@ def test_stock_command_line_gives_the_scores_of_the_process(outside, forms, scor
 
 @pytest.mark.parametrize("form", ["full", "peft", "merged"])
 def test_stock_scores_are_those_of_the_process(found, scores, form):
-    """In batches, stock lm-eval pads without a mask where it scores, and that a sequence-level router takes for text."""
+    """Scoring in batches, stock lm-eval pads without a mask: what decides per sequence takes that for text."""
     for size, tasks in ((1, TASKS), (4, ["mod_copy_gen"])):
         there = json.loads(found[form]["scores"][size])
         for task in tasks:

@@ -86,16 +86,6 @@ class RoutedDecoder:
         real = self._real(attention_mask, position_ids, past, shape[1], sequence) if masked else None
         pool = decided = blank = None
         if decides:
-            if (
-                self.training
-                and torch.is_grad_enabled()
-                and prompt_length is None
-                and self.mod_config.router_pooling == "prompt"
-            ):
-                raise ValueError(
-                    'router_pooling "prompt" trains on batches that say where their prompts end: pass prompt_length '
-                    "(real tokens of each prompt, [batch]), or labels, to the causal model"
-                )
             pool = self._bounded(real, shape, prompt_length, past_key_values)
             decided, blank = _decided(pool, waiting, past_key_values)
         first = None
@@ -143,7 +133,14 @@ class RoutedDecoder:
             cache.mod_prompt_tokens = None
             pool = torch.ones(shape, dtype=torch.bool, device=self.device) if pool is None else pool
             pool = pool & (torch.arange(shape[1], device=pool.device) < drafted)
-        if prompt_length is None or self.mod_config.router_pooling != "prompt":
+        if self.mod_config.router_pooling != "prompt":
+            return pool
+        if prompt_length is None:
+            if self.training and torch.is_grad_enabled():
+                raise ValueError(
+                    'router_pooling "prompt" trains on batches that say where their prompts end: pass prompt_length '
+                    "(real tokens of each prompt, [batch]), or labels, to the causal model"
+                )
             return pool
         fits = isinstance(prompt_length, Tensor) and prompt_length.shape == shape[:1]
         if not fits or prompt_length.is_floating_point():
@@ -153,14 +150,11 @@ class RoutedDecoder:
 
 
 def _decided(pool: Tensor | None, waiting: Tensor | None, cache: Any) -> tuple[Tensor | None, Tensor | None]:
-    """``decided`` and ``blank`` of a pass, given the rows that were blank before it.
-
-    Without a cache nothing waits for a later pass, and the host need not know whether a row is blank.
-    """
+    """``decided`` and ``blank`` of a pass, given the rows that were blank before it."""
     if pool is None:
         return waiting, None
     counts = pool.any(1)
-    if cache is not None and bool(counts.all()):
+    if cache is not None and bool(counts.all()):  # without a cache nothing waits, and the host need not know
         return waiting, None
     decided = counts if waiting is None else counts & waiting.to(counts.device)
     blank = ~counts if waiting is None else waiting.to(counts.device) & ~counts
