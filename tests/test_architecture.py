@@ -24,7 +24,7 @@ BELOW = {
     "experiments": {"model", "data", "tuning", "checkpoint", "evaluation", "embedded", "speed"},
 }
 SHIPPED_MAY_IMPORT = {"__future__", "collections", "contextlib", "contextvars", "dataclasses", "functools", "math"}
-SHIPPED_MAY_IMPORT |= {"inspect", "sys", "typing", "weakref", "torch", "transformers"}
+SHIPPED_MAY_IMPORT |= {"copy", "inspect", "sys", "types", "typing", "weakref", "torch", "transformers"}
 MAX_LINES = 320
 
 

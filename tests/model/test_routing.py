@@ -198,18 +198,6 @@ def test_a_routed_model_is_not_routed_twice():
         route(model, mod_n=2)
 
 
-@pytest.mark.parametrize("where", ["", "model", "model.layers.2", "model.layers.2.self_attn"])
-def test_a_replaced_forward_is_refused_since_it_would_hide_the_routing(where):
-    model = tiny_model()
-    module = model.get_submodule(where)
-    module.forward = type(module).forward.__get__(module)
-    with pytest.raises(ValueError, match="forward of this Llama.* was replaced"):
-        route(model, mod_layers=LAYERS)
-    assert not is_routed(model) and not any("mod_router" in name for name in model.state_dict())
-    del module.forward
-    assert is_routed(route(model, mod_layers=LAYERS))
-
-
 def test_unroute_takes_the_model_itself_not_its_wrapper():
     wrapper = torch.nn.Sequential(route(tiny_model(), mod_n=2))
     with pytest.raises(ValueError, match="Sequential: unwrap"):

@@ -54,7 +54,7 @@ def seen_by(model, data, on_skipped=False):
             if on_skipped:
                 assert name == "2.mlp", "position-wise and alone, so that its value on skipped tokens is easily had"
                 with torch.no_grad(), force_routing(model, True):
-                    output = type(module).mod_plain_class.forward(module, hidden)
+                    output = module.mod_mixture[1].forward(module, hidden)
                 counted &= ~kept[module.mod_key]
             if module.mod_part == "block":
                 output, hidden = output - hidden, module.input_layernorm(hidden)

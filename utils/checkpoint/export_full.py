@@ -67,17 +67,12 @@ def link_routed(run: Path, base: Path, output: Path, card: str, overwrite: bool 
 def routed_skeleton(run: Path, base: Path) -> PreTrainedModel:
     """The routed model without memory (meta device): the run's routers checked against the base's configuration.
 
-    Raises :class:`UserError` if they do not fit, or if the family has no class of its own to ship.
+    Raises :class:`UserError` if they do not fit.
     """
     config = dense_config(base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         load_routers(model, run)
-    if getattr(type(model), "_auto_class", None) is None:
-        raise UserError(
-            f"{base}: {type(model).__name__} has no routed class that a checkpoint can carry (Llama, Mistral and "
-            "Qwen2 have); export it with --form adapter, which works on every architecture that route() takes"
-        )
     model.config.architectures = [type(model).__name__]
     return model
 

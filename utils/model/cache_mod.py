@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from .mixing import mixed
+
 
 class HeldDecisions(CacheLayerMixin):
     """Sequence-level decisions of one layer, ``{part: bool [b]}``, which follow the rows of the batch."""
@@ -21,6 +23,11 @@ class HeldDecisions(CacheLayerMixin):
     mod_decisions: dict[str, Tensor]
     mod_blank: Tensor | None
     mod_length: int
+
+    @classmethod
+    def mod_names(cls, plain: type[CacheLayerMixin]) -> dict[str, Any]:
+        """``RowCacheLayerOfDynamicLayer``, which is no layer type of a configuration."""
+        return {"__name__": f"{cls.__name__}Of{plain.__name__}", "_layer_type": None}
 
     def mod_adopt(self) -> None:
         """Start from the (empty) plain layer that this object was."""
@@ -223,9 +230,6 @@ class RaggedCacheLayer(HeldDecisions):
                 self.mod_index[row] = index[keep]
 
 
-_ADOPTED: dict[tuple[type, type], type] = {}
-
-
 def adopt_layers(cache: Any, plan: Mapping[int, type[HeldDecisions] | None]) -> None:
     """Make layers of the cache routed ones; swaps their class at the first call.
 
@@ -251,7 +255,7 @@ def adopt_layers(cache: Any, plan: Mapping[int, type[HeldDecisions] | None]) -> 
                 raise ValueError(
                     f"layer {index}: this cache was filled under another routing; start from an empty one"
                 )
-            stored.__class__ = type(stored).mod_plain_class
+            stored.__class__ = stored.mod_mixture[1]
     for index, mixin in plan.items():
         _adopt(cache.layers[index], index, mixin)
     cache.mod_adopted = dict(plan)  # decoding asks at every token
@@ -270,11 +274,7 @@ def _adopt(stored: Any, index: int, mixin: type[HeldDecisions] | None) -> None:
         return
     if stored.get_seq_length() > 0:
         raise ValueError(f"layer {index}: this cache was filled without routing; start from an empty one")
-    key = (mixin, plain)
-    if key not in _ADOPTED:
-        names = {"_layer_type": None, "mod_plain_class": plain}
-        _ADOPTED[key] = type(f"{mixin.__name__}Of{plain.__name__}", key, names)
-    stored.__class__ = _ADOPTED[key]
+    stored.__class__ = mixed(mixin, plain)
     stored.mod_adopt()
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .mixing import mixed
 
 GRANULARITIES = (
     "attn_sequence",
@@ -184,8 +188,8 @@ def _field_name(name: str) -> str:
     return name if name.startswith("mod_") else f"mod_{name}"
 
 
-class _ModFields:
-    """Defaults of the routing fields for the named config classes; a config without ``mod_layers`` is dense."""
+class ModFields:
+    """Mixin for a family's configuration: the routing fields; one without ``mod_layers`` is of a dense model."""
 
     mod_layers: Layers | None = None
     mod_granularity: str = "attn_sequence"
@@ -197,20 +201,31 @@ class _ModFields:
     mod_target_capacity: float = 0.5
     mod_gradient_scale: float = 0.0
 
-
-class LlamaModConfig(_ModFields, LlamaConfig):
-    """A Llama config with routing fields."""
-
-    model_type = "llama_mod"
-
-
-class MistralModConfig(_ModFields, MistralConfig):
-    """A Mistral config with routing fields."""
-
-    model_type = "mistral_mod"
+    @classmethod
+    def mod_names(cls, plain: type[PretrainedConfig]) -> dict[str, Any]:
+        """``LlamaConfig`` → ``LlamaModConfig``, of type ``llama_mod``; its code travels with what it saves."""
+        name = f"{plain.__name__.removesuffix('Config')}ModConfig"
+        names = {"__name__": name, "__qualname__": name, "__module__": __name__}
+        return names | {"model_type": f"{plain.model_type}_mod", "_auto_class": "AutoConfig"}
 
 
-class Qwen2ModConfig(_ModFields, Qwen2Config):
-    """A Qwen2/2.5 config with routing fields."""
+def own_config(model: PreTrainedModel, routed: bool) -> None:
+    """Give ``model`` a configuration that no other model shares, with routing fields or without them."""
+    copies: dict[int, Any] = {}
+    config = copy.deepcopy(model.config, copies)
+    if routed != hasattr(config, "mod_mixture"):  # loaded as remote code, the mixin is another object
+        config.__class__ = mixed(ModFields, type(config)) if routed else config.mod_mixture[1]
+    for name in [] if routed else list(vars(config)):
+        if name.startswith("mod_") or name == "auto_map":
+            delattr(config, name)
+    for module in model.modules():
+        if id(vars(module).get("config")) in copies:
+            module.config = copies[id(module.config)]
 
-    model_type = "qwen2_mod"
+
+def __getattr__(name: str) -> type[PretrainedConfig]:
+    """``XModConfig`` of any family of transformers."""
+    plain = getattr(transformers, f"{name.removesuffix('ModConfig')}Config", None)
+    if plain is None or not name.endswith("ModConfig"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return mixed(ModFields, plain)

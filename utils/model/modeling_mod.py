@@ -1,49 +1,110 @@
-"""Named routed classes: what ``auto_map`` points to in a checkpoint that carries its routers."""
+"""Routed classes of all families: what ``route`` makes of a model, and what ``auto_map`` names in a checkpoint."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+from typing import Any
 
-from .configuration_mod import LlamaModConfig, MistralModConfig, ModConfig, Qwen2ModConfig
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import logging
+
+from .configuration_mod import ModConfig, ModFields, own_config
+from .mixing import mixed
 from .routed_model import RoutedCausalLM, install
+
+logger = logging.get_logger(__name__)
 
 
 class ModPreTrained(RoutedCausalLM):
-    """Routes the layers that the config names when the model is built; routers load and stay in float32."""
+    """Mixin for a causal LM: routes the layers that its configuration names, and brings its code with its weights."""
 
-    _keep_in_fp32_modules_strict = ["mod_router"]
-
-    def __init__(self, config) -> None:
-        super().__init__(config)
-        routing = ModConfig.read_from(config)
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        own_config(self, routed=True)
+        routing = ModConfig.read_from(self.config)
         if routing is not None:
             install(self, routing)
+            routing.write_to(self.config)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if getattr(module, "is_mod_router", False):
-            module.weight.zero_()
-        elif getattr(module, "is_mod_skip", False):
-            module.mod_reset()
-        else:
-            super()._init_weights(module)
+    @classmethod
+    def mod_names(cls, plain: type[PreTrainedModel]) -> dict[str, Any]:
+        """``LlamaForCausalLM`` → ``LlamaModForCausalLM``, which loads what its family loads, routers in float32."""
+        stem, _, task = plain.__name__.rpartition("For")
+        name = f"{stem}ModFor{task}"
+        _convert_alike(plain, name)
+        return {
+            "__name__": name,
+            "__qualname__": name,
+            "__module__": __name__,
+            "config_class": mixed(ModFields, plain.config_class),
+            "_auto_class": f"AutoModelFor{task}",
+            "_keep_in_fp32_modules_strict": {*(plain._keep_in_fp32_modules_strict or ()), "mod_router"},
+            "_keys_to_ignore_on_load_missing": {
+                *(plain._keys_to_ignore_on_load_missing or ()),
+                r"mod_router|mod_skip",
+            },
+            # Both look into the source of the class's module.
+            "_can_set_attn_implementation": plain._can_set_attn_implementation,
+            "_can_set_experts_implementation": plain._can_set_experts_implementation,
+        }
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As of any model; routers that the checkpoint lacks start at zero, which one line says.
+
+        Raises:
+            ValueError: for a router that holds values which are not finite.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = [name for name, module in model.named_modules() if vars(module).pop("mod_missing", False)]
+        if missing:
+            logger.warning(
+                f"{model.name_or_path}: no weights for {len(missing)} routers and skip paths ({missing[0]} … "
+                f"{missing[-1]}), which start at zero"
+            )
+        for name, weight in model.named_parameters():
+            if "mod_router" in name and not weight.is_meta and not weight.isfinite().all():
+                raise ValueError(f"{model.name_or_path}: {name} holds values that are not finite; save it anew")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As of any model, with the code that loads it: ``AutoModelForCausalLM`` gives the same routed model.
+
+        Raises:
+            ValueError: where the checkpoint would come back without its routers.
+        """
+        plain = type(self).mod_mixture[1]
+        if getattr(transformers, plain.__name__, None) is not plain:
+            raise ValueError(
+                f"a routed {plain.__name__} is not saved whole, since its class is none of transformers: save_routers "
+                "keeps what routing added, next to the base"
+            )
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "with an adapter loaded, the adapter alone would be saved, without the routers: save_routers keeps "
+                "these, and peft.get_peft_model(model, …).save_pretrained the adapter"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
-class LlamaModForCausalLM(ModPreTrained, LlamaForCausalLM):
-    """Llama with routed layers."""
-
-    config_class = LlamaModConfig
-
-
-class MistralModForCausalLM(ModPreTrained, MistralForCausalLM):
-    """Mistral with routed layers."""
-
-    config_class = MistralModConfig
+def _convert_alike(plain: type[PreTrainedModel], name: str) -> None:
+    """Checkpoints are converted on loading by class and by model type: by ours as by the family's."""
+    kind = plain.config_class.model_type
+    for theirs, ours in ((plain.__name__, name), (kind, f"{kind}_mod")):
+        mapping = get_checkpoint_conversion_mapping(theirs)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
 
 
-class Qwen2ModForCausalLM(ModPreTrained, Qwen2ForCausalLM):
-    """Qwen2 and Qwen2.5 with routed layers."""
+def routed_class(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The routed class of a family's."""
+    return mixed(ModPreTrained, plain)
 
-    config_class = Qwen2ModConfig
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """``XModFor…`` of any family of transformers."""
+    plain = getattr(transformers, name.replace("ModFor", "For"), None) if "ModFor" in name else None
+    if plain is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return routed_class(plain)

@@ -22,7 +22,9 @@ class CarriesCall:
 
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        checkpoint, call = vars(self)["_gradient_checkpointing_func"], current_call()
+        checkpoint, call = vars(self).get("_gradient_checkpointing_func"), current_call()
+        if checkpoint is None:
+            raise AttributeError("_gradient_checkpointing_func")
         return lambda run, *args: checkpoint(functools.partial(_within, call, run), *args)
 
     @_gradient_checkpointing_func.setter

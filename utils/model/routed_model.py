@@ -13,14 +13,14 @@ from transformers import DynamicCache, PreTrainedModel
 from .cache_mod import HeldDecisions, RaggedCacheLayer, RowCacheLayer, adopt_layers
 from .call import RouterKey, RoutingCall, routing_call
 from .configuration_mod import ModConfig, select_layers
-from .mixing import check_forward, mix_in, mix_out
+from .mixing import mix_in, mix_out
 from .recording import RoutingLog
 from .routed import Routed
 from .routed_attention import RoutedAttention
 from .routed_block import RoutedBlock, RoutedLayer
 from .routed_experts import RoutedExperts
 from .routed_mlp import RoutedMLP
-from .router import ModRouter
+from .router import InitializesRouting, ModRouter
 from .seams import decoder_of, find_module, try_seams
 from .skip_path import SkipPath, first_tokens
 
@@ -32,7 +32,7 @@ MIXINS: dict[str, type[Routed]] = {
 }
 
 
-class RoutedDecoder:
+class RoutedDecoder(InitializesRouting):
     """Mixin for the decoder (``LlamaModel`` …): opens one :class:`RoutingCall` per forward pass."""
 
     is_routed_decoder = True
@@ -74,9 +74,10 @@ class RoutedDecoder:
             use_cache = False
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        sequence, past = self.mod_deciding is not None, 0
+        depth = self.config.num_hidden_layers  # fewer than there are while assisted decoding exits early
+        sequence, past = self.mod_deciding is not None and self.mod_deciding < depth, 0
         if past_key_values is not None:
-            adopt_layers(past_key_values, self.mod_cache_plan)
+            adopt_layers(past_key_values, {n: kind for n, kind in self.mod_cache_plan.items() if n < depth})
             past = int(past_key_values.get_seq_length())
         shape = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
         waiting = past_key_values.layers[self.mod_deciding].mod_blank if sequence and past else None
@@ -169,7 +170,7 @@ def _record(logs: list[RoutingLog], seen: set, key: RouterKey, *args, **kwargs) 
             log.add(key, *args, **kwargs)
 
 
-class RoutedCausalLM:
+class RoutedCausalLM(InitializesRouting):
     """Mixin for the causal LM: under ``router_pooling="prompt"`` the labels mark where the prompt ends."""
 
     def enable_input_require_grads(self) -> None:
@@ -192,27 +193,20 @@ class RoutedCausalLM:
             "skips for real, or unroute(model) to serve the dense one"
         )
 
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        plain = getattr(cls, "forward", None)
-        if plain is None:  # a mixin, not yet a model
-            return
+    def forward(self, *args, **inputs):
+        if self.config.mod_router_pooling == "prompt" and inputs.get("prompt_length") is None:
+            given = {**dict(zip(_parameters(type(self).forward)[1:], args, strict=False)), **inputs}
+            for name in ("labels", "shift_labels"):
+                if given.get(name) is not None:
+                    mask = given.get("attention_mask")
+                    inputs["prompt_length"] = prompt_length_from(given[name], mask, name == "shift_labels")
+                    break
+        return super().forward(*args, **inputs)
 
-        names = list(inspect.signature(plain).parameters)[1:]
 
-        # Wrapped per class, so that generate() and Trainer, which inspect signatures, see the family's own.
-        @functools.wraps(plain)
-        def forward(self, *args, **inputs):
-            if self.config.mod_router_pooling == "prompt" and inputs.get("prompt_length") is None:
-                given = {**dict(zip(names, args, strict=False)), **inputs}
-                for name in ("labels", "shift_labels"):
-                    if given.get(name) is not None:
-                        mask = given.get("attention_mask")
-                        inputs["prompt_length"] = prompt_length_from(given[name], mask, name == "shift_labels")
-                        break
-            return plain(self, *args, **inputs)
-
-        cls.forward = forward
+@functools.cache
+def _parameters(forward) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)
 
 
 def prompt_length_from(labels: Tensor, attention_mask: Tensor | None, shifted: bool = False) -> Tensor:
@@ -242,8 +236,6 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
     }
     try_seams(model, targets, config)
     thresholds = config.thresholds(list(targets))
-    for module in (model, decoder, *(decoder.layers[layer] for layer in config.layers), *targets.values()):
-        check_forward(module)
     for (layer, part), module in targets.items():
         mix_in(module, MIXINS[part])
         experts = module.num_experts if part == "expert" else 1
@@ -259,7 +251,6 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
     mix_in(decoder, RoutedDecoder)
     decoder.mod_config, decoder.mod_cache_plan = config, _cache_plan(config)
     decoder.mod_deciding = min((layer for layer, part in targets if parts[part] == "sequence"), default=None)
-    config.write_to(model.config)
 
 
 def _cache_plan(config: ModConfig) -> dict[int, type[HeldDecisions] | None]:
@@ -310,9 +301,6 @@ def uninstall(model: PreTrainedModel) -> None:
             del module.mod_skip
             mix_out(module)
     for layer in decoder.mod_config.layers:
-        if hasattr(decoder.layers[layer], "mod_plain_class"):
+        if hasattr(decoder.layers[layer], "mod_mixture"):
             mix_out(decoder.layers[layer])
     mix_out(decoder)
-    for name in list(vars(model.config)):
-        if name.startswith("mod_"):
-            delattr(model.config, name)

@@ -7,16 +7,47 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import initialization
 
 
-class ModRouter(nn.Module):
+class AddedByRouting(nn.Module):
+    """What routing adds to a model: at its start wherever no checkpoint says otherwise, never memory as it was."""
+
+    def mod_reset(self) -> None:
+        """Put every parameter that was not loaded at its start."""
+        raise NotImplementedError
+
+    def _apply(self, fn, recurse: bool = True):
+        empty = any(parameter.is_meta for parameter in self.parameters())
+        super()._apply(fn, recurse)
+        if empty and not any(parameter.is_meta for parameter in self.parameters()):
+            self.mod_reset()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        if local_metadata.get("assign_to_params_buffers") and any(p.is_meta for p in self.parameters()):
+            self.to_empty(device="cpu")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+class InitializesRouting:
+    """Mixin for a transformers model, nested or not: what a checkpoint lacks of routing is at its start."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "mod_reset"):
+            module.mod_reset()
+            module.mod_missing = True
+        else:
+            super()._init_weights(module)
+
+
+class ModRouter(AddedByRouting):
     """``z = W·h`` in float32, without bias, zero at the start; ``σ(z)`` is the score.
 
     Its weight ``[outputs, hidden]`` stays float32 through ``.to(bfloat16)``, ``.half()`` and autocast: the decision
     compares a score with a threshold, and at bf16 resolution whole batches would sit on it.
     """
-
-    is_mod_router = True
 
     def __init__(self, hidden_size: int, outputs: int = 1, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -29,12 +60,20 @@ class ModRouter(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return functional.linear(hidden.float(), self.weight.float())
 
+    def mod_reset(self) -> None:
+        initialization.zeros_(self.weight)
+
     def _apply(self, fn, recurse: bool = True):
         def keep_dtype(tensor: Tensor) -> Tensor:
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         return super()._apply(keep_dtype, recurse)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].float()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def threshold_logit(threshold: float) -> float:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import PreTrainedModel
 
-from .configuration_mod import Layers, LlamaModConfig, MistralModConfig, ModConfig, Qwen2ModConfig
-from .mixing import check_forward, mix_in, mix_out, swap_class
-from .modeling_mod import LlamaModForCausalLM, MistralModForCausalLM, Qwen2ModForCausalLM
+from .configuration_mod import Layers, ModConfig, own_config
+from .mixing import mix_in, mix_out
+from .modeling_mod import ModPreTrained
 from .recording import routed_base
+from .registry import publish
 from .routed import Routed
-from .routed_model import RoutedCausalLM, install, uninstall
-
-# Families with a named class: a routed instance becomes one, so that save_pretrained writes a loadable checkpoint.
-NAMED = {
-    LlamaForCausalLM: (LlamaModForCausalLM, LlamaModConfig),
-    MistralForCausalLM: (MistralModForCausalLM, MistralModConfig),
-    Qwen2ForCausalLM: (Qwen2ModForCausalLM, Qwen2ModConfig),
-}
+from .routed_model import install, uninstall
 
 
 def is_routed(model: nn.Module) -> bool:
@@ -66,12 +60,11 @@ def route(
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"route() takes a transformers model, not {type(model).__name__}: route before wrapping it")
     install(model, config)
-    if type(model) in NAMED:
-        named, model.config.__class__ = NAMED[type(model)]
-        swap_class(model, named)
-        model.config.model_type = type(model.config).model_type
-    elif not isinstance(model, RoutedCausalLM):
-        mix_in(model, RoutedCausalLM)
+    if not hasattr(model, "mod_mixture"):
+        mix_in(model, ModPreTrained)
+    own_config(model, routed=True)
+    config.write_to(model.config)
+    publish(type(model.config), type(model))
     return model
 
 
@@ -80,15 +73,10 @@ def unroute(model: PreTrainedModel) -> PreTrainedModel:
     routed_base(model)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"unroute() takes the transformers model inside this {type(model).__name__}: unwrap it first")
-    check_forward(model)
-    for plain, (named, _) in NAMED.items():
-        if type(model) is named:
-            swap_class(model, plain)
-            model.config.__class__ = plain.config_class
-            model.config.model_type = plain.config_class.model_type
-    if hasattr(model, "mod_plain_class"):
-        mix_out(model)
     uninstall(model)
+    if hasattr(model, "mod_mixture"):  # a bare decoder is plain again already
+        mix_out(model)
+    own_config(model, routed=False)
     return model
 
 

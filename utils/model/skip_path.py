@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import initialization
+
+from .router import AddedByRouting
 
 
-class SkipPath(nn.Module):
+class SkipPath(AddedByRouting):
     """``P(h) = b + (h·U)·V``, or ``P(h) = b`` where ``rank`` is 0; exactly zero at the start.
 
     Attributes:
         bias: ``b [hidden]``. down: ``U`` transposed, ``[rank, hidden]``. up: ``V`` transposed, ``[hidden, rank]``.
     """
-
-    is_mod_skip = True
 
     def __init__(self, hidden_size: int, rank: int, device: torch.device | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -35,12 +36,12 @@ class SkipPath(nn.Module):
     @torch.no_grad()
     def mod_reset(self) -> None:
         """``b`` and ``V`` zero; ``U`` small numbers, always the same, without which ``V`` would get no gradient."""
-        self.bias.zero_()
+        initialization.zeros_(self.bias)
         if self.down is not None:
-            self.up.zero_()
+            initialization.zeros_(self.up)
             generator = torch.Generator("cpu").manual_seed(0)
             values = torch.randn(self.down.shape, generator=generator, device="cpu", dtype=torch.float32)
-            self.down.copy_(values / math.sqrt(self.down.shape[1]))
+            initialization.copy_(self.down, values / math.sqrt(self.down.shape[1]))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``P(h)`` in a tensor of its own, ``[..., hidden]`` in the type of ``hidden``."""

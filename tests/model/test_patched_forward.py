@@ -1,0 +1,70 @@
+"""A forward that another library puts on an instance runs inside the routing, whichever of the two came first."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import LAYERS, routed_model, split_inputs
+
+from router_tuning.model import record_routing, route, unroute
+
+PLACES = {"attn_token": "self_attn", "mlp_sequence": "mlp", "block_token": ""}
+
+
+def replace(module, _, plain):
+    """As ``module.forward = …`` of a faster kernel: nothing of the old forward is called."""
+    module.forward = types.MethodType(lambda self, *args, **kwargs: plain(self, *args, **kwargs), module)
+
+
+def replace_in_dictionary(module, _, plain):
+    module.__dict__["forward"] = (lambda self, *args, **kwargs: plain(self, *args, **kwargs)).__get__(module)
+
+
+def wrap(module, before, _):
+    """As autocast: the old forward is called, wherever it was taken from."""
+    module.forward = lambda *args, **kwargs: before(*args, **kwargs)
+
+
+@pytest.mark.parametrize("patch", [replace, replace_in_dictionary, wrap])
+@pytest.mark.parametrize("granularity", PLACES)
+@pytest.mark.parametrize("first", ["patch", "route"])
+@pytest.mark.parametrize("where", ["module", "decoder", "model"])
+def test_a_patched_forward_runs_inside_the_routing(patch, granularity, first, where):
+    expected_model, model = routed_model("llama", granularity), tiny_model()
+    plain, ran = model.get_submodule(".".join(filter(None, ["model.layers.2", PLACES[granularity]]))), []
+    plain = {"module": plain, "decoder": model.model, "model": model}[where]
+    own = type(plain).forward
+
+    def counting(self, *args, **kwargs):
+        ran.append(1)
+        return own(self, *args, **kwargs)
+
+    def apply():
+        before = plain.forward
+
+        def counted(*args, **kwargs):
+            ran.append(1)
+            return before(*args, **kwargs)
+
+        patch(plain, counted, counting)
+
+    if first == "patch":
+        apply()
+    route(model, mod_layers=LAYERS, granularity=granularity)
+    if first == "route":
+        apply()
+    split_inputs(model)
+    ids, mask = random_batch(padding="left")
+    ran.clear()
+    with torch.no_grad(), record_routing(model) as log, record_routing(expected_model) as expected_log:
+        logits = model(ids, attention_mask=mask, use_cache=False).logits
+        assert torch.equal(logits, expected_model(ids, attention_mask=mask, use_cache=False).logits)
+    assert log.capacity() == expected_log.capacity() and ran == [1]
+    ran.clear()
+    with torch.no_grad():
+        unroute(model)(ids)
+    assert ran == [1], "and stays where it was"
+    assert [m for m in model.modules() if "mod_patch" in vars(m)] == []

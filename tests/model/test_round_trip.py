@@ -1,0 +1,222 @@
+"""A routed model is saved, loaded, copied and sent elsewhere as any model of transformers: of every family, whole."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, MOE, random_batch, tiny_model
+from tiny_routed import routed_model
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from router_tuning.model import ModConfig, is_routed, route, routed_modules, set_thresholds, unroute
+
+EVERYTHING = dict(kv_policy="drop", router_pooling="prompt", target_capacity=0.3, gradient_scale=2.0)
+
+
+def logits(model):
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        return model(ids, attention_mask=mask).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_pretrained_and_auto_model_give_the_same_routed_model(family, tmp_path):
+    granularity = "attn_token+expert_token" if family in MOE else "attn_token+mlp_sequence"
+    model = routed_model(family, granularity, "eager", **EVERYTHING)
+    set_thresholds(model, {name: 0.4 + 0.01 * place for place, name in enumerate(routed_modules(model))})
+    model.save_pretrained(tmp_path)
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(again) is type(model) and type(again.config) is type(model.config)
+    assert ModConfig.read_from(again.config) == ModConfig.read_from(model.config)
+    assert torch.equal(logits(again), logits(model))
+    for copied in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert torch.equal(logits(copied), logits(model))
+        assert copied.config is not again.config and copied.model.config is copied.config
+
+
+# ---------------------------------------------------------------- what a checkpoint lacks
+
+
+def weights(model):
+    return [module.mod_router.weight for module in routed_modules(model).values()]
+
+
+@pytest.fixture
+def partial(tmp_path):
+    """A checkpoint from which the router of layer 2 was taken, and the model that it came from."""
+    model = routed_model("llama")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.layers.2.self_attn.mod_router.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path, model
+
+
+LOADED = {
+    "plainly": {},
+    "in bfloat16": {"dtype": torch.bfloat16},
+    "on a device": {"device_map": "cpu"},
+    "by a map": {"device_map": "auto"},
+    "with a configuration": {"config": "given"},
+}
+
+
+@pytest.mark.parametrize("how", LOADED)
+def test_missing_routers_are_zero_and_said_in_one_line(how, partial, caplog):
+    folder, model = partial
+    options = dict(LOADED[how])
+    if "config" in options:
+        options["config"] = AutoConfig.from_pretrained(folder)
+    again, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    first, second, third = weights(again)
+    assert torch.equal(first, weights(model)[0]) and torch.equal(third, weights(model)[2])
+    assert second.dtype == torch.float32 and not second.any()
+    (line,) = [record.getMessage() for record in caplog.records if "router" in record.getMessage()]
+    assert str(folder) in line and "layers.2.self_attn" in line and "zero" in line and "\n" not in line
+
+
+def test_the_embedded_base_has_no_routers_and_starts_at_zero(root, caplog):
+    model = AutoModelForCausalLM.from_pretrained(root / "ckpt/tiny-llama-mod")
+    assert len(weights(model)) == 6 and not any(weight.any() for weight in weights(model))
+    assert len(caplog.records) == 1
+
+
+def test_whatever_is_built_without_a_checkpoint_starts_at_zero():
+    config = routed_model("gemma3_text", "attn_token+mlp_token").config
+    built = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    assert all(weight.is_meta for weight in weights(empty))
+    lower = copy.deepcopy(empty)
+    dense = {name: value.bfloat16() for name, value in built.state_dict().items() if "mod_router" not in name}
+    lower.load_state_dict(dense, strict=False, assign=True)
+    for model in (built, empty.to_empty(device="cpu"), lower):
+        assert len(weights(model)) == 6
+        for weight in weights(model):
+            assert weight.dtype == torch.float32 and weight.requires_grad and not weight.any() and not weight.is_meta
+    lower.load_state_dict({name: value.half() for name, value in built.state_dict().items()}, assign=True)
+    assert {weight.dtype for weight in weights(lower)} == {torch.float32}
+
+
+def test_a_router_that_is_not_finite_is_refused(tmp_path):
+    model = routed_model("llama")
+    weights(model)[1].data[0, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.mod_router.* not finite"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------- another process, with this package and without
+
+
+STRANGER = """
+import sys, torch
+if sys.argv[1] == "absent":
+    sys.modules["accelerate"] = sys.modules["router_tuning"] = None  # nor what it does not ask for
+else:
+    import router_tuning.model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids, mask, expected = torch.load("batch.pt")
+for family, logits in expected.items():
+    if sys.argv[1] == "absent":
+        try:
+            AutoModelForCausalLM.from_pretrained(family, trust_remote_code=False)
+        except ValueError as error:
+            assert "trust_remote_code" in str(error)
+        else:
+            sys.exit("loaded without its code")
+        models = [AutoModelForCausalLM.from_pretrained(family, trust_remote_code=True)]
+        assert type(models[0]).__module__.startswith("transformers_modules.")
+        models[0].save_pretrained("again")
+        models.append(AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True))
+    else:
+        models = [AutoModelForCausalLM.from_pretrained(family), torch.load(family + ".pt", weights_only=False)]
+        assert type(models[0]) is type(models[1])
+    for model in models:
+        with torch.no_grad():
+            assert torch.equal(model(ids, attention_mask=mask).logits, logits), "other logits"
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        assert out.shape[1] == ids.shape[1] + 3
+        assert {p.dtype for n, p in model.named_parameters() if "mod_router" in n} == {torch.float32}
+"""
+
+
+@pytest.mark.parametrize("package", ["absent", "present"])
+def test_another_process_loads_it(package, tmp_path):
+    ids, mask = random_batch(padding="left")
+    expected = {}
+    for family in ("llama", "gemma3_text", "mixtral"):
+        model = routed_model(family, "attn_sequence+mlp_token")
+        expected[family] = logits(model)
+        model.save_pretrained(tmp_path / family)
+        torch.save(model, tmp_path / f"{family}.pt")
+    torch.save((ids, mask, expected), tmp_path / "batch.pt")
+    (tmp_path / "stranger.py").write_text(STRANGER)
+    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-P", "stranger.py", package], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- training loops, and what cannot be saved
+
+
+def test_a_checkpoint_of_a_stock_trainer_comes_back_routed(tmp_path):
+    model = routed_model("qwen3", "attn_token", gradient_scale=1.0, target_capacity=0.5)
+    ids, _ = random_batch(rows=4)
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    arguments = TrainingArguments(tmp_path, max_steps=1, save_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(tmp_path / "last")
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "last"):
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model.eval()))
+
+
+def test_what_would_come_back_dense_is_not_saved(tmp_path):
+    class Own(LlamaForCausalLM):
+        pass
+
+    model = route(Own(tiny_model().config), mod_n=2)
+    assert is_routed(copy.deepcopy(model))
+    with pytest.raises(ValueError, match="Own is not saved whole.*save_routers"):
+        model.save_pretrained(tmp_path)
+    adapted = route(tiny_model(), mod_n=2)
+    adapted.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="adapter alone.*save_routers"):
+        adapted.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unrouting_leaves_a_plain_checkpoint(tmp_path):
+    routed_model("llama").save_pretrained(tmp_path / "routed")
+    unroute(AutoModelForCausalLM.from_pretrained(tmp_path / "routed")).save_pretrained(tmp_path / "plain")
+    assert sorted(p.name for p in (tmp_path / "plain").glob("*.py")) == []
+    text = (tmp_path / "plain" / "config.json").read_text()
+    assert "mod_" not in text and "auto_map" not in text
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert type(again) is LlamaForCausalLM
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+
+
+def test_models_of_one_configuration_share_nothing():
+    config = tiny_model().config
+    first, second, third = (LlamaForCausalLM(config) for _ in range(3))
+    thresholds = {"1.attn": 0.1, "2.attn": 0.2}
+    route(first, mod_layers=[1, 2], granularity="attn_token", threshold=thresholds)
+    route(second, mod_layers=[3], granularity="mlp_token")
+    assert type(third.config) is LlamaConfig and not any(name.startswith("mod_") for name in vars(config))
+    twin = type(first)(first.config)
+    set_thresholds(first, 0.7)
+    thresholds["1.attn"] = 0.9
+    assert twin.config.mod_threshold == {"1.attn": 0.1, "2.attn": 0.2} and first.config.mod_threshold == 0.7
+    assert list(routed_modules(first)) == list(routed_modules(twin)) == ["1.attn", "2.attn"]
+    assert {id(m.config) for m in first.modules() if hasattr(m, "config")} == {id(first.config)}
