@@ -40,7 +40,7 @@ def test_shards_are_the_same_files(export, base):
 def test_stock_transformers_loads_every_family(tmp_path):
     ids, mask = random_batch(rows=6, padding="left")
     expected = {}
-    for family in ("llama", "gemma3_text", "mixtral"):
+    for family in ("llama", "qwen3", "mixtral"):
         base = write_base(tmp_path / "bases" / family, family)
         run = write_run(tmp_path / "runs" / family, base)
         export_full(run, base, tmp_path / family, "card")

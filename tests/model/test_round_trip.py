@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
-from tiny_routed import routed_model
+from tiny_routed import random_skip_paths, routed_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from router_tuning.model import ModConfig, is_routed, route, routed_modules, set_thresholds, unroute
 
-EVERYTHING = dict(kv_policy="drop", router_pooling="prompt", target_capacity=0.3, gradient_scale=2.0)
+EVERYTHING = dict(
+    kv_policy="drop", router_pooling="prompt", skip="low_rank", skip_rank=3, target_capacity=0.3, gradient_scale=2.0
+)
 
 
 def logits(model):
@@ -29,6 +31,7 @@ def logits(model):
 def test_save_pretrained_and_auto_model_give_the_same_routed_model(family, tmp_path):
     granularity = "attn_token+expert_token" if family in MOE else "attn_token+mlp_sequence"
     model = routed_model(family, granularity, "eager", **EVERYTHING)
+    random_skip_paths(model)
     set_thresholds(model, {name: 0.4 + 0.01 * place for place, name in enumerate(routed_modules(model))})
     model.save_pretrained(tmp_path)
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
