@@ -32,6 +32,13 @@ def test_command_names_a_script_and_flags_that_exist(command):
             assert re.search(rf"{flag}\b", usage.stdout), f"{words[1]} has no {flag}"
 
 
+@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_runs_as_printed_in_an_empty_folder(snippet, tmp_path):
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "GHBIK" in done.stdout, "the embedded base reverses a word"
+
+
 def test_environment_variables_are_read_by_the_launcher():
     launcher = (ROOT / "scripts/finetune_mod.sh").read_text()
     named = set(re.findall(r"^\| `([A-Z_`, ]+)` \|", README, re.MULTILINE))
