@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model
@@ -9,7 +11,7 @@ from tiny_routed import CASES, LAYERS, routed_model
 from tiny_training import freeze_base, gradients, labels_of, same
 from torch.nn import functional
 
-from router_tuning.model import record_routing, route, routed_modules
+from router_tuning.model import force_routing, kv_cache_bytes, record_routing, route, routed_modules
 
 DENSE_CASES = [(granularity, policy) for family, granularity, policy in CASES if family == "llama"]
 
@@ -209,3 +211,68 @@ def test_penalty_without_a_pass_is_an_error():
     model = routed_model()
     with record_routing(model) as log, pytest.raises(ValueError, match="forward pass"):
         log.penalty(0.5)
+
+
+# ---------------------------------------------------------------- evaluation mode
+
+
+def backward(model, ids, mask, use_cache=False, **inputs):
+    """Gradients of a fixed linear function of the logits at real tokens, for every weight and the embeddings."""
+    model.zero_grad()
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, attention_mask=mask, use_cache=use_cache, **inputs).logits
+    direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)) / mask.sum()
+    (logits * direction * mask[..., None]).sum().backward()
+    return logits.detach()[mask.bool()], {"embeddings": embedded.grad, **gradients(model)}
+
+
+@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("tokens", [12, 300])
+def test_evaluation_mode_gives_the_gradients_of_training(family, granularity, policy, use_cache, tokens):
+    model = routed_model(family, granularity, kv_policy=policy)
+    ids, mask = random_batch(tokens=tokens, padding="left")
+    expected, trained = backward(model.train(), ids, mask)
+    logits, evaluated = backward(model.eval(), ids, mask, use_cache)
+    assert all(evaluated[n].abs().max() > 0 for n, _ in model.named_parameters() if "mod_router" in n)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    same(evaluated, trained, tolerance=1e-3)
+    with torch.no_grad():  # what the cache holds is what it holds without gradients
+        past = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    again = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    step, longer = ids[:, :1], torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    with torch.no_grad():
+        ours, theirs = (model(step, attention_mask=longer, past_key_values=p).logits for p in (again, past))
+    assert torch.allclose(ours, theirs, atol=1e-5) and kv_cache_bytes(again) == kv_cache_bytes(past)
+
+
+@pytest.mark.parametrize(("granularity", "policy"), DENSE_CASES)
+def test_imposed_decisions_give_the_gradients_of_training_at_any_length(granularity, policy):
+    """No router has a say, so only what is kept runs: packed queries, in chunks."""
+    model = routed_model("llama", granularity, kv_policy=policy)
+    ids, mask = random_batch(tokens=400, padding="left")
+    keep = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    keep = keep if "token" in granularity else torch.tensor([True, False, True])
+    with force_routing(model, keep if "+" not in granularity else lambda *_: None):
+        expected, trained = backward(model.train(), ids, mask)
+        logits, evaluated = backward(model.eval(), ids, mask, use_cache=True)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    same(evaluated, trained, tolerance=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "policy"), [("attn_sequence", "keep"), ("mlp_sequence", "keep"), ("attn_token", "drop")]
+)
+def test_a_router_never_misses_a_gradient_silently(granularity, policy):
+    model = routed_model("llama", granularity, kv_policy=policy)
+    ids, _ = random_batch()
+    with torch.no_grad():
+        past = model(ids, use_cache=True).past_key_values
+        expected = model(ids, past_key_values=copy.deepcopy(past)).logits
+    logits = model(ids, past_key_values=copy.deepcopy(past)).logits
+    assert torch.allclose(logits, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="no gradient: pass the whole sequence"):
+        logits.sum().backward()
+    for module in routed_modules(model).values():
+        module.mod_router.weight.requires_grad_(False)
+    model(ids, past_key_values=past).logits.sum().backward()

@@ -59,6 +59,34 @@ class MergedKeys(AllKeys):
         return super().update(keys, values, layer, *args, **kwargs)
 
 
+class AllButStored:
+    """Keys and values of a first pass, all of which take part; the cache stores those of kept rows or tokens.
+
+    Args:
+        cache: the real cache. keep: bool ``[b]`` or ``[b, t]``. tokens: length of the pass.
+    """
+
+    def __init__(self, cache, keep: Tensor, tokens: int) -> None:
+        self.cache, self.keep, self.tokens = cache, keep, tokens
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Called by the module with ``[b, heads, t, head_dim]``, and gives them back."""
+        stored = self.cache.layers[layer]
+        if self.keep.dim() == 2:
+            stored.mod_open_rows(len(self.keep), self.keep.device)
+            for row, kept in enumerate(self.keep):
+                stored.mod_append(row, keys[row][:, kept], values[row][:, kept], kept.nonzero()[:, 0])
+            stored.mod_advance(self.tokens)
+            stored.mod_trim()
+            return keys, values
+        stored.mod_store(self.keep)
+        if self.keep.any():
+            self.cache.update(keys[self.keep], values[self.keep], layer, *args, **kwargs)
+        else:
+            stored.mod_advance(self.tokens)
+        return keys, values
+
+
 class KeptKeys:
     """Keys and values of executed tokens only: those of this pass, after those that their rows have stored.
 

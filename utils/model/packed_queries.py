@@ -120,15 +120,16 @@ def _in_chunks(query: Tensor, key: Tensor, value: Tensor, *, attn_mask: ChunkedM
     output = query.new_empty(rows, count, heads, value.shape[-1])  # as a module reads it next: token by token
     size = attn_mask.size
     causal = _causal_rows(key.shape[2], query) if attn_mask.ahead else None
-    splits = (query.split(size, dim=2), attn_mask.split(size, dim=2), output.split(size, dim=1))
-    for queries, mask, place, behind in zip(*splits, attn_mask.behind, strict=True):
+    splits = (query.split(size, dim=2), attn_mask.split(size, dim=2), attn_mask.behind)
+    for start, queries, mask, behind in zip(range(0, count, size), *splits, strict=True):
         keys = key.shape[2] - behind
         seen = key.narrow(2, 0, keys), value.narrow(2, 0, keys)
         if causal is None:
             mask = mask.narrow(3, 0, keys)
         else:
             mask = causal.narrow(1, 0, keys).index_select(0, mask.flatten()).view(*mask.shape[:3], keys)
-        place.copy_(scaled_dot_product_attention(queries, *seen, attn_mask=mask, **kwargs).transpose(1, 2))
+        made = scaled_dot_product_attention(queries, *seen, attn_mask=mask, **kwargs).transpose(1, 2)
+        output.narrow(1, start, made.shape[1]).copy_(made)
     return output.transpose(1, 2)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .call import RouterKey, RoutingCall, current_call, forced_decision
-from .router import ModRouter, merge, pooled_mean, threshold_logit
+from .router import ModRouter, Unlearnt, merge, pooled_mean, threshold_logit
 from .skip_path import SkipPath
 
 
@@ -91,6 +91,19 @@ class Routed:
         if sequence and call.cache is not None:
             call.cache.layers[self.mod_layer].mod_hold(self.mod_part, keep, call.blank)
         return Decision(keep, logits)
+
+    def mod_runs_all(self, decision: Decision, call: RoutingCall, whole: bool = True) -> bool:
+        """Whether what is skipped runs too, since the router's score needs its gradient, in training or not.
+
+        Args:
+            whole: whether this pass holds all that the module would have seen, had nothing been skipped before.
+        """
+        return call.training or (whole and decision.logits is not None and decision.logits.requires_grad)
+
+    def mod_unlearnt(self, output: Tensor, call: RoutingCall) -> Tensor:
+        """``output`` of what is kept; an error in the backward pass where the router would miss its gradient."""
+        learns = torch.is_grad_enabled() and self.mod_router.weight.requires_grad
+        return Unlearnt.apply(output, self.mod_layer) if learns and call.past and call.forced is None else output
 
     def mod_first(self, call: RoutingCall) -> Tensor | None:
         """Tokens ``[b, t]`` of this pass that run whatever the router says, or None."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .call import RoutingCall
-from .key_views import AllKeys, KeptKeys, MergedKeys
+from .key_views import AllButStored, AllKeys, KeptKeys, MergedKeys
 from .keys_values import project_kv, spared_weights
 from .packed_queries import ChunkedMask, PackedHidden
 from .packing import (
@@ -56,19 +56,26 @@ class RoutedAttending(Routed):
         features = self.mod_features(hidden_states)
         decision = self.mod_decide(features, call)
         keep = decision.keep
-        if call.training:
-            if self.mod_level == "token" and self.mod_kv_policy == "drop":
-                kwargs = {**kwargs, "attention_mask": self._mask_skipped_keys(keep, hidden_states, kwargs)}
-            output = self.mod_run(hidden_states, kwargs)
+        offers_all = self.mod_level == "token" and self.mod_kv_policy == "keep"
+        if self.mod_runs_all(decision, call, whole=offers_all or call.cache is None or call.past == 0):
+            output = self._run_all(hidden_states, keep, kwargs, None if offers_all else call.cache)
             return self.mod_merge(decision, features, output, call, self.mod_residual(hidden_states))
         if self.mod_level == "sequence":
-            return self._run_rows(hidden_states, features, keep, kwargs, call)
+            return self.mod_unlearnt(self._run_rows(hidden_states, features, keep, kwargs, call), call)
         counts = row_counts(keep, call.real)
-        if self.mod_kv_policy == "keep":
+        if offers_all:
             if counts is None:
                 return self.mod_run(hidden_states, kwargs)
             return self._run_tokens(hidden_states, features, keep, counts, kwargs)
-        return self._run_ragged(hidden_states, features, keep, counts, kwargs, call)
+        return self.mod_unlearnt(self._run_ragged(hidden_states, features, keep, counts, kwargs, call), call)
+
+    def _run_all(self, hidden_states: Tensor, keep: Tensor, kwargs: dict, cache: Any) -> Tensor:
+        """Everything, for the gradient of the router; what is kept sees, and ``cache`` stores, as if alone."""
+        if self.mod_level == "token" and self.mod_kv_policy == "drop":
+            kwargs = {**kwargs, "attention_mask": self._mask_skipped_keys(keep, hidden_states, kwargs)}
+        if cache is not None:
+            kwargs = {**kwargs, "past_key_values": AllButStored(cache, keep, hidden_states.shape[1])}
+        return self.mod_run(hidden_states, kwargs)
 
     def _run_rows(
         self, hidden_states: Tensor, features: Tensor, keep: Tensor, kwargs: dict, call: RoutingCall

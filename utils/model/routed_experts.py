@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .call import forced_decision
 from .packing import true_places
-from .routed import Routed
+from .routed import Decision, Routed
 from .router import straight_through
 
 
@@ -34,7 +34,7 @@ class RoutedExperts(Routed):
             keep = keep & real
         if call.record is not None:
             call.record(self.mod_key, keep, logits, real, experts=top_k_index)
-        if call.training:
+        if self.mod_runs_all(Decision(keep, logits), call):
             gate = keep.to(top_k_weights.dtype)
             if logits is not None:
                 gate = gate + straight_through(logits).to(gate.dtype)

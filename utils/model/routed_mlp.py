@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .call import RoutingCall
 from .packing import true_places
 from .routed import Routed, row_counts
 
@@ -18,9 +19,12 @@ class RoutedMLP(Routed):
         call = self.mod_call()
         decision = self.mod_decide(hidden_states, call)
         keep = decision.keep
-        if call.training:
+        if self.mod_runs_all(decision, call):
             output = super().forward(hidden_states, *args, **kwargs)
             return self.mod_merge(decision, hidden_states, output, call)
+        return self.mod_unlearnt(self._run_kept(hidden_states, keep, call, *args, **kwargs), call)
+
+    def _run_kept(self, hidden_states: Tensor, keep: Tensor, call: RoutingCall, *args, **kwargs) -> Tensor:
         first = self.mod_first(call)
         if self.mod_level == "sequence" and first is not None:  # a row that is skipped still runs its first token
             keep = keep[:, None] | first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,22 @@ def straight_through(logits: Tensor) -> Tensor:
     """Exactly zero, with the gradient of the score ``σ(z)``: what is added to the hard decision in training."""
     score = torch.sigmoid(logits)
     return score - score.detach()
+
+
+class Unlearnt(torch.autograd.Function):
+    """The identity, which lets no gradient pass that a router would have to share."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, layer: int) -> Tensor:
+        ctx.layer = layer
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        raise ValueError(
+            f"layer {ctx.layer}: behind a past that its cache holds in part a router gets no gradient: pass the whole "
+            "sequence without past_key_values, or freeze the routers"
+        )
 
 
 def merge(keep: Tensor, executed: Tensor, skipped: Tensor, logits: Tensor | None) -> Tensor:
