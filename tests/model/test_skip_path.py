@@ -88,7 +88,7 @@ def test_fit_is_reduced_rank_ridge_regression(granularity):
     for name, (hidden, update) in seen_by(model, data).items():
         path = routed_modules(model)[name].mod_skip
         cut, bias = by_the_book(hidden, update, 4)
-        assert path.down.shape == (4, 32) and path.up.shape == (32, 4)
+        assert path.down.shape == (32, 4) and path.up.shape == (4, 32)
         assert torch.allclose(path(unspoilt(32)), (unspoilt(32).double() @ cut + bias).float(), atol=1e-4)
         residual = (update - hidden @ cut - bias).square().sum() / (update - update.mean(0)).square().sum()
         assert shares[name] == pytest.approx(1 - float(residual), abs=0.03)

@@ -66,7 +66,7 @@ def random_skip_paths(model) -> dict:
             path, generator = module.mod_skip, torch.Generator().manual_seed(module.mod_layer)
             for parameter in path.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-            width = len(path.bias)
-            down, up = (torch.zeros(1, width), torch.zeros(width, 1)) if path.down is None else (path.down, path.up)
-            paths[module.mod_layer, module.mod_part] = (down.T, up.T, path.bias)
+            none = torch.zeros(len(path.bias), 1)
+            down, up = (none, none.T) if path.down is None else (path.down, path.up)
+            paths[module.mod_layer, module.mod_part] = (down, up, path.bias)
     return paths

@@ -57,10 +57,10 @@ class Moments:
         full = torch.linalg.solve(covariance, cross)  # A, [d, d]
         # Right singular vectors of C^{1/2}·A are eigenvectors of Aᵀ·C·A, and that is the cross-covariance times A.
         explained, vectors = torch.linalg.eigh(cross.T @ full)
-        up = vectors[:, -rank:]
-        down = full @ up
+        up = vectors[:, -rank:].T
+        down = full @ up.T
         share = float(explained[-rank:].clamp(min=0).sum()) / max(variance, 1e-30)
-        weights = {"down": down.T, "up": up, "bias": bias[1] - up @ (bias[0] @ down)}
+        weights = {"down": down, "up": up, "bias": bias[1] - bias[0] @ down @ up}
         return {name: value.float().contiguous() for name, value in weights.items()}, share
 
 
@@ -118,7 +118,7 @@ def _install(model: nn.Module, decoder: nn.Module, modules: Mapping[str, Routed]
     rank = rank if kind == "low_rank" else decoder.mod_config.skip_rank
     config = ModConfig(**{**vars(decoder.mod_config), "skip": kind, "skip_rank": rank})
     for module in modules.values():
-        module.mod_skip = skip_path(module, module.mod_part, config, decoder.config.hidden_size, decoder.dtype)
+        module.mod_skip = skip_path(module, module.mod_part, config, decoder.config.hidden_size)
     decoder.mod_config.skip, decoder.mod_config.skip_rank = kind, rank
     decoder.mod_config.write_to(getattr(model, "config", decoder.config))
 

@@ -39,7 +39,11 @@ class ModPreTrained(RoutedCausalLM):
             "__module__": __name__,
             "config_class": mixed(ModFields, plain.config_class),
             "_auto_class": f"AutoModelFor{task}",
-            "_keep_in_fp32_modules_strict": {*(plain._keep_in_fp32_modules_strict or ()), "mod_router"},
+            "_keep_in_fp32_modules_strict": {
+                *(plain._keep_in_fp32_modules_strict or ()),
+                "mod_router",
+                "mod_skip",
+            },
             "_keys_to_ignore_on_load_missing": {
                 *(plain._keys_to_ignore_on_load_missing or ()),
                 r"mod_router|mod_skip",
@@ -54,7 +58,7 @@ class ModPreTrained(RoutedCausalLM):
         """As of any model; routers that the checkpoint lacks start at zero, which one line says.
 
         Raises:
-            ValueError: for a router that holds values which are not finite.
+            ValueError: for a router or skip path that holds values which are not finite.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = [name for name, module in model.named_modules() if vars(module).pop("mod_missing", False)]
@@ -64,7 +68,7 @@ class ModPreTrained(RoutedCausalLM):
                 f"{missing[-1]}), which start at zero"
             )
         for name, weight in model.named_parameters():
-            if "mod_router" in name and not weight.is_meta and not weight.isfinite().all():
+            if ("mod_router" in name or "mod_skip" in name) and not weight.is_meta and not weight.isfinite().all():
                 raise ValueError(f"{model.name_or_path}: {name} holds values that are not finite; save it anew")
         return (model, info) if output_loading_info else model
 

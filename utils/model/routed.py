@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .call import RouterKey, RoutingCall, current_call, forced_decision
+from .packing import true_places
 from .router import ModRouter, Unlearnt, merge, pooled_mean, threshold_logit
 from .skip_path import SkipPath
 
@@ -109,12 +110,29 @@ class Routed:
         """Tokens ``[b, t]`` of this pass that run whatever the router says, or None."""
         return None if self.mod_skip is None else call.first
 
-    def mod_skipped(self, features: Tensor, residual: Tensor | None = None) -> Tensor:
-        """What is skipped gets: ``P(h)`` or zeros, on top of ``residual`` for a block; a tensor of its own."""
+    def mod_skipped(self, features: Tensor, residual: Tensor | None = None, skipped: Tensor | None = None) -> Tensor:
+        """What is skipped gets: ``P(h)`` or zeros, on top of ``residual`` for a block; a tensor of its own.
+
+        Args:
+            skipped: int64 ``[n]``, places along the first axis; all others are left undefined. None: all places.
+        """
         if self.mod_skip is None:
             return torch.zeros_like(features) if residual is None else residual.clone()
-        path = self.mod_skip(features)
-        return path if residual is None else residual + path
+        if skipped is None:
+            path = self.mod_skip(features)
+            return path if residual is None else residual + path
+        path = self.mod_skip(features.index_select(0, skipped))
+        if residual is not None:
+            path = residual.index_select(0, skipped) + path
+        return torch.empty_like(features if residual is None else residual).index_copy_(0, skipped, path)
+
+    def mod_skipped_tokens(self, features: Tensor, keep: Tensor, count: int, residual: Tensor | None = None) -> Tensor:
+        """:meth:`mod_skipped` where ``keep [b, t]``, ``count`` of them true, leaves tokens to skip, ``[b, t, d]``."""
+        if self.mod_skip is None or keep.shape[1] == 1:
+            return self.mod_skipped(features, residual)
+        flat = None if residual is None else residual.flatten(0, 1)
+        skipped = true_places(~keep, keep.numel() - count)
+        return self.mod_skipped(features.flatten(0, 1), flat, skipped).view_as(features)
 
     def mod_merge(
         self,

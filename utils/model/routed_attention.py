@@ -87,7 +87,8 @@ class RoutedAttending(Routed):
         rows = self.mod_kept_rows(keep, call)
         if rows.shape[0] == batch:
             return self.mod_run(hidden_states, kwargs)
-        output = self.mod_skipped(features, self.mod_residual(hidden_states))
+        skipped = true_places(~keep, batch - rows.shape[0]) if tokens > 1 else None
+        output = self.mod_skipped(features, self.mod_residual(hidden_states), skipped)
         if rows.shape[0]:
             ran = self.mod_run(hidden_states.index_select(0, rows), select_rows(kwargs, rows, batch))
             output.index_copy_(0, rows, ran.to(output.dtype))
@@ -131,7 +132,7 @@ class RoutedAttending(Routed):
         else:
             packed["past_key_values"] = self._merged_keys(features, keep, packing, kwargs)
             ran = self.mod_run(taken, packed)
-        output = self.mod_skipped(features, self.mod_residual(hidden_states))
+        output = self.mod_skipped_tokens(features, keep, sum(counts), self.mod_residual(hidden_states))
         packing.put_(ran, output)
         return output
 
@@ -173,7 +174,7 @@ class RoutedAttending(Routed):
             if layer is None:
                 return self.mod_run(hidden_states, kwargs)
             counts = keep.sum(1).tolist()
-        output = self.mod_skipped(features, self.mod_residual(hidden_states))
+        output = self.mod_skipped_tokens(features, keep, sum(counts), self.mod_residual(hidden_states))
         view = KeptKeys(layer, call.past)
         if layer is not None:
             layer.mod_open_rows(batch, keep.device)

@@ -35,18 +35,19 @@ class RoutedMLP(Routed):
             if not any(counts):
                 return self.mod_skipped(hidden_states)
             flat = hidden_states.flatten(0, 1)
-            index = true_places(keep, sum(counts))
-            return self._run(flat, index, *args, **kwargs).view_as(hidden_states)
+            output = self.mod_skipped_tokens(hidden_states, keep, sum(counts))
+            self._run(flat, true_places(keep, sum(counts)), output.flatten(0, 1), *args, **kwargs)
+            return output
         rows = self.mod_kept_rows(keep, call)
         if rows.shape[0] == hidden_states.shape[0]:
             return super().forward(hidden_states, *args, **kwargs)
-        return self._run(hidden_states, rows, *args, **kwargs)
-
-    def _run(self, states: Tensor, index: Tensor, *args, **kwargs) -> Tensor:
-        """The module on ``states[index]``, the skip path elsewhere; a flat list of tokens ``[n, d]`` is one row."""
-        output = self.mod_skipped(states)
-        if index.shape[0]:
-            taken = states.index_select(0, index)
-            done = super().forward(taken if states.dim() == 3 else taken[None], *args, **kwargs)
-            output.index_copy_(0, index, done.view_as(taken).to(output.dtype))
+        output = self.mod_skipped(hidden_states)
+        if rows.shape[0]:
+            self._run(hidden_states, rows, output, *args, **kwargs)
         return output
+
+    def _run(self, states: Tensor, index: Tensor, output: Tensor, *args, **kwargs) -> None:
+        """Run the module on ``states[index]``, for ``output[index]``; a list of tokens ``[n, d]`` is one row."""
+        taken = states.index_select(0, index)
+        done = super().forward(taken if states.dim() == 3 else taken[None], *args, **kwargs)
+        output.index_copy_(0, index, done.view_as(taken).to(output.dtype))

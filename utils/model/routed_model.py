@@ -240,7 +240,7 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
         mix_in(module, MIXINS[part])
         experts = module.num_experts if part == "expert" else 1
         module.mod_router = ModRouter(decoder.config.hidden_size, experts, device=_device_of(module))
-        module.mod_skip = skip_path(module, part, config, decoder.config.hidden_size, model.dtype)
+        module.mod_skip = skip_path(module, part, config, decoder.config.hidden_size)
         module.mod_layer, module.mod_level, module.mod_kv_policy = layer, parts[part], config.kv_policy
         module.mod_key = layer if len(parts) == 1 else (layer, part)
         module.mod_set_threshold(thresholds[layer, part])
@@ -267,9 +267,7 @@ def _cache_plan(config: ModConfig) -> dict[int, type[HeldDecisions] | None]:
     return plan
 
 
-def skip_path(
-    module: nn.Module, part: str, config: ModConfig, hidden_size: int, dtype: torch.dtype
-) -> SkipPath | None:
+def skip_path(module: nn.Module, part: str, config: ModConfig, hidden_size: int) -> SkipPath | None:
     """The skip path that ``config`` asks for, at zero.
 
     The experts of a layer have none: a token that one expert skips keeps its other experts' update, and a path for
@@ -277,7 +275,7 @@ def skip_path(
     """
     if config.skip == "zero" or part == "expert":
         return None
-    return SkipPath(hidden_size, config.skip_rank if config.skip == "low_rank" else 0, _device_of(module), dtype)
+    return SkipPath(hidden_size, config.skip_rank if config.skip == "low_rank" else 0, _device_of(module))
 
 
 def _device_of(module: nn.Module) -> torch.device:

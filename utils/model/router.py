@@ -12,15 +12,23 @@ from transformers import initialization
 
 
 class AddedByRouting(nn.Module):
-    """What routing adds to a model: at its start wherever no checkpoint says otherwise, never memory as it was."""
+    """What routing adds to a model: small, float32 whatever the model's type, and never memory as it was.
+
+    Parameters stay float32 through ``.to(bfloat16)`` and ``.half()``, and are at their start wherever no checkpoint
+    says otherwise.
+    """
 
     def mod_reset(self) -> None:
         """Put every parameter that was not loaded at its start."""
         raise NotImplementedError
 
     def _apply(self, fn, recurse: bool = True):
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
         empty = any(parameter.is_meta for parameter in self.parameters())
-        super()._apply(fn, recurse)
+        super()._apply(keep_dtype, recurse)
         if empty and not any(parameter.is_meta for parameter in self.parameters()):
             self.mod_reset()
         return self
@@ -28,6 +36,9 @@ class AddedByRouting(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         if local_metadata.get("assign_to_params_buffers") and any(p.is_meta for p in self.parameters()):
             self.to_empty(device="cpu")
+        for name in (f"{prefix}{name}" for name, _ in self.named_parameters()):
+            if name in state_dict:
+                state_dict[name] = state_dict[name].float()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
@@ -46,8 +57,8 @@ class InitializesRouting:
 class ModRouter(AddedByRouting):
     """``z = W·h`` in float32, without bias, zero at the start; ``σ(z)`` is the score.
 
-    Its weight ``[outputs, hidden]`` stays float32 through ``.to(bfloat16)``, ``.half()`` and autocast: the decision
-    compares a score with a threshold, and at bf16 resolution whole batches would sit on it.
+    Its weight is ``[outputs, hidden]``. Weight and product are never rounded, not even under autocast: a decision
+    compares the score with a threshold, and at bf16 resolution whole batches would sit on it.
     """
 
     def __init__(self, hidden_size: int, outputs: int = 1, device: torch.device | str | None = None) -> None:
@@ -63,18 +74,6 @@ class ModRouter(AddedByRouting):
 
     def mod_reset(self) -> None:
         initialization.zeros_(self.weight)
-
-    def _apply(self, fn, recurse: bool = True):
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        return super()._apply(keep_dtype, recurse)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if f"{prefix}weight" in state_dict:
-            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].float()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def threshold_logit(threshold: float) -> float:

@@ -53,13 +53,12 @@ def router_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def router_state(model: nn.Module) -> dict[str, Tensor]:
-    """:func:`router_tensors` as they are saved: on the CPU, routers in float32, skip paths in their own type."""
-    return {name: _as_saved(name, tensor) for name, tensor in router_tensors(model).items()}
+    """:func:`router_tensors` as they are saved: float32 on the CPU."""
+    return {name: _as_saved(tensor) for name, tensor in router_tensors(model).items()}
 
 
-def _as_saved(name: str, tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.float() if "mod_router" in name else tensor
+def _as_saved(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()
 
 
 def save_routers(
@@ -79,7 +78,7 @@ def save_routers(
     tensors, given = router_tensors(model), state or {}
     if not set(given) <= set(tensors):
         raise UserError(f"router weights {sorted(set(given) - set(tensors))} do not belong to this model")
-    state = {name: _as_saved(name, tensor) for name, tensor in {**tensors, **given}.items()}
+    state = {name: _as_saved(tensor) for name, tensor in {**tensors, **given}.items()}
     identity = extra.pop("base", None) or base_identity(model)
     config = {"format": FORMAT, **routed_base(model).mod_config.to_fields(), "base": identity, **extra}
     text = json.dumps(config, indent=2) + "\n"

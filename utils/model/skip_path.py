@@ -12,25 +12,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import initialization
 
 from .router import AddedByRouting
+
+_FEW = 64
+"""So few tokens are multiplied in float32: the CPU's kernels for bf16 take longer to start than that takes."""
 
 
 class SkipPath(AddedByRouting):
     """``P(h) = b + (h·U)·V``, or ``P(h) = b`` where ``rank`` is 0; exactly zero at the start.
 
+    Parameters are float32 and small; the product of many tokens is taken in their own type.
+
     Attributes:
-        bias: ``b [hidden]``. down: ``U`` transposed, ``[rank, hidden]``. up: ``V`` transposed, ``[hidden, rank]``.
+        bias: ``b [hidden]``. down: ``U [hidden, rank]``. up: ``V [rank, hidden]``.
     """
 
-    def __init__(self, hidden_size: int, rank: int, device: torch.device | None, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, rank: int, device: torch.device | None = None) -> None:
         super().__init__()
-        place = {"device": device, "dtype": dtype}
+        place = {"device": device, "dtype": torch.float32}
         self.bias = nn.Parameter(torch.empty(hidden_size, **place))
-        self.down = nn.Parameter(torch.empty(rank, hidden_size, **place)) if rank else None
-        self.up = nn.Parameter(torch.empty(hidden_size, rank, **place)) if rank else None
+        self.down = nn.Parameter(torch.empty(hidden_size, rank, **place)) if rank else None
+        self.up = nn.Parameter(torch.empty(rank, hidden_size, **place)) if rank else None
         self.mod_reset()
 
     @torch.no_grad()
@@ -41,15 +45,17 @@ class SkipPath(AddedByRouting):
             initialization.zeros_(self.up)
             generator = torch.Generator("cpu").manual_seed(0)
             values = torch.randn(self.down.shape, generator=generator, device="cpu", dtype=torch.float32)
-            initialization.copy_(self.down, values / math.sqrt(self.down.shape[1]))
+            initialization.copy_(self.down, values / math.sqrt(self.down.shape[0]))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``P(h)`` in a tensor of its own, ``[..., hidden]`` in the type of ``hidden``."""
-        bias = self.bias.to(hidden.dtype)
         if self.down is None:
-            return bias.expand_as(hidden).clone()
-        inner = functional.linear(hidden, self.down.to(hidden.dtype))
-        return functional.linear(inner, self.up.to(hidden.dtype), bias).to(hidden.dtype)
+            return self.bias.to(hidden.dtype).expand_as(hidden).clone()
+        flat = hidden.flatten(0, -2)
+        if len(flat) > _FEW:
+            down, up, bias = (parameter.to(flat.dtype) for parameter in (self.down, self.up, self.bias))
+            return torch.addmm(bias, flat @ down, up).view(hidden.shape)
+        return torch.addmm(self.bias, flat.float() @ self.down, self.up).to(hidden.dtype).view(hidden.shape)
 
 
 def first_tokens(
