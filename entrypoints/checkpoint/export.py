@@ -2,8 +2,10 @@
 
     python entrypoints/checkpoint/export.py --run trained_models/tiny-llama-mod/alpaca/... --output exports/tiny
     lm_eval --model hf --model_args pretrained=exports/tiny,trust_remote_code=True --tasks ...
-Forms: full (a checkpoint folder; base shards are linked, not copied), adapter (routers alone, for load_routers), peft
-(LoRA and routers beside a routed base), merged (LoRA merged into a full copy of the weights).
+Forms: full (a checkpoint folder), adapter (routers alone, for load_routers), peft (LoRA and routers beside a routed
+base), merged (a checkpoint folder with LoRA merged into its weights). A form refuses what it would leave out.
+An export stands alone: what is done to it never reaches the base, and it needs no other folder (with --weights link it
+does).
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ import json
 from pathlib import Path
 
 from router_tuning.checkpoint.card import model_card
-from router_tuning.checkpoint.export_forms import export_adapter, export_merged, export_peft
-from router_tuning.checkpoint.export_full import export_full
+from router_tuning.checkpoint.export import FORMS, export
 from router_tuning.checkpoint.run_folder import base_of
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.report import COMPARISON, measured
@@ -28,7 +29,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, required=True, help="folder of the tuning run")
     parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--form", choices=("full", "adapter", "peft", "merged"), default="full")
+    parser.add_argument("--form", choices=FORMS, default="full")
+    parser.add_argument(
+        "--weights", choices=("copy", "link"), default="copy", help="of the base; copies share blocks where they can"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     return parser.parse_args()
 
@@ -40,12 +44,9 @@ def main() -> None:
     comparison = args.run / COMPARISON
     scores = measured(json.loads(comparison.read_text(encoding="utf-8"))) if comparison.is_file() else None
     card = model_card(args.run, args.form, scores)
-    if args.form == "adapter":
-        report = export_adapter(args.run, args.output, card, args.overwrite)
-    else:
-        write = {"full": export_full, "peft": export_peft, "merged": export_merged}[args.form]
-        report = write(args.run, base_of(args.run, args.base), args.output, card, args.overwrite)
-    print(f"{args.output}: {len(report['links'])} files linked, {report['bytes_added']:,} bytes written")
+    base = None if args.form == "adapter" else base_of(args.run, args.base)
+    size = export(args.run, base, args.output, args.form, card, args.overwrite, args.weights == "link")
+    print(f"{args.output}: {size:,} bytes written")
     if args.form != "adapter":
         peft = f",peft={args.output}" if args.form == "peft" else ""
         folder = args.output / "base" if args.form == "peft" else args.output

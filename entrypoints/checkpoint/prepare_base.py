@@ -1,12 +1,16 @@
-"""Bring base weights and tokenizer into ckpt/<folder_name>, by link: no shard is copied.
+"""Bring a base's weights and tokenizer into ckpt/<folder_name>: a folder that is there, or any new name.
 
-python entrypoints/checkpoint/prepare_base.py --folder_name mistral-7b-mod                          # from the hub
-python entrypoints/checkpoint/prepare_base.py --folder_name mistral-7b-mod --source /models/mistral  # local
+    python entrypoints/checkpoint/prepare_base.py --folder_name mistral-7b-mod                          # from the hub
+    python entrypoints/checkpoint/prepare_base.py --folder_name mistral-7b-mod --source /models/mistral # local folder
+    python entrypoints/checkpoint/prepare_base.py --folder_name my-base --source base.Q4_K_M.gguf       # dequantised
+    python entrypoints/checkpoint/prepare_base.py --folder_name my-base --source Qwen/Qwen2.5-0.5B-Instruct
+A new name gets a config.json of its own, with the deepest half of the layers routed.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from router_tuning.checkpoint.prepare_base import prepare_base
@@ -16,24 +20,27 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    """Parse, link, report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    """Parse, bring, report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder_name", required=True, help="folder under --ckpt_root, for example mistral-7b-mod")
-    parser.add_argument("--source", help="hub id or local folder; default: mod_base of the folder's config.json")
+    parser.add_argument("--source", help="hub id, local folder or .gguf file; default: mod_base of the config.json")
     parser.add_argument("--revision", help="revision on the hub")
-    parser.add_argument("--link", choices=("symlink", "hard"), default="symlink")
+    parser.add_argument(
+        "--weights",
+        choices=("link", "copy"),
+        default="link",
+        help="of a folder or the hub's cache; small files are copied",
+    )
     parser.add_argument("--ckpt_root", type=Path, default=ROOT / "ckpt")
     args = parser.parse_args()
-    folder = args.ckpt_root / args.folder_name
-    if not (folder / "config.json").is_file():
-        known = sorted(path.parent.name for path in args.ckpt_root.glob("*/config.json"))
-        raise UserError(f"--folder_name {args.folder_name}: no {folder / 'config.json'}; there are {', '.join(known)}")
-    done = prepare_base(folder, args.source, args.revision, args.link)
-    for name in done.linked:
-        print(f"linked     {name}")
-    for name in done.unchanged:
-        print(f"unchanged  {name}")
-    print(f"{done.folder} holds the base weights and tokenizer of {done.source}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.folder_name):
+        raise UserError(
+            f"--folder_name {args.folder_name!r} cannot name a folder: use letters, digits, '.', '-' and '_'"
+        )
+    done = prepare_base(args.ckpt_root / args.folder_name, args.source, args.revision, args.weights == "link")
+    print(f"{done.folder} holds the base of {done.source}: {', '.join(done.files)}; {done.copied:,} bytes copied")
 
 
 if __name__ == "__main__":

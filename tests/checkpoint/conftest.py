@@ -1,18 +1,11 @@
-"""A tiny sharded base and a run on it, made once for the tests of this folder."""
+"""A tiny sharded base and runs on it, made once for the tests of this folder."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from tiny_checkpoint import write_base, write_run
-from tiny_models import random_batch
-from transformers import AutoModelForCausalLM
-
-from router_tuning.model import load_routers
+from tiny_checkpoint import tuned_run, write_base, write_run
 
 
 @pytest.fixture(scope="session")
@@ -26,17 +19,7 @@ def run(tmp_path_factory, base) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lora_run(tmp_path_factory, run, base):
+def lora_run(tmp_path_factory, base):
     """A run with LoRA, as the tuning entrypoint leaves it: routers beside ``adapter/``; and its logits."""
     folder = tmp_path_factory.mktemp("lora") / "run"
-    shutil.copytree(run, folder)
-    model = load_routers(AutoModelForCausalLM.from_pretrained(base), run)
-    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["mod_router"], task_type="CAUSAL_LM")
-    tuned = get_peft_model(model, config).eval()
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    tuned.save_pretrained(folder / "adapter")
-    ids, mask = random_batch(rows=6, padding="left")
-    return folder, tuned(ids, attention_mask=mask).logits
+    return folder, tuned_run(folder, base, "routers and LoRA")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
-from router_tuning.checkpoint.export_full import export_full
+from router_tuning.checkpoint import export as exports
 from router_tuning.checkpoint.hub import push_export
 from router_tuning.errors import UserError
 
@@ -35,7 +35,7 @@ def upload(folder, repo_id, endpoint):
 @pytest.fixture(scope="module")
 def export(tmp_path_factory, run, base):
     folder = tmp_path_factory.mktemp("hub") / "full"
-    export_full(run, base, folder, "card")
+    exports.export(run, base, folder)
     return folder
 
 

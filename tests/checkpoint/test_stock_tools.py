@@ -9,8 +9,7 @@ import torch
 from isolated_environment import IsolatedPython
 from transformers import AutoTokenizer
 
-from router_tuning.checkpoint.export_forms import export_merged, export_peft
-from router_tuning.checkpoint.export_full import export_full
+from router_tuning.checkpoint.export import export
 from router_tuning.evaluation.harness import TASK_CONFIGS, evaluate
 from router_tuning.evaluation.models import load_tuned
 
@@ -66,9 +65,9 @@ def outside(tmp_path_factory):
 def forms(tmp_path_factory, run, lora_run, base):
     """``{form: (folder of the weights, folder of the adapter or None)}``: all that stock tools can load."""
     folder = tmp_path_factory.mktemp("exports")
-    export_full(run, base, folder / "full", "card")
-    export_peft(lora_run[0], base, folder / "peft", "card")
-    export_merged(lora_run[0], base, folder / "merged", "card")
+    export(run, base, folder / "full")
+    export(lora_run[0], base, folder / "peft", "peft")
+    export(lora_run[0], base, folder / "merged", "merged")
     paths = {"full": ("full", None), "peft": ("peft/base", "peft"), "merged": ("merged", None)}
     return {form: [part and str(folder / part) for part in parts] for form, parts in paths.items()}
 

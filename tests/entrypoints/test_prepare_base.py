@@ -1,27 +1,31 @@
-"""Bringing base weights into a folder: links, checks before changes, one clear line on bad input."""
+"""Bringing a base into a folder, known or new: checks before changes, one clear line on bad input."""
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_checkpoint import tiny_logits, write_base
+from tiny_models import tiny_model
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
 
 from router_tuning.checkpoint import prepare_base as module
-from router_tuning.checkpoint.prepare_base import INDEX, RECORD, prepare_base
+from router_tuning.checkpoint.prepare_base import RECORD, prepare_base
+from router_tuning.checkpoint.shards import INDEX, weight_map
 from router_tuning.embedded.base_training import build_tokenizer
 from router_tuning.errors import UserError
+from router_tuning.model import is_routed
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -63,43 +67,43 @@ def write_variant(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps({**fields, "mod_base": "someone/tiny", **changes}))
 
 
-def listing(folder: Path) -> dict[str, tuple[int, str]]:
-    return {
-        path.name: (path.lstat().st_mtime_ns, os.readlink(path) if path.is_symlink() else "")
-        for path in folder.iterdir()
-    }
+def content(folder: Path) -> dict[str, object]:
+    return {path.name: path.readlink() if path.is_symlink() else path.read_bytes() for path in folder.iterdir()}
 
 
-def test_symlinks_every_file_and_loads(base: Path, variant: Path):
+@pytest.mark.parametrize("link", [True, False])
+def test_weights_are_linked_or_copied_and_load(base: Path, variant: Path, link: bool):
     config = (variant / "config.json").read_text()
-    done = prepare_base(variant, str(base))
+    done = prepare_base(variant, str(base), link=link)
     shards = {path.name for path in base.glob("*.safetensors")}
-    assert shards | {INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(done.linked)
-    assert all((variant / name).is_symlink() for name in done.linked)
+    assert shards | {INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(done.files)
+    assert {path.name for path in variant.iterdir() if path.is_symlink()} == (shards if link else set())
     assert (variant / "config.json").read_text() == config
-    loaded = LlamaForCausalLM.from_pretrained(variant, config=LlamaConfig(**SIZES))
     original = LlamaForCausalLM.from_pretrained(base).state_dict()
-    assert all(value.equal(original[name]) for name, value in loaded.state_dict().items())
     text = "Sort the letters.\nInput: QX"
-    assert AutoTokenizer.from_pretrained(variant)(text) == AutoTokenizer.from_pretrained(base)(text)
+    expected = AutoTokenizer.from_pretrained(base)(text)
+    if not link:
+        shutil.rmtree(base)
+    loaded = LlamaForCausalLM.from_pretrained(variant, config=LlamaConfig(**SIZES))
+    assert all(value.equal(original[name]) for name, value in loaded.state_dict().items())
+    assert AutoTokenizer.from_pretrained(variant)(text) == expected
 
 
-def test_second_call_changes_nothing_but_the_record(base: Path, variant: Path):
+def test_editing_the_tokenizer_of_a_folder_leaves_the_base_as_it_was(base: Path, variant: Path):
+    before = content(base)
     prepare_base(variant, str(base))
-    before = listing(variant)
-    done = prepare_base(variant, str(base))
-    after = listing(variant)
-    assert done.linked == [] and before.pop(RECORD) and after.pop(RECORD)
-    assert before == after
+    tokenizer = AutoTokenizer.from_pretrained(variant)
+    tokenizer.add_special_tokens({"pad_token": "<mine>"})
+    tokenizer.save_pretrained(variant)
+    assert content(base) == before
 
 
-def test_hard_links_share_the_bytes_and_replace_symlinks(base: Path, variant: Path):
-    prepare_base(variant, str(base))
-    done = prepare_base(variant, str(base), link="hard")
-    assert done.unchanged == []
-    for name in done.linked:
-        assert not (variant / name).is_symlink() and (variant / name).samefile(base / name)
-    assert prepare_base(variant, str(base), link="hard").linked == []
+@pytest.mark.parametrize("link", [True, False])
+def test_second_call_copies_nothing(base: Path, variant: Path, link: bool):
+    assert prepare_base(variant, str(base), link=link).copied > 0
+    before = content(variant)
+    assert prepare_base(variant, str(base), link=link).copied == 0
+    assert content(variant) == before
 
 
 def test_another_base_replaces_the_first_and_leaves_no_stale_shard(base: Path, variant: Path, tmp_path: Path):
@@ -107,9 +111,69 @@ def test_another_base_replaces_the_first_and_leaves_no_stale_shard(base: Path, v
     single = tmp_path / "single"
     LlamaForCausalLM.from_pretrained(base).save_pretrained(single)
     AutoTokenizer.from_pretrained(base).save_pretrained(single)
-    prepare_base(variant, str(single))
+    prepare_base(variant, str(single), link=False)
     assert [path.name for path in variant.glob("*.safetensors")] == ["model.safetensors"]
-    assert not (variant / INDEX).is_symlink()
+    assert not (variant / INDEX).exists() and not (variant / "model.safetensors").is_symlink()
+    assert all(path.stat().st_mode & 0o044 for path in variant.iterdir())
+
+
+def test_links_that_lead_nowhere_are_brought_anew(base: Path, variant: Path, tmp_path: Path):
+    moved = base.rename(tmp_path / "moved")
+    shutil.copytree(moved, base)
+    prepare_base(variant, str(base))
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"links to .*base.*, which is gone"):
+        weight_map(variant)
+    prepare_base(variant, str(moved))
+    assert LlamaForCausalLM.from_pretrained(variant, config=LlamaConfig(**SIZES))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "phi"])
+def test_a_new_name_gets_a_configuration_with_half_of_the_layers_routed(tmp_path: Path, family: str):
+    source = write_base(tmp_path / "source", family)
+    done = prepare_base(tmp_path / "ckpt" / "mine", str(source))
+    fields = json.loads((done.folder / "config.json").read_text())
+    assert fields["mod_layers"] == [2, 3] and fields["model_type"] == f"{family}_mod" and "mod_base" not in fields
+    model = AutoModelForCausalLM.from_pretrained(done.folder)
+    assert is_routed(model) and fields["architectures"] == [type(model).__name__]
+    dense = tiny_logits(AutoModelForCausalLM.from_pretrained(source))
+    torch.testing.assert_close(tiny_logits(model), dense, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["../mine", "a/b", ".hidden", "a b", ""])
+def test_names_that_are_no_names(base: Path, tmp_path: Path, name: str):
+    command = [sys.executable, ROOT / "entrypoints/checkpoint/prepare_base.py", "--ckpt_root", tmp_path / "ckpt"]
+    done = subprocess.run([*command, "--folder_name", name, "--source", base], capture_output=True, text=True)
+    assert done.returncode == 2 and "cannot name a folder" in done.stderr.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_name_that_is_taken(base: Path, tmp_path: Path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("dear")
+    with pytest.raises(UserError, match="choose another name"):
+        prepare_base(tmp_path / "thesis", str(base))
+    with pytest.raises(UserError, match="new name.*--source"):
+        prepare_base(tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "thesis"]
+
+
+def test_a_gguf_file_is_converted_into_the_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
+    tiny_gguf = pytest.importorskip("tiny_gguf", reason="needs the package gguf")
+    file = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", tiny_model(vocab_size=len(tokenizer)), tokenizer)
+    done = prepare_base(tmp_path / "ckpt" / "mine", str(file))
+    assert json.loads((done.folder / RECORD).read_text())["resolved"] == str(file)
+    file.unlink()
+    model = AutoModelForCausalLM.from_pretrained(done.folder)
+    assert is_routed(model) and model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(done.folder).chat_template == tokenizer.chat_template
+    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["mine"]
+    file.write_bytes(b"GGUF")
+    before = content(done.folder)
+    for folder in (done.folder, tmp_path / "ckpt" / "other"):
+        with pytest.raises(UserError, match="cannot be read as a GGUF model"):
+            prepare_base(folder, str(file))
+    assert content(done.folder) == before and [path.name for path in (tmp_path / "ckpt").iterdir()] == ["mine"]
 
 
 def test_hub_download_is_linked_from_the_cache(base: Path, variant: Path, monkeypatch: pytest.MonkeyPatch):
@@ -124,8 +188,9 @@ def test_hub_download_is_linked_from_the_cache(base: Path, variant: Path, monkey
     prepare_base(variant)
     assert calls == [("someone/tiny", None)]
     assert json.loads((variant / RECORD).read_text())["source"] == "someone/tiny"
-    prepare_base(variant, "other/tiny", revision="v2")
+    prepare_base(variant.with_name("mine"), "other/tiny", revision="v2")
     assert calls[1] == ("other/tiny", "v2")
+    assert json.loads((variant.with_name("mine") / "config.json").read_text())["mod_base"] == "other/tiny"
 
 
 def test_hub_failure_is_one_line_and_changes_nothing(variant: Path, monkeypatch: pytest.MonkeyPatch):
@@ -137,6 +202,19 @@ def test_hub_failure_is_one_line_and_changes_nothing(variant: Path, monkeypatch:
         prepare_base(variant)
     assert "\n" not in str(caught.value)
     assert [path.name for path in variant.iterdir()] == ["config.json"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(base: Path, tmp_path: Path):
+    code = (
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from router_tuning.checkpoint.prepare_base import prepare_base\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "prepare_base(Path(sys.argv[2]), sys.argv[1], link=False)\n"
+    )
+    command = [sys.executable, "-c", code, str(base), str(tmp_path / "ckpt" / "mine")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "UserError" in done.stderr.splitlines()[-1] and "cannot be written: File too large" in done.stderr
+    assert list((tmp_path / "ckpt").iterdir()) == []
 
 
 def _drop_shard(base: Path) -> None:
@@ -172,14 +250,14 @@ def _no_tokenizer(base: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_drop_shard, r"lacks 1 of \d+ shards: model-"),
+        (_drop_shard, r"model-.* is missing"),
         (_cut_shard, "is no whole safetensors file"),
         (_drop_tensor, "tensors are missing, the first is"),
         (_only_pickle, "pytorch_model.bin is a pickle"),
-        (_escape, "no safetensors file of that folder"),
+        (_escape, "no safetensors file of this folder"),
         (_no_tokenizer, "holds no tokenizer"),
-        (lambda base: (base / "config.json").unlink(), "no config.json in"),
-        (lambda base: (base / INDEX).write_text("{"), "no safetensors index"),
+        (lambda base: (base / "config.json").unlink(), "config.json: no such file"),
+        (lambda base: (base / INDEX).write_text("{"), "no weight index"),
     ],
 )
 def test_damaged_base_is_refused_untouched(base: Path, variant: Path, damage, message: str):
@@ -197,7 +275,7 @@ def test_damaged_base_is_refused_untouched(base: Path, variant: Path, damage, me
         ({"num_hidden_layers": 4, "vocab_size": 65}, "vocab_size is 64, not 65; num_hidden_layers is 3, not 4"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters is"),
         ({"model_type": "mistral_mod"}, "is a llama model, .* needs a mistral model"),
-        ({"model_type": "unheard_of"}, "'unheard_of' is unknown"),
+        ({"model_type": "unheard_of"}, "no causal language model of type 'unheard_of'"),
     ],
 )
 def test_wrong_architecture_names_the_numbers(base: Path, variant: Path, changes: dict, message: str):
@@ -215,9 +293,9 @@ def test_own_weights_are_never_replaced(base: Path, variant: Path):
     assert sorted(path.name for path in variant.iterdir()) == ["config.json", "model.safetensors"]
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "just-a-name"])
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "just-a-name", "models/none.gguf"])
 def test_source_that_is_nothing(variant: Path, source: str):
-    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+    with pytest.raises(UserError, match="no folder, no .gguf file, and no hub id"):
         prepare_base(variant, source)
 
 
@@ -226,32 +304,6 @@ def test_command_line(base: Path, variant: Path):
     good = subprocess.run(
         [*command, "--folder_name", variant.name, "--source", base], capture_output=True, text=True, cwd=variant
     )
-    assert good.returncode == 0 and "holds the base weights" in good.stdout, good.stderr
+    assert good.returncode == 0 and "holds the base of" in good.stdout, good.stderr
     bad = subprocess.run([*command, "--folder_name", "tinny-mod"], capture_output=True, text=True, cwd=variant)
-    assert bad.returncode == 2 and "there are tiny-mod" in bad.stderr.splitlines()[-1]
-
-
-PUBLISHED = {
-    "mistral-7b-mod": (MistralConfig, "mistral_mod", 32, 4096, 14336, 32, 8, 32000, 1e4, 4096, 7_241_732_096),
-    "qwen-2.5-7b-mod": (Qwen2Config, "qwen2_mod", 28, 3584, 18944, 28, 4, 152064, 1e6, None, 7_615_616_512),
-    "llama3-8b-mod": (LlamaConfig, "llama_mod", 32, 4096, 14336, 32, 8, 128256, 5e5, None, 8_030_261_248),
-    "llama3-8b-instruct-mod": (LlamaConfig, "llama_mod", 32, 4096, 14336, 32, 8, 128256, 5e5, None, 8_030_261_248),
-}
-
-
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
-def test_config_only_folders_hold_the_published_numbers(name: str):
-    """The parameter count on the meta device is that of the public model, so no number can be off."""
-    kind, model_type, layers, hidden, inner, heads, kv, vocab, theta, window, count = PUBLISHED[name]
-    values = json.loads((ROOT / "ckpt" / name / "config.json").read_text())
-    assert values["model_type"] == model_type and values["mod_granularity"] == "attn_sequence"
-    assert values["mod_layers"] == list(range(layers - 1 - layers // 2, layers - 1))
-    config = module._plain_config(values, ROOT)
-    assert type(config) is kind
-    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (layers, hidden, inner)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.vocab_size) == (heads, kv, vocab)
-    assert config.rope_parameters == {"rope_theta": theta, "rope_type": "default"}
-    assert getattr(config, "sliding_window", None) == window
-    with module.torch.device("meta"):
-        model = module.AutoModelForCausalLM.from_config(config)
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert bad.returncode == 2 and "tinny-mod is a new name" in bad.stderr.splitlines()[-1]

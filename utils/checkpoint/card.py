@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from router_tuning.checkpoint.run_folder import read_run
+from router_tuning.checkpoint.run_folder import read_run, trained
 from router_tuning.model.saving import read_router_config
 from router_tuning.tuning.command_line import launch_command
 
@@ -53,7 +53,7 @@ def model_card(run: Path, form: str = "full", scores: str | None = None) -> str:
     arguments = record.get("arguments", {})
     name = arguments.get("model_name_or_path") or (routing.get("base") or {}).get("name_or_path") or "its base"
     name = Path(name).name if name.startswith(("/", ".")) else name
-    parts = [_front_matter(name), f"# {name} with Router-Tuning", _method(name, routing)]
+    parts = [_front_matter(name), f"# {name} with Router-Tuning", _method(name, routing, trained(run))]
     facts = _facts(record, arguments)
     if facts:
         parts += ["## Training", facts]
@@ -68,12 +68,13 @@ def _front_matter(name: str) -> str:
     return "\n".join(["---", *lines, "tags: [mixture-of-depths, router-tuning, dynamic-depth]", "---"])
 
 
-def _method(name: str, routing: dict[str, Any]) -> str:
+def _method(name: str, routing: dict[str, Any], what: str) -> str:
+    weights = {"routers": "unchanged", "routers and LoRA": "with LoRA adapters that were tuned with the routers"}
     listed = routing["mod_layers"]
     listed = listed if isinstance(listed, dict) else {"": listed}
     layers = "; ".join(f"{part} {', '.join(map(str, layers))}".strip() for part, layers in listed.items())
     return (
-        f"The weights are those of `{name}`, unchanged. Routers on layers {layers} "
+        f"The weights are those of `{name}`, {weights.get(what, 'all tuned further')}. Routers on layers {layers} "
         f"(`{routing['mod_granularity']}`, pooling `{routing['mod_router_pooling']}`) decide per input which modules "
         "run; what they skip is not computed and stores no key or value."
     )

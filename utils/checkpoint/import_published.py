@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from router_tuning.checkpoint.base import base_probes, dense_config
-from router_tuning.checkpoint.links import new_folder, tensor_names, weight_map
+from router_tuning.checkpoint.base import row_reader, skeleton
+from router_tuning.checkpoint.output_folder import new_folder
+from router_tuning.checkpoint.shards import tensor_names, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import route, save_routers
-from router_tuning.model.saving import CONFIG_NAME, base_identity, router_names
+from router_tuning.model.identity import base_identity
+from router_tuning.model.saving import CONFIG_NAME, router_names
 
 PUBLISHED = re.compile(r"(?:^|\.)layers\.(\d+)\.router\.weight$")
 
@@ -40,12 +41,12 @@ def import_published(
     """
     found = published_routers(source)
     layers = sorted(found)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(dense_config(base))
-        try:
+    model = skeleton(base)
+    try:
+        with torch.device("meta"):
             route(model, mod_layers=layers, granularity=granularity, threshold=threshold)
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from None
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
     names = router_names(model)
     if len(names) != len(layers):
         raise UserError(f"--granularity {granularity}: published checkpoints hold one router per layer; name one part")
@@ -58,7 +59,7 @@ def import_published(
                 f"needs (1, {model.config.hidden_size}), or values that are not finite"
             )
         state[name] = weight
-    identity = {**base_identity(model), "name_or_path": base.name, "probes": base_probes(base)}
+    identity = {**base_identity(model, row_reader(base)), "name_or_path": base.name}
     with new_folder(output, overwrite, CONFIG_NAME) as staged:
         save_routers(model, staged, state=state, extra={"base": identity, "imported_from": source.name})
     return layers

@@ -1,26 +1,29 @@
-"""Bring a base model's weights and tokenizer into ``ckpt/<folder>`` by link, checked before anything is changed."""
+"""Bring a base model's weights and tokenizer into ``ckpt/<folder>``, checked before anything is changed."""
 
 from __future__ import annotations
 
+import filecmp
+import functools
 import json
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
+from router_tuning.checkpoint.base import dense_config, read_config, routed_fields
+from router_tuning.checkpoint.gguf import convert_gguf
+from router_tuning.checkpoint.shards import INDEX, WEIGHTS, bring, tensor_shapes, weight_map
 from router_tuning.errors import UserError
-from router_tuning.files import write_text
+from router_tuning.files import scratch_folder, write_json, writing
 
 RECORD = "base.json"
 """What this command brought into a folder: source, revision, files."""
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 OTHER_FILES = (
     "tokenizer_config.json",
@@ -37,9 +40,12 @@ ARCHITECTURE = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "head_dim",
     "hidden_act",
+    "hidden_activation",
     "rms_norm_eps",
     "sliding_window",
+    "layer_types",
     "tie_word_embeddings",
     "rope_parameters",
 )
@@ -47,177 +53,161 @@ ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """Outcome of :func:`prepare_base`: the folder, where the base came from, and the files that were linked anew."""
+    """Outcome of :func:`prepare_base`: the folder, where the base came from, its files, and the bytes copied."""
 
     folder: Path
     source: str
-    linked: list[str]
-    unchanged: list[str]
+    files: list[str]
+    copied: int
 
 
-def prepare_base(
-    folder: Path, source: str | None = None, revision: str | None = None, link: str = "symlink"
-) -> Prepared:
-    """Link base weights and tokenizer of ``source`` into ``folder``, whose ``config.json`` says what must fit.
+def prepare_base(folder: Path, source: str | None = None, revision: str | None = None, link: bool = True) -> Prepared:
+    """Bring the base's weights and tokenizer of ``source`` into ``folder``.
+
+    Everything is checked first: architecture, all shards there, readable and complete, safetensors only.
 
     Args:
-        folder: a variant's folder (``ckpt/mistral-7b-mod``).
-        source: a local checkpoint folder or a hub id; the config's ``mod_base`` if None.
-        revision: hub revision; refused for a local folder.
-        link: ``symlink``, or ``hard`` (same file system; survives the removal of the source).
+        folder: a variant's folder (``ckpt/mistral-7b-mod``), whose ``config.json`` says what must fit; or a new name,
+            whose ``config.json`` is made from the base's, with half of the layers routed.
+        source: a local checkpoint folder, a ``.gguf`` file, or a hub id; the config's ``mod_base`` if None.
+        revision: hub revision; refused for what is local.
+        link: link the weights; else copy them. What is small is copied in any case, so that editing a tokenizer here
+            never edits the base's. The weights of a ``.gguf`` file are converted, and stay here.
 
-    Everything is checked first: architecture numbers, all shards there, readable and complete, safetensors only.
-    A second call with the same source changes nothing. Raises :class:`UserError` otherwise, the folder untouched.
+    Raises:
+        UserError: for what does not fit, is missing, damaged or of an unknown kind; the folder is then untouched.
     """
-    config = _read_config(folder)
-    source = source or config.get("mod_base")
+    known = _check_folder(folder)
+    source = source or (read_config(folder).get("mod_base") if known else None)
     if not source:
-        raise UserError(f"{folder / 'config.json'} names no mod_base; say where the base is with --source")
-    origin = _locate(source, revision)
-    if origin.resolve() == folder.resolve():
-        raise UserError(f"--source {source} is the folder itself; give the base model's folder or hub id")
-    base = _check_architecture(config, _read_config(origin), folder, origin)
-    weights = _weight_files(origin)
-    _check_weights(origin, weights, base)
-    tokenizer = [name for name in TOKENIZER_FILES if (origin / name).is_file()]
-    if not tokenizer:
-        raise UserError(f"{origin} holds no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
-    other = [name for name in OTHER_FILES if (origin / name).is_file()]
-    linked, unchanged = _link_all(origin, folder, [*weights, *tokenizer, *other], link)
-    record = {"source": source, "resolved": str(origin.resolve()), "link": link, "files": linked + unchanged}
-    write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
-    return Prepared(folder, source, linked, unchanged)
+        reason = f"{folder / 'config.json'} names no mod_base" if known else f"{folder} is a new name"
+        raise UserError(f"{reason}: say where the base is with --source (hub id, folder or .gguf file)")
+    with scratch_folder(folder.parent) as scratch, writing(folder):
+        draft = scratch / folder.name
+        origin = _locate(source, revision, draft)
+        if origin.resolve() == folder.resolve():
+            raise UserError(f"--source {source} is the folder itself; give the base model's folder or hub id")
+        base = dense_config(origin)
+        if known:
+            _check_architecture(dense_config(folder), base, folder, source)
+        names, copied = _checked_files(origin, base), 0
+        if origin != draft:
+            draft.mkdir()
+            copied = sum(_fetch(origin / name, draft / name, folder / name, link) for name in names)
+        (draft / "config.json").unlink(missing_ok=True)
+        if not known:
+            hub_id = None if Path(source).expanduser().exists() else source
+            write_json(draft / "config.json", dict(sorted(routed_fields(base, hub_id).items())))
+        resolved = Path(source).expanduser() if origin == draft else origin
+        write_json(draft / RECORD, {"source": source, "resolved": str(resolved.resolve()), "files": names})
+        _move_in(draft, folder, names)
+    return Prepared(folder, source, names, copied)
 
 
-def _read_config(folder: Path) -> dict:
-    path = folder / "config.json"
+def _check_folder(folder: Path) -> bool:
+    """Whether the folder is a variant's already; UserError for one that holds anything of the user's own."""
+    known = (folder / "config.json").is_file()
+    if not known and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there and holds no config.json; choose another name, or move it away")
+    brought = read_record(folder)["files"]
+    mine = [path for path in _candidates(folder) if path.name not in brought and not path.is_symlink()]
+    if mine:
+        raise UserError(f"{mine[0]} is there and was not brought by this command; move it away first")
+    return known
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The files of a folder that this command might have brought."""
+    patterns = ("*.safetensors", INDEX, *TOKENIZER_FILES, *OTHER_FILES)
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What this command brought into ``folder``, and from where; no files if it brought none."""
+    path = folder / RECORD
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no config.json in {folder}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"files": []}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it together with the files that were brought") from None
 
 
-def _locate(source: str, revision: str | None) -> Path:
-    """The folder that holds the base: ``source`` itself, or the hub cache's snapshot of it."""
+def _locate(source: str, revision: str | None, converted: Path) -> Path:
+    """The folder that holds the base: ``source`` itself, the hub cache's snapshot of it, or ``converted``."""
     local = Path(source).expanduser()
-    if local.is_dir():
+    if local.exists():
         if revision:
-            raise UserError(f"--revision {revision} needs a hub id, but {source} is a local folder")
-        return local.absolute()
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise UserError(f"--source {source} is neither a folder nor a hub id such as mistralai/Mistral-7B-v0.1")
-    patterns = ["config.json", SINGLE, INDEX, "model-*.safetensors", *TOKENIZER_FILES, *OTHER_FILES]
+            raise UserError(f"--revision {revision} needs a hub id, but {source} is local")
+        if local.is_dir():
+            return local.absolute()
+        if local.suffix != ".gguf":
+            raise UserError(f"--source {source} is a file, but no .gguf file")
+        convert_gguf(local.absolute(), converted)
+        return converted
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(".") or source.endswith(".gguf"):
+        raise UserError(f"--source {source} is no folder, no .gguf file, and no hub id such as Qwen/Qwen2.5-0.5B")
+    patterns = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", *TOKENIZER_FILES, *OTHER_FILES]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds: offline, gated, unknown, disk full
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{source} did not come from the hub: {reason} (gated models need `hf auth login`; without a network give "
-            "--source a local folder)"
+            "--source a local folder or a .gguf file)"
         ) from None
 
 
-def _plain_config(values: Mapping[str, object], where: Path) -> PretrainedConfig:
-    """The config of the dense architecture: routing fields and the ``_mod`` of the model type left out."""
-    model_type = str(values.get("model_type", "")).removesuffix("_mod")
-    if model_type not in CONFIG_MAPPING:
-        raise UserError(f"{where / 'config.json'}: model_type {values.get('model_type')!r} is unknown to transformers")
-    plain = {key: value for key, value in values.items() if key != "model_type" and not key.startswith("mod_")}
-    return CONFIG_MAPPING[model_type](**plain)
-
-
-def _check_architecture(config: dict, base: dict, folder: Path, origin: Path) -> PretrainedConfig:
-    ours, theirs = _plain_config(config, folder), _plain_config(base, origin)
+def _check_architecture(ours: PretrainedConfig, theirs: PretrainedConfig, folder: Path, source: str) -> None:
     if ours.model_type != theirs.model_type:
-        raise UserError(f"{origin} is a {theirs.model_type} model, {folder} needs a {ours.model_type} model")
+        raise UserError(f"{source} is a {theirs.model_type} model, {folder} needs a {ours.model_type} model")
     pairs = [(name, getattr(theirs, name, None), getattr(ours, name, None)) for name in ARCHITECTURE]
     wrong = [f"{name} is {there}, not {here}" for name, there, here in pairs if there != here]
     if wrong:
-        raise UserError(f"{origin} does not fit {folder / 'config.json'}: {'; '.join(wrong)}")
-    return theirs
+        raise UserError(
+            f"{source} does not fit {folder / 'config.json'}: {'; '.join(wrong)}; bring another base under a new name"
+        )
 
 
-def _weight_files(origin: Path) -> list[str]:
-    """Names of the weight files, the index last. Raises :class:`UserError` if one is missing."""
-    if (origin / INDEX).is_file():
-        try:
-            shards = sorted(set(json.loads((origin / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
-            raise UserError(f"{origin / INDEX} is no safetensors index with a weight_map") from None
-        bad = [name for name in shards if Path(name).name != name or not name.endswith(".safetensors")]
-        if bad:
-            raise UserError(f"{origin / INDEX} names {bad[0]!r}, which is no safetensors file of that folder")
-        missing = [name for name in shards if not (origin / name).is_file()]
-        if missing:
-            raise UserError(f"{origin} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing)}")
-        return [*shards, INDEX]
-    if (origin / SINGLE).is_file():
-        return [SINGLE]
-    pickled = sorted(path.name for path in origin.glob("*.bin"))
-    hint = f" ({pickled[0]} is a pickle, which is never loaded; convert it to safetensors)" if pickled else ""
-    raise UserError(f"{origin} holds no {SINGLE} and no {INDEX}{hint}")
-
-
-def _check_weights(origin: Path, files: list[str], base: PretrainedConfig) -> None:
-    """Every tensor of the architecture is there in its shape; only headers are read."""
-    found: dict[str, tuple[int, ...]] = {}
-    for name in files:
-        if name == INDEX:
-            continue
-        try:
-            with safe_open(origin / name, framework="pt") as shard:
-                found |= {key: tuple(shard.get_slice(key).get_shape()) for key in shard.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{origin / name} is no whole safetensors file: {error}") from None
+def _checked_files(origin: Path, base: PretrainedConfig) -> list[str]:
+    """Names of the files to bring; UserError unless weights and tokenizer are there and whole. Reads headers only."""
+    files = weight_map(origin)
+    found = tensor_shapes(files)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base)
     tied = set(model.all_tied_weights_keys) if base.tie_word_embeddings else set()
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}
-    missing = sorted(set(expected) - set(found))
+    state = {name: value for name, value in model.state_dict().items() if name not in tied}
+    # Some families are stored by other names than those of their modules, as single experts for example.
+    stored = min((state, revert_weight_conversion(model, state)), key=lambda names: len(set(names) - set(found)))
+    missing = sorted(set(stored) - set(found))
     if missing:
-        raise UserError(f"{origin}: {len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
-    wrong = [key for key, shape in expected.items() if found[key] != shape]
-    if wrong:
-        raise UserError(f"{origin}: {wrong[0]} has shape {found[wrong[0]]}, the config needs {expected[wrong[0]]}")
+        raise UserError(f"{origin}: {len(missing)} of {len(stored)} tensors are missing, the first is {missing[0]}")
+    for name, value in stored.items():
+        if found[name] != tuple(value.shape):
+            raise UserError(f"{origin}: {name} has shape {found[name]}, the config needs {tuple(value.shape)}")
+    tokenizer = [name for name in TOKENIZER_FILES if (origin / name).is_file()]
+    if not tokenizer:
+        raise UserError(f"{origin} holds no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
+    shards = sorted({path.name for path in files.values()})
+    index = [] if shards == [WEIGHTS] else [INDEX]
+    return [*shards, *index, *tokenizer, *(name for name in OTHER_FILES if (origin / name).is_file())]
 
 
-def _link_all(origin: Path, folder: Path, names: list[str], link: str) -> tuple[list[str], list[str]]:
-    """Link all files or none; returns the names linked and those that were right already."""
-    brought = json.loads((folder / RECORD).read_text())["files"] if (folder / RECORD).is_file() else []
-    stale_weights = {path.name for path in folder.glob("*.safetensors")} | {INDEX}
-    for name in sorted({*names, *stale_weights}):
-        place = folder / name
-        if place.exists() and not (place.is_symlink() or name in brought or _same_file(place, origin / name)):
-            raise UserError(f"{place} is there and was not brought by this command; move it away first")
-    todo = [name for name in names if not _is_link(folder / name, origin / name, link)]
-    staged: list[tuple[Path, Path]] = []
-    try:
-        for name in todo:
-            temporary = folder / f".{name}.link"
-            temporary.unlink(missing_ok=True)
-            if link == "hard":
-                os.link((origin / name).resolve(), temporary)
-            else:
-                temporary.symlink_to(origin / name)
-            staged.append((temporary, folder / name))
-    except OSError as error:
-        for temporary, _ in staged:
-            temporary.unlink()
-        raise UserError(f"cannot link {origin / name} into {folder}: {error.strerror}; try the other --link") from None
-    for temporary, place in staged:
-        os.replace(temporary, place)
-    for name in sorted((stale_weights | set(brought)) - set(names)):
-        (folder / name).unlink(missing_ok=True)
-    return todo, [name for name in names if name not in todo]
+def _fetch(source: Path, draft: Path, place: Path, link: bool) -> int:
+    """Make the file ``draft`` unless ``place`` is what it would become; returns the bytes copied."""
+    link = link and source.suffix == ".safetensors"
+    same = place.samefile if link else functools.partial(filecmp.cmp, place)
+    if place.is_file() and place.is_symlink() == link and same(source):
+        return 0
+    return bring(source, draft, link)
 
 
-def _same_file(place: Path, target: Path) -> bool:
-    return target.exists() and os.path.samefile(place, target)
-
-
-def _is_link(place: Path, target: Path, link: str) -> bool:
-    if link == "hard":
-        return place.exists() and not place.is_symlink() and _same_file(place, target)
-    return place.is_symlink() and os.readlink(place) == str(target)
+def _move_in(draft: Path, folder: Path, names: list[str]) -> None:
+    """Put all files of ``draft`` into ``folder``, the record last, and take away what an earlier base left."""
+    folder.mkdir(exist_ok=True)
+    mode = draft.stat().st_mode & 0o666
+    for path in sorted(draft.iterdir(), key=lambda path: path.name == RECORD):
+        if not path.is_symlink():
+            path.chmod(mode)
+        os.replace(path, folder / path.name)
+    for path in _candidates(folder):
+        if path.name not in names:
+            path.unlink()

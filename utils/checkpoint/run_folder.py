@@ -13,6 +13,8 @@ from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.tuning.run_folder import TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
+ADAPTER, MODEL = "adapter", "model"
+"""Folders of a run that hold what peft saved, or all weights where all were tuned."""
 PARTS = ("arguments", "base", "data", "tokenizer")
 """Entries of ``run.json`` that hold further entries."""
 
@@ -32,6 +34,13 @@ def read_run(run: Path) -> dict[str, Any]:
     if odd := [name for name in PARTS if not isinstance(content.get(name, {}), dict)]:
         raise UserError(f"{path}: expected JSON objects under {', '.join(odd)}")
     return content
+
+
+def trained(run: Path) -> str:
+    """What a run trained: ``routers``, ``routers and LoRA`` or ``all weights``."""
+    if (run / ADAPTER).is_dir():
+        return "routers and LoRA"
+    return "all weights" if (run / MODEL).is_dir() else "routers"
 
 
 def base_of(run: Path, given: Path | None = None) -> Path:

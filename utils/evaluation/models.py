@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from router_tuning.checkpoint.base import dense_config
-from router_tuning.checkpoint.export_forms import ADAPTER, check_adapter
-from router_tuning.checkpoint.export_full import check_fit, router_keys
-from router_tuning.checkpoint.links import weight_map
+from router_tuning.checkpoint.export import check_adapter, fitted
+from router_tuning.checkpoint.run_folder import ADAPTER, MODEL
+from router_tuning.checkpoint.shards import tensor_names, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import is_routed, load_routers, routed_modules, set_thresholds
 from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, thresholds_for
@@ -35,7 +35,7 @@ def load_tuned(
     """What a run trained, in evaluation mode: routers on the base, with LoRA where the run has an ``adapter``, or the
     run's own weights where it trained all of them. ``capacity`` turns the dial that the run stored.
     """
-    if (run / "model").is_dir():
+    if (run / MODEL).is_dir():
         return _load_fully_tuned(run, capacity, dtype, device)
     model = load_routers(load_dense(base, dtype, device), run, capacity=capacity)
     return with_lora(model, run / ADAPTER) if (run / ADAPTER).is_dir() else model.eval()
@@ -53,8 +53,8 @@ def load_export(folder: Path, dtype: str = "auto", device: str | None = None) ->
         raise UserError(f"{folder} is no checkpoint folder; export a run first")
     files = weight_map(folder)
     if (folder / WEIGHTS_NAME).is_file():
-        check_fit(folder, folder)
-        if unnamed := [key for key in router_keys(folder) if key not in files]:
+        fitted(folder, folder)
+        if unnamed := [key for key in tensor_names(folder / WEIGHTS_NAME) if key not in files]:
             raise UserError(f"{folder}: the weight index leaves out {', '.join(unnamed)[:300]}; export it anew")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision(dtype), use_safetensors=True)
     if not is_routed(model):
@@ -90,7 +90,7 @@ def _check_finite(model: PreTrainedModel, folder: Path) -> None:
 
 def _load_fully_tuned(run: Path, capacity: float | None, dtype: str, device: str | None) -> PreTrainedModel:
     """All weights were tuned: ``model/`` holds them with their routers."""
-    model = load_export(run / "model", dtype, device)
+    model = load_export(run / MODEL, dtype, device)
     if capacity is not None:
         set_thresholds(model, thresholds_for(read_router_config(run), capacity, run))
     return model

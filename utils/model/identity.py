@@ -3,44 +3,60 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
 from .seams import decoder_of
 
 _PROBES = 16
+ReadRows = Callable[[str, slice], Tensor | None]
 
 
-def base_identity(model: nn.Module) -> dict[str, Any]:
-    """What tells one base from another, whatever its dtype: sizes, and a few embedding and norm values."""
+def base_identity(model: nn.Module, read: ReadRows | None = None) -> dict[str, Any]:
+    """What tells one base from another, whatever its dtype: sizes, and a few embedding and norm values.
+
+    Args:
+        read: rows of a weight by its name, where the model's own hold no values (meta device).
+    """
     causal = causal_lm(model)
-    config, decoder = causal.config, decoder_of(causal)
-    embedding = causal.get_input_embeddings().weight.detach()
-    probes = None
-    if embedding.device.type != "meta" and embedding.dim() == 2 and embedding.shape[0] > 3:
-        norm = decoder.norm.weight.detach().flatten() if hasattr(decoder, "norm") else embedding[3]
-        row = embedding[3]
-        probes = [round(float(v), 6) for v in torch.cat([row[:_PROBES].float().cpu(), norm[:_PROBES].float().cpu()])]
+    config = causal.config
     return {
         "model_type": config.model_type.removesuffix("_mod"),
         "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "name_or_path": getattr(config, "mod_base", None) or Path(config._name_or_path or "").name,
-        "probes": probes,
+        "probes": _probes(causal, read),
     }
 
 
-def check_base(model: nn.Module, saved: Any, where: Path) -> None:
+def _probes(causal: PreTrainedModel, read: ReadRows | None) -> list[float] | None:
+    """The first values of the fourth embedding and of the last norm; None where they cannot be had."""
+    embedding, decoder = causal.get_input_embeddings().weight, decoder_of(causal)
+    names = {id(parameter): name for name, parameter in causal.named_parameters()}
+    if embedding.dim() != 2 or embedding.shape[0] <= 3:
+        return None
+    probed, found = [(embedding, slice(3, 4))], []
+    probed.append((decoder.norm.weight, slice(None)) if hasattr(decoder, "norm") else probed[0])
+    for weight, rows in probed:
+        values = read(names[id(weight)], rows) if read else weight.detach()[rows]
+        if values is None or values.is_meta:
+            return None
+        found.append(values.flatten()[:_PROBES].float().cpu())
+    return [round(float(value), 6) for value in torch.cat(found)]
+
+
+def check_base(model: nn.Module, saved: Any, where: Path, read: ReadRows | None = None) -> None:
     """UserError unless ``model`` is the base whose identity ``saved`` is, read from the file ``where``."""
     if not isinstance(saved, dict):
         raise UserError(f"{where}: the base that these routers belong to is not recorded; save them anew")
-    here, name = base_identity(model), str(saved.get("name_or_path") or "")[:100]
+    here, name = base_identity(model, read), str(saved.get("name_or_path") or "")[:100]
     for field in ("model_type", "num_hidden_layers", "hidden_size"):
         if saved.get(field) != here[field]:
             raise UserError(

@@ -1,0 +1,41 @@
+"""The model card, and where a run's base and data are found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from router_tuning.checkpoint.card import model_card
+from router_tuning.checkpoint.run_folder import base_of, data_of
+from router_tuning.errors import UserError
+
+RECORD = {
+    "arguments": {"folder_name": "tiny-llama-mod", "learning_rate": 0.001, "mod_n": 6, "recipe": "paper", "seed": 1},
+    "data": {"path": "/data/mixed/data.jsonl", "rows": 700, "sha256": "0123456789abcdef0000"},
+    "reached_capacity": 0.52,
+}
+
+
+def test_card_states_what_the_run_recorded_and_nothing_else(tmp_path, run):
+    bare = model_card(run, "adapter")
+    assert "## Training" not in bare and "load_routers" in bare and "layers 1, 2, 3" in bare
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(RECORD))
+    card = model_card(tmp_path / "run", "full", "| system | score |")
+    for fact in ("| reached_capacity | 0.52 |", "700 rows", "`0123456789abcdef`", "| system | score |"):
+        assert fact in card
+    assert "LEARNING_RATE=0.001" in card and "TARGET_CAPACITY" not in card
+    assert card.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_base_and_data_of_a_run(tmp_path, base, run):
+    with pytest.raises(UserError, match="--base"):
+        base_of(run)
+    assert base_of(run, base) == base and data_of(run) is None
+    (tmp_path / "run.json").write_text(json.dumps({"base": {"path": str(base)}, "data": {"path": "/x/data.jsonl"}}))
+    assert base_of(tmp_path) == base and str(data_of(tmp_path)) == "/x/data.jsonl"
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        base_of(tmp_path)

@@ -1,0 +1,246 @@
+"""Exports: each form holds what the run trained or is refused, stands alone, and appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_checkpoint import tiny_logits, tuned_run, write_base
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from router_tuning.checkpoint.export import FORMS, HOLDS, export
+from router_tuning.errors import UserError
+from router_tuning.evaluation.models import load_export, load_tuned
+from router_tuning.model import load_routers
+
+FAMILIES = ("llama", "qwen2", "gemma3_text", "phi", "mixtral")
+HELD = [(what, form) for what, forms in HOLDS.items() for form in forms]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def load(form: str, folder: Path, base: Path) -> torch.nn.Module:
+    """As a user of stock transformers and peft loads it, once this package is imported."""
+    if form == "adapter":
+        return load_routers(AutoModelForCausalLM.from_pretrained(base), folder)
+    if form == "peft":
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "base"), folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("what, form", HELD)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_computes_what_the_run_did_also_when_run_and_base_are_gone(tmp_path, family, what, form):
+    base, run, folder = (tmp_path / name for name in ("base", "run", "export"))
+    write_base(base, family)
+    expected = tuned_run(run, base, what)
+    torch.testing.assert_close(tiny_logits(load_tuned(base, run)), expected, atol=1e-6, rtol=0)
+    export(run, base, folder, form)
+    shutil.rmtree(run)
+    if form != "adapter":
+        shutil.rmtree(base)
+        loaded = load_export(folder)
+        torch.testing.assert_close(tiny_logits(loaded), expected, atol=2e-5, rtol=0)
+        with_config = AutoTokenizer.from_pretrained(folder / "base" if form == "peft" else folder)
+        assert with_config.decode(with_config("A1")["input_ids"]) == "A1"
+    torch.testing.assert_close(tiny_logits(load(form, folder, base)), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("what, form", [(what, form) for what in HOLDS for form in FORMS if (what, form) not in HELD])
+def test_a_form_that_would_leave_something_out_is_refused(tmp_path, base, what, form):
+    tuned_run(tmp_path / "run", base, what)
+    with pytest.raises(
+        UserError, match=f"trained {what}, which --form {form} does not hold: use --form {HOLDS[what][0]}"
+    ):
+        export(tmp_path / "run", base, tmp_path / "export", form)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("what, form", HELD)
+def test_nothing_done_to_an_export_reaches_base_or_run(tmp_path, what, form):
+    base, run, folder = (tmp_path / name for name in ("base", "run", "export"))
+    write_base(base, max_shard_size="100KB")
+    tuned_run(run, base, what)
+    before = content(base), content(run)
+    export(run, base, folder, form)
+    for path in folder.rglob("*"):
+        assert not path.is_symlink() and path.stat().st_nlink == 1 or path.is_dir()
+        if path.is_file():
+            with path.open("r+b") as file:
+                file.write(b"mine")
+    shutil.rmtree(folder)
+    assert (content(base), content(run)) == before
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_saving_into_an_export_with_stock_tools_leaves_the_base_as_it_was(tmp_path, base, run, link):
+    before, folder = content(base), tmp_path / "full"
+    export(run, base, folder, link=link)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "<mine>"})
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(folder)
+    GenerationConfig.from_pretrained(folder, max_new_tokens=7).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert content(base) == before
+
+
+def test_files_have_the_modes_that_new_files_have(tmp_path, base, lora_run):
+    (tmp_path / "new").write_text("")
+    expected = (tmp_path / "new").stat().st_mode
+    for form in HOLDS["routers and LoRA"]:
+        export(lora_run[0], base, tmp_path / form, form)
+        files = [path for path in (tmp_path / form).rglob("*") if path.is_file()]
+        assert {path.stat().st_mode for path in files} == {expected}
+
+
+def test_linked_weights_are_told(tmp_path, run):
+    base, folder = write_base(tmp_path / "base", max_shard_size="100KB"), tmp_path / "full"
+    assert export(run, base, folder, card="# card\n", link=True) < 1_000_000
+    assert {path.name for path in folder.iterdir() if path.is_symlink()} == {
+        p.name for p in base.glob("*.safetensors")
+    }
+    assert f"links into `{base}`" in (folder / "README.md").read_text()
+    torch.testing.assert_close(tiny_logits(load_export(folder)), tiny_logits(load_tuned(base, run)))
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=f"links to {base}.*, which is gone"):
+        load_export(folder)
+
+
+def test_stock_transformers_loads_every_family(tmp_path):
+    expected = {}
+    for family in FAMILIES:
+        base = write_base(tmp_path / "bases" / family, family)
+        expected[family] = tuned_run(tmp_path / "runs" / family, base, "routers")
+        export(tmp_path / "runs" / family, base, tmp_path / family)
+    torch.save(expected, tmp_path / "expected.pt")
+    code = (
+        "import sys, torch; from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n"
+        "sys.path.insert(0, sys.argv[1]); from tiny_models import random_batch\n"
+        "ids, mask = random_batch(rows=6, padding='left')\n"
+        "for family, logits in torch.load('expected.pt').items():\n"
+        "    options = {'trust_remote_code': True}\n"
+        "    [auto.from_pretrained('./' + family, **options) for auto in (AutoConfig, AutoTokenizer)]\n"
+        "    model = AutoModelForCausalLM.from_pretrained('./' + family, **options).eval()\n"
+        "    assert type(model).__module__.startswith('transformers_modules'), type(model)\n"
+        "    torch.testing.assert_close(model(ids, attention_mask=mask).logits, logits)\n"
+        "assert 'router_tuning' not in sys.modules\n"
+    )
+    command = [sys.executable, "-I", "-c", code, str(Path(__file__).parents[1] / "support")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "model of type" not in done.stderr and "custom code" not in done.stdout
+
+
+def test_reexport_of_a_routed_base_and_of_itself(tmp_path, base, run):
+    export(run, base, tmp_path / "full")
+    shutil.copytree(base, tmp_path / "llama-mod")
+    config = json.loads((base / "config.json").read_text())
+    routed = config | {"model_type": "llama_mod", "architectures": ["LlamaModForCausalLM"], "mod_layers": [0]}
+    (tmp_path / "llama-mod" / "config.json").write_text(json.dumps(routed))
+    for source in ("llama-mod", "full"):
+        export(run, tmp_path / source, tmp_path / f"of-{source}")
+        for name in ("config.json", "model.safetensors.index.json"):
+            assert (tmp_path / f"of-{source}" / name).read_text() == (tmp_path / "full" / name).read_text()
+
+
+def test_the_template_and_tokenizer_of_the_run_travel(tmp_path, base, run):
+    export(run, base, tmp_path / "plain", card="# card\n")
+    text = "<|user|>\nHi 12\n"
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain")(text) == AutoTokenizer.from_pretrained(base)(text)
+    assert (tmp_path / "plain" / "README.md").read_text() == "# card\n"
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "chat_template.jinja").write_text("{{ bos_token }}mine")
+    export(tmp_path / "run", base, tmp_path / "template")
+    assert AutoTokenizer.from_pretrained(tmp_path / "template").chat_template == "{{ bos_token }}mine"
+    other = AutoTokenizer.from_pretrained(base)
+    other.add_tokens(["<mine>"])
+    other.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"tokenizer": {"name": str(tmp_path / "tokenizer")}}))
+    export(tmp_path / "run", base, tmp_path / "other")
+    found = AutoTokenizer.from_pretrained(tmp_path / "other")
+    assert len(found) == len(other) and found.chat_template == "{{ bos_token }}mine"
+
+
+def test_existing_folder_is_kept_unless_asked(tmp_path, run, base):
+    target = tmp_path / "full"
+    export(run, base, target, card="one")
+    with pytest.raises(UserError, match="--overwrite"):
+        export(run, base, target, card="two")
+    assert (target / "README.md").read_text() == "one"
+    export(run, base, target, card="two", overwrite=True)
+    assert (target / "README.md").read_text() == "two"
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "thesis.txt").write_text("dear")
+    with pytest.raises(UserError, match="none of our exports"):
+        export(run, base, stranger, card="three", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "stranger"]
+
+
+def expect_refusal(run, base, tmp_path, message):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match=message):
+        export(run, base, tmp_path / "full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_tampered_routers_are_refused(tmp_path, run, base):
+    broken = tmp_path / "run"
+    shutil.copytree(run, broken)
+    path = broken / "router.safetensors"
+    good = load_file(path)
+    name = next(iter(good))
+    for tensors, message in (
+        ({**good, name: torch.full_like(good[name], float("nan"))}, "no finite floats"),
+        ({**good, name: torch.zeros(1, 7)}, "shape"),
+        ({**good, "model.layers.0.extra": torch.zeros(1)}, "extra"),
+    ):
+        save_file(tensors, path)
+        expect_refusal(broken, base, tmp_path, message)
+    path.write_bytes(b"\x80\x04pickle")
+    expect_refusal(broken, base, tmp_path, "not a valid safetensors")
+    path.unlink()
+    expect_refusal(broken, base, tmp_path, "no such file")
+
+
+def test_another_base_is_refused(tmp_path, run):
+    expect_refusal(run, write_base(tmp_path / "other", seed=5), tmp_path, "other weights")
+
+
+def test_paths_cannot_escape_and_pickles_are_not_read(tmp_path, run, base):
+    evil = tmp_path / "base"
+    shutil.copytree(base, evil)
+    index = json.loads((evil / "model.safetensors.index.json").read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = "../secret.safetensors"
+    (evil / "model.safetensors.index.json").write_text(json.dumps(index))
+    expect_refusal(run, evil, tmp_path, "no safetensors file of this folder")
+    for file in [*evil.glob("*.safetensors"), evil / "model.safetensors.index.json"]:
+        file.unlink()
+    (evil / "pytorch_model.bin").write_bytes(b"pickle")
+    expect_refusal(run, evil, tmp_path, "pickle, which is never loaded")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, run, base):
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from router_tuning.checkpoint.export import export\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "export(*map(Path, sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, str(run), str(base), str(tmp_path / "full")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "UserError" in done.stderr.splitlines()[-1] and "cannot be written: File too large" in done.stderr
+    assert os.listdir(tmp_path) == []
