@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
+from router_tuning.experiments.readme import gpu_block
 from router_tuning.model import ModConfig
 from router_tuning.speed import gpu_plan
 from router_tuning.speed.benchmark import Setting
@@ -23,19 +24,11 @@ from router_tuning.speed.table import gpu_tables
 ABOUT = {"device": "this one"}
 
 
-@pytest.fixture
-def run(root):
-    def call(*arguments):
-        command = ["bash", str(root / "scripts/gpu_speed.sh"), *map(str, arguments)]
-        environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-    return call
-
-
-def test_the_script_runs_every_cell_and_its_file_gives_the_table(run, tmp_path):
+def test_the_script_runs_every_cell_and_its_file_gives_the_table(root, tmp_path):
     journal = tmp_path / "tiny.jsonl"
-    done = run("--shape", "tiny", "--output", journal)
+    command = ["bash", str(root / "scripts/gpu_speed.sh"), "--shape", "tiny", "--output", str(journal)]
+    environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = read_rows(journal)
     assert [row for row in rows if "failed" in row or "not_started" in row] == []
@@ -43,24 +36,22 @@ def test_the_script_runs_every_cell_and_its_file_gives_the_table(run, tmp_path):
              for r in rows if "time_ratio" in r}  # fmt: skip
     assert timed == {(*workload[:3], granularity, skip, capacity) for workload in TINY.workloads
                      for granularity in GRANULARITIES for skip in SKIPS for capacity in (0.5, 1.0)}  # fmt: skip
-    tables = gpu_tables(measured(rows))
+    tables, block = gpu_tables(measured(rows)), gpu_block(journal)
+    assert all(table.markdown() in block for table in tables.values()) and f"{TINY.tuning[0]}×" in block
     assert len(tables["speed"].rows) == len(TINY.workloads) * len(ORDER)
     assert [row[0].split()[0] for row in tables["other"].rows] == ["tuning", "decode", "decode"]
     assert [row[1] for row in tables["profile"].rows] == ["dense", "ideal", "routed"] * 2
     assert tables["speed"].text() in done.stdout
 
-    kept = journal.read_text().splitlines()
-    journal.write_text("\n".join(kept[:-1]) + "\n" + kept[-1][:20])  # cut in the middle of its last line
-    assert run("--shape", "tiny", "--output", journal).returncode == 0
-    again = [json.loads(line) for line in journal.read_text().splitlines()]
-    assert [row.get("cell") for row in again[len(kept) - 1 :]] == [None, rows[-1]["cell"]]
-
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_full_size_is_refused_in_one_line(run, tmp_path):
-    done = run("--output", tmp_path / "full.jsonl")
-    assert done.returncode == 2 and "sees no GPU; rehearse on a CPU with --shape tiny" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "full.jsonl").exists()
+def test_without_a_gpu_the_full_size_is_refused_in_one_line(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_speed.py", "--output", str(tmp_path / "full.jsonl")])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(root / "entrypoints/analysis/gpu_speed.py"), run_name="__main__")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "sees no GPU; rehearse on a CPU with --shape tiny" in line
+    assert not (tmp_path / "full.jsonl").exists()
 
 
 def cells(**outcomes):
@@ -78,10 +69,16 @@ def test_a_cell_that_fails_is_told_and_the_next_one_runs(tmp_path):
     header, a, b, c = read_rows(journal)
     assert header == {"run": ABOUT} and (a["value"], c["value"]) == (1, 3)
     assert b["cell"] == "b" and b["failed"] == "OutOfMemoryError: too large"
-    run_cells(cells(a=1, b=2, c=3), journal, ABOUT)
-    assert [row["cell"] for row in measured(read_rows(journal))] == ["a", "c", "b"]
-    run_cells(cells(a=1), journal, {"device": "another"})
-    assert len(measured(read_rows(journal), "another")) == 1
+
+
+def test_a_later_run_goes_on_where_a_cut_one_ended(tmp_path):
+    journal = tmp_path / "cells.jsonl"
+    run_cells(cells(a=1, b=2), journal, ABOUT)
+    journal.write_text(journal.read_text()[:-10])  # in the middle of the last line
+    run_cells(cells(a=3, b=4, c=5), journal, ABOUT)
+    assert [(row["cell"], row["value"]) for row in measured(read_rows(journal))] == [("a", 1), ("b", 4), ("c", 5)]
+    run_cells(cells(a=6), journal, {"device": "another"})
+    assert [row["value"] for row in measured(read_rows(journal), "another")] == [6]
 
 
 def test_no_cell_starts_that_would_end_after_the_time(tmp_path):

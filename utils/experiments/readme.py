@@ -63,9 +63,9 @@ def limits_block() -> str:
     )
 
 
-def gpu_block() -> str:
+def gpu_block(journal: Path = ROOT / "figures" / "gpu_speed.jsonl") -> str:
     """What was measured on a GPU, if it was."""
-    rows = read_rows(ROOT / "figures" / "gpu_speed.jsonl")
+    rows = read_rows(journal)
     abouts = [row["run"] for row in rows if "run" in row]
     if not abouts:
         return "**Not measured yet**: no GPU was at hand."

@@ -133,8 +133,9 @@ def profile_rows(dense: PreTrainedModel, row: Row) -> list[Row]:
     for name, variant in variants(dense, setting, ids).items():
         variant.prepare()
         variant.time(0)
-        with variant.imposed(variant.at(1)):
-            found = profile_step(lambda v=variant: v.step(1), ids.device)
+        found = {"seconds_step": variant.time(1)}
+        with variant.imposed(variant.at(2)):
+            found |= profile_step(lambda v=variant: v.step(2), ids.device)
         about = {key: row[key] for key in ("phase", "batch", "length", "granularity", "skip", "decisions")}
         rows.append({"profiled": name if isinstance(name, str) else "routed", **about, **found})
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,17 +22,15 @@ GROUPS = {
 def profile_step(step: Callable[[], Any], device: torch.device, top: int = 12) -> dict[str, Any]:
     """One profiled run of a warm ``step``.
 
-    Returns ``wall_ms`` and ``device_ms`` (sum over kernels; on a CPU over operators), how often each of
-    :data:`GROUPS` occurred, and the ``top`` kernels or operators as ``[name, calls, ms]``.
+    Returns ``device_ms`` (sum over kernels; on a CPU over operators), how often each of :data:`GROUPS` occurred, and
+    the ``top`` kernels or operators as ``[name, calls, ms]``.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as recorded:
-        start = time.perf_counter()
         step()
         if cuda:
             torch.cuda.synchronize(device)
-        wall = time.perf_counter() - start
     events = recorded.key_averages()
     if cuda:
         busy = [(e.key, e.count, e.self_device_time_total) for e in events if e.device_type == DeviceType.CUDA]
@@ -41,7 +38,6 @@ def profile_step(step: Callable[[], Any], device: torch.device, top: int = 12) -
         busy = [(e.key, e.count, e.self_cpu_time_total) for e in events]
     busy.sort(key=lambda one: -one[2])
     return {
-        "wall_ms": wall * 1e3,
         "device_ms": sum(one[2] for one in busy) / 1e3,
         **{group: sum(e.count for e in events if any(part in e.key for part in parts))
            for group, parts in GROUPS.items()},

@@ -37,7 +37,7 @@ def speed_table(rows: list[Row]) -> Table:
 def gpu_tables(rows: list[Row]) -> dict[str, Table]:
     """What the plan for a GPU measured: ``speed``, and where it was measured ``other`` and ``profile``."""
     tables = {"speed": _gpu_speed([row for row in rows if "time_ratio" in row])}
-    other = [_other(row) for row in rows if "seconds_step" in row or "seconds_in_all" in row]
+    other = [_other(row) for row in rows if "micro_batch" in row or "seconds_in_all" in row]
     if other:
         tables["other"] = Table(["also measured", "ms", "memory"], other)
     profiled = [row for row in rows if "profiled" in row]
@@ -90,7 +90,7 @@ def _gpu_speed(rows: list[Row]) -> Table:
 
 
 def _other(row: Row) -> list[Cell]:
-    if "seconds_step" in row:
+    if "micro_batch" in row:
         name = f"tuning step {row['batch']}×{row['length']}, {row['granularity']}, micro-batch {row['micro_batch']}"
         return [
             name,
@@ -105,8 +105,8 @@ def _profile(rows: list[Row]) -> Table:
     names: list[tuple[str, Callable[[Row], Any]]] = [
         ("profiled step", lambda row: f"{row['phase']} {row['batch']}×{row['length']}, {row['granularity']}"),
         ("model", lambda row: row["profiled"]),
-        ("wall, ms", lambda row: f"{row['wall_ms']:.1f}"),
-        ("device, ms", lambda row: f"{row['device_ms']:.1f}"),
+        ("step, ms", lambda row: f"{row['seconds_step'] * 1e3:.1f}"),
+        ("on the device, ms", lambda row: f"{row['device_ms']:.1f}"),
         ("launches", lambda row: row["launches"]),
         ("host waits", lambda row: row["host_syncs"]),
         ("copies to host", lambda row: row["copies_to_host"]),
