@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -42,25 +42,30 @@ def parse_args() -> argparse.Namespace:
     """Command line; lists are comma-separated."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="small", help="random weights of this architecture")
-    parser.add_argument("--model", help="a routed checkpoint that decides for itself, instead of --shape")
+    parser.add_argument("--model", help="a routed checkpoint, instead of --shape and of what would be routed there")
     parser.add_argument("--mod_n", type=int, help="routed layers of --shape (default: half)")
     parser.add_argument("--phases", default=",".join(PHASES))
     parser.add_argument("--granularities", default="attn_sequence,attn_token,mlp_sequence,mlp_token")
     parser.add_argument("--kv_policies", default="keep", help="keep and/or drop, for token-level attention and block")
     parser.add_argument("--skips", default="zero", help="skip paths: zero, mean and/or low_rank")
-    parser.add_argument("--capacities", default="0,0.5,1", help="shares that run, by masks drawn at random")
+    parser.add_argument(
+        "--capacities", help="shares that run, by random masks (default: 0,0.5,1; --model decides itself)"
+    )
     parser.add_argument("--batches", help="default: 4 for prefill, 1 for decode")
     parser.add_argument("--lengths", help="default: 512 for prefill, 256 for decode")
     parser.add_argument("--repeats", type=int, default=15, help="rounds per build; ten times as many in decode")
     parser.add_argument("--builds", type=int, default=3, help="how often the models of a cell are built anew")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--pages", choices=("keep", "release"), default="keep", help="what freed memory the process keeps"
     )
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; a figure of the same name goes beside")
     args = parser.parse_args()
+    for name in ("shape", "mod_n", "granularities", "kv_policies", "skips"):
+        if args.model and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name} {getattr(args, name)} is what the checkpoint of --model says: leave it out")
     if args.repeats < 2 or args.builds < 1:
         raise UserError(f"--repeats {args.repeats} must be at least 2, --builds {args.builds} at least 1")
     for phase in args.phases.split(","):
@@ -75,16 +80,21 @@ def settings(args: argparse.Namespace, dense: PreTrainedModel, routed: PreTraine
     n = args.mod_n or depth // 2
     if not 1 <= n < depth:
         raise UserError(f"--mod_n {n} must lie in 1…{depth - 1}: the model has {depth} layers")
-    layers, capacities = list(range(depth - 1 - n, depth - 1)), tuple(map(float, args.capacities.split(",")))
+    layers = list(range(depth - 1 - n, depth - 1))
+    capacities: tuple[float | None, ...] = (None,)
+    if args.capacities or routed is None:
+        capacities = tuple(map(float, (args.capacities or "0,0.5,1").split(",")))
     routings = [
         ModConfig(mod_layers=layers, granularity=granularity, kv_policy=policy)
         for granularity, policy in itertools.product(args.granularities.split(","), args.kv_policies.split(","))
         if policy == "keep" or {"attn_token", "block_token"} & set(granularity.split("+"))
     ]
-    skips = tuple(args.skips.split(","))
+    for capacity in capacities:
+        if capacity is not None and not 0 <= capacity <= 1:
+            raise UserError(f"--capacities {capacity} must lie in [0, 1]")
+    skips = tuple(replace(routings[0], skip=skip).skip for skip in args.skips.split(","))
     if routed is not None:
-        routings, capacities = [routed.model.mod_config], (None,)
-        skips = (routings[0].skip,)
+        routings, skips = [routed.model.mod_config], (routed.model.mod_config.skip,)
     cells = []
     for phase in args.phases.split(","):
         batch, length, rounds = PHASES[phase]
@@ -99,7 +109,7 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel | N
     """The dense model, and the routed one where a checkpoint was named."""
     device = torch.device(args.device)
     automatic = "bfloat16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, automatic if args.dtype == "auto" else args.dtype)
+    dtype = getattr(torch, args.dtype or automatic)
     if args.model is None:
         return random_model(args.shape, device, dtype, args.seed), None
     routed = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(device).eval()
@@ -119,10 +129,14 @@ def main() -> None:
         name = f"{kind} {setting.routing.granularity} {setting.routing.kv_policy}"
         return Cell(name, kind, lambda: benchmark(dense, setting, ceilings, routed))
 
+    try:
+        cells = [cell(setting) for setting in settings(args, dense, routed)]
+    except ValueError as error:
+        raise UserError(str(error)) from None
     flags = " ".join(f"--{key} {value}" for key, value in vars(args).items() if value is not None)
     about = {"command": f"python entrypoints/analysis/benchmark_speed.py {flags}", **provenance()}
     about |= {"shape": args.model or args.shape, "pages_kept": kept, "ceilings": asdict(ceilings)}
-    run_cells(map(cell, settings(args, dense, routed)), args.output, about, report=print_rows(tqdm.write))
+    run_cells(cells, args.output, about, report=print_rows(tqdm.write))
     draw_speed(measured(read_rows(args.output)), args.output.with_suffix(".svg"))
     print(f"output: {args.output}, {args.output.with_suffix('.svg')}")
 

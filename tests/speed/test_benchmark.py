@@ -122,7 +122,15 @@ def test_the_command_writes_its_rows_and_a_figure(root, tmp_path):
 
 @pytest.mark.parametrize(
     "flags, message",
-    [("--mod_n 9", "--mod_n 9 must lie in 1…7"), ("--repeats 1", "--repeats 1 must"), ("--phases p", "--phases 'p'")],
+    [
+        ("--mod_n 9", "--mod_n 9 must lie in 1…7"),
+        ("--repeats 1", "--repeats 1 must be at least 2"),
+        ("--phases p", "--phases 'p'"),
+        ("--granularities attn", "granularity 'attn'"),
+        ("--skips low", "skip 'low'"),
+        ("--capacities 2", "--capacities 2.0"),
+        ("--model m --skips mean", "--skips mean is what the checkpoint"),
+    ],
 )
 def test_wrong_flags_are_one_line(root, tmp_path, monkeypatch, capsys, flags, message):
     monkeypatch.setattr(sys, "argv", ["benchmark_speed.py", *flags.split(), "--output", str(tmp_path / "speed.jsonl")])
