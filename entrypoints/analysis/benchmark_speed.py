@@ -22,7 +22,6 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from router_tuning.data.pages import keep_freed_pages
 from router_tuning.errors import UserError, cli
 from router_tuning.model import ModConfig, is_routed, unroute
 from router_tuning.provenance import provenance
@@ -30,6 +29,7 @@ from router_tuning.speed.benchmark import Setting, benchmark
 from router_tuning.speed.cells import Cell, measured, read_rows, run_cells
 from router_tuning.speed.figure import draw_speed
 from router_tuning.speed.ideal import shared_copy
+from router_tuning.speed.pages import keep_freed_pages
 from router_tuning.speed.shapes import SHAPES, random_model
 from router_tuning.speed.table import print_rows
 from router_tuning.speed.timing import measure_ceilings

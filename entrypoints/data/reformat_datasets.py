@@ -2,7 +2,7 @@
 
     python entrypoints/data/reformat_datasets.py --raw_data_root ./data/raw --save_path ./data/reformatted
     python entrypoints/data/reformat_datasets.py --datasets alpaca --source alpaca=tatsu-lab/alpaca
-    python entrypoints/data/reformat_datasets.py --workers 8 --resume
+    python entrypoints/data/reformat_datasets.py --workers 6 --resume
 Each data set is a folder (or file) <raw_data_root>/<name> with .json (an array), .jsonl, either of them .gz or .zst,
 .parquet or .arrow files, also many of them, also as downloaded from the hub. Which rows are left out, and why, is
 in data/README.md.
@@ -15,10 +15,9 @@ import os
 import sys
 from pathlib import Path
 
-from router_tuning.data.dataset_run import Outcome
 from router_tuning.data.formats import FORMATS
-from router_tuning.data.reformat import Settings, reformat
-from router_tuning.data.sources import Source, locate, source_of
+from router_tuning.data.reformat import Outcome, Settings, reformat
+from router_tuning.data.sources import locate
 from router_tuning.errors import UserError, cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,9 +44,9 @@ def parse() -> argparse.Namespace:
         help="read a set from this file, folder or hub id (owner/name) instead",
     )
     parser.add_argument(
-        "--workers", type=int, default=WORKERS, help="processes, about 60 MB each; the files do not depend on it"
+        "--workers", type=int, default=WORKERS, help="data sets at a time; the files do not depend on it"
     )
-    parser.add_argument("--resume", action="store_true", help="go on where a killed or failed run stopped")
+    parser.add_argument("--resume", action="store_true", help="keep data sets that are complete, from these files")
     parser.add_argument(
         "--max_reject_rate", type=float, default=0.01, help="exit 1 if a larger share of rows is refused (faulty)"
     )
@@ -62,8 +61,8 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def sources_of(args: argparse.Namespace) -> tuple[list[Source], list[str]]:
-    """The data sets to convert, and the names of those that are absent; UserError for what was asked for by name."""
+def places_of(args: argparse.Namespace) -> tuple[dict[str, str | Path], list[str]]:
+    """Where the data sets are, and the names of those that are absent; UserError for what was asked for by name."""
     given = dict(text.partition("=")[::2] for text in args.source)
     unknown = [name for name in (*given, *(args.datasets or ())) if name not in FORMATS]
     if unknown or not all(given.values()):
@@ -75,7 +74,7 @@ def sources_of(args: argparse.Namespace) -> tuple[list[Source], list[str]]:
     absent = [name for name, place in places.items() if place is None]
     if absent and (args.datasets or len(absent) == len(places)):
         raise UserError(f"{', '.join(absent)}: no such folder or file under {args.raw_data_root}")
-    return [source_of(name, place) for name, place in places.items() if place is not None], absent
+    return {name: place for name, place in places.items() if place is not None}, absent
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -94,9 +93,9 @@ def table(outcomes: list[Outcome]) -> str:
 def main() -> None:
     """Parse, convert, report."""
     args = parse()
-    sources, absent = sources_of(args)
+    places, absent = places_of(args)
     settings = Settings(args.workers, args.resume, args.max_reject_rate, args.strict)
-    outcomes = reformat(sources, args.save_path, settings)
+    outcomes = reformat(places, args.save_path, settings)
     print(table(outcomes))
     print(f"absent under {args.raw_data_root}, not converted: {', '.join(absent)}\n" if absent else "", end="")
     failed = [outcome for outcome in outcomes if outcome.error]

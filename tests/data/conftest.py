@@ -6,18 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from router_tuning.data.reformat import Settings, reformat
-from router_tuning.data.sources import source_of
+from raw_data import outcome_of
 
 
 @pytest.fixture
 def convert(tmp_path: Path) -> Callable[..., Path]:
-    """Convert one file or folder in this process; the folder of the result. Fails if nothing was published."""
+    """Convert a file or folder; the folder of the result. Fails if nothing was published."""
 
-    def run(name: str, place: Path, save_path: Path | None = None, **settings) -> Path:
-        save_path = save_path or tmp_path / "reformatted"
-        (outcome,) = reformat([source_of(name, place)], save_path, Settings(**settings))
+    def run(name: str, place: Path | str, save_path: Path = tmp_path / "reformatted", **settings) -> Path:
+        outcome = outcome_of(name, place, save_path, **settings)
         assert outcome.error is None, outcome.error
         return save_path / name
 

@@ -1,17 +1,18 @@
-"""Every container gives the same rows; what a file is follows from its content."""
+"""Files of rows: what one is follows from its content, and a row is the same row in every container."""
 
 from __future__ import annotations
 
 import gzip
+import struct
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from raw_data import read_jsonl, sample_rows, write_rows
+from raw_data import NO_LIMIT, outcome_of, read_jsonl, sample_rows, write_rows, zstd
 
-from router_tuning.data.blocks import Place, Unreadable
-from router_tuning.data.containers import read_blocks, recognise
+from router_tuning.data.containers import recognise
+from router_tuning.data.policy import Reject
 from router_tuning.errors import UserError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet", ".arrow")
@@ -19,7 +20,12 @@ COLUMNS = ("conversations", "query", "response", "instruction", "input", "output
 
 
 def rows_of(path: Path) -> list[object]:
-    return [row for block in read_blocks(recognise(path), COLUMNS) for row in block.rows]
+    return [row for _, row in recognise(path).rows(COLUMNS)]
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -32,33 +38,51 @@ def test_each_container_gives_the_same_file(name: str, ending: str, convert, tmp
     assert len(read_jsonl(other / "data.jsonl")) == 50
 
 
-@pytest.mark.parametrize("indent", [None, 0, 2, 4])
-def test_array_styles(indent: int | None, tmp_path: Path):
-    rows = sample_rows("slim_orca", 30)
-    assert rows_of(write_rows(tmp_path / "rows", rows, ".json", indent)) == rows
-
-
 def test_content_decides_not_the_name(tmp_path: Path):
     rows = sample_rows("alpaca", 5)
     for ending in ENDINGS:
-        source = write_rows(tmp_path / "rows", rows, ending)
+        data = write_rows(tmp_path / "rows", rows, ending).read_bytes()
         for other in ("x.json", "x.jsonl", "x.gz", "x.txt"):
-            path = tmp_path / other
-            path.write_bytes(source.read_bytes())
-            assert [dict(row) for row in rows_of(path)] == rows
+            assert rows_of(written(tmp_path / other, data)) == rows
 
 
-@pytest.mark.parametrize("ending", [".json", ".jsonl"])
-def test_byte_order_mark_line_ends_and_blank_lines(ending: str, tmp_path: Path):
+@pytest.mark.parametrize("layout", ["array", "array in lines", "lines", "spread"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\n \t\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\n \r\n"])
+def test_layouts_line_ends_and_byte_order_marks(layout: str, end: str, mark: bytes, tmp_path: Path):
     rows = sample_rows("alpaca", 6)
-    path = write_rows(tmp_path / "rows", rows, ending, indent=2)
-    text = path.read_text(encoding="utf-8")
-    path.write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    ending, indent = {"array": (".json", 2), "array in lines": (".json", 0)}.get(layout, (".jsonl", None))
+    text = write_rows(tmp_path / "rows", rows, ending, indent).read_text()
+    if layout == "spread":
+        text = text.replace('{"', '{\n "').replace(', "', ',\n "')
+    path = written(tmp_path / "odd", mark + text.replace("\n", end).encode())
     assert rows_of(path) == rows
-    path.write_bytes(b"\n \r\n" + text.replace("\n", "\n\n").encode() + b"\n\n \t\n")
-    assert rows_of(path) == rows
-    path.write_bytes(text.encode().rstrip(b"\n"))
-    assert rows_of(path) == rows
+    assert rows_of(written(path, path.read_bytes().rstrip())) == rows
+
+
+def test_a_file_of_one_line_for_old_macintoshs(tmp_path: Path):
+    rows = sample_rows("alpaca", 4)
+    text = write_rows(tmp_path / "rows", rows, ".jsonl").read_bytes()
+    assert rows_of(written(tmp_path / "mac", text.replace(b"\n", b"\r"))) == rows
+
+
+SKIPPED = struct.pack("<II", 0x184D2A53, 5) + b"pzstd"
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda half, rest: gzip.compress(half) + gzip.compress(rest) + bytes(20),
+        lambda half, rest: zstd(half) + zstd(rest),
+        lambda half, rest: SKIPPED + zstd(half) + SKIPPED + zstd(b"") + zstd(rest) + SKIPPED,
+    ],
+    ids=["gzip members and padding", "zstd frames", "zstd frames to skip"],
+)
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_packed_in_several_parts(pack, ending: str, tmp_path: Path):
+    rows = sample_rows("alpaca", 9)
+    data = write_rows(tmp_path / "rows", rows, ending).read_bytes()
+    assert rows_of(written(tmp_path / "packed", pack(data[:200], data[200:]))) == rows
 
 
 @pytest.mark.parametrize(
@@ -66,54 +90,127 @@ def test_byte_order_mark_line_ends_and_blank_lines(ending: str, tmp_path: Path):
     [
         (b"", "is empty"),
         (b"\xef\xbb\xbf \r\n\t", "is empty"),
+        (gzip.compress(b"", mtime=0), "is empty"),
+        (SKIPPED, "is empty"),
         (b" " * (1 << 21), "white space"),
         ('[{"a": 1}]'.encode("utf-16"), "UTF-16"),
-        (gzip.compress(b"", mtime=0), "is empty"),
+        ('{"a": 1}\n'.encode("utf-16-le"), "UTF-16"),
+        ("\n[1]".encode("utf-16-be"), "UTF-16"),
+        (gzip.compress(b"PAR1", mtime=0), "compressed parquet"),
+        (b"PAR1", "damaged"),
+        (b"ARROW1", "damaged"),
+        (b"\xff\xff\xff\xff\x00", "damaged"),
+        (gzip.compress(b"[]", mtime=0)[:-9], "truncated"),
+        (gzip.compress(b"[]", mtime=0) + b"more", "damaged"),
+        (zstd(b"[]") + b"more", "damaged"),
+        (zstd(b"[]")[:-1], "truncated"),
+        (zstd(b"[]") + SKIPPED[:-1], "truncated"),
     ],
 )
-def test_files_that_hold_no_rows(content: bytes, message: str, tmp_path: Path):
-    path = tmp_path / "rows.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        recognise(path)
+def test_files_without_rows_are_one_line_that_names_them(content: bytes, message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=f"^{tmp_path / 'rows.json'}.*{message}"):
+        rows_of(written(tmp_path / "rows.json", content))
 
 
-def test_packed_tables_are_named(tmp_path: Path):
-    path = write_rows(tmp_path / "rows", sample_rows("alpaca", 3), ".parquet")
-    path.write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(UserError, match="compressed parquet"):
-        recognise(path)
-
-
-def test_arrow_files_of_both_kinds_and_their_resumption(tmp_path: Path):
-    table = pa.Table.from_pylist(sample_rows("meta_math_qa", 23))
-    path = tmp_path / "file.arrow"
+def arrow_file(path: Path, table: pa.Table, rows: int | None = None) -> Path:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=4)
-    wanted = table.select(["query", "response"]).to_pylist()
-    assert rows_of(path) == wanted
-    for start in (0, 3, 4, 22):
-        got = [row for block in read_blocks(recognise(path), COLUMNS, Place(start, start)) for row in block.rows]
-        assert got == wanted[start:]
+        writer.write_table(table, max_chunksize=rows)
+    return path
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, None), (0, 7), (5, 9), (7, 21), (22, None), (13, 14)])
-def test_stretches_of_a_table(start: int, stop: int | None, tmp_path: Path):
-    rows = [{"query": f"q{number}"} for number in range(23)]
-    container = recognise(write_rows(tmp_path / "rows", rows, ".parquet"))
-    blocks = list(read_blocks(container, COLUMNS, Place(start, start), stop))
-    assert [row for block in blocks for row in block.rows] == rows[start:stop]
-    assert [block.line_of(number) for block in blocks for number in range(len(block.rows))] == list(
-        range(start + 1, (stop or 23) + 1)
-    )
+def parquet_file(path: Path, table: pa.Table) -> Path:
+    pq.write_table(table, path)
+    return path
 
 
-def test_table_without_the_columns_and_with_bad_text(tmp_path: Path):
-    path = write_rows(tmp_path / "other", [{"x": 1}, {"x": 2}], ".parquet")
-    assert rows_of(path) == [{}, {}]
+TABLES = pytest.mark.parametrize("write", [arrow_file, parquet_file])
+TURNS = [[{"from": "human", "value": "q"}, {"from": "gpt", "value": "é"}], []]
+
+
+@TABLES
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (["q", None, "é"], pa.string()),
+        (["q", None, "é"], pa.large_string()),
+        (["q", "q", None], pa.dictionary(pa.int32(), pa.string())),
+        ([1, None, 3], pa.int64()),
+        ([1.5, None], pa.float64()),
+        (TURNS, pa.list_(pa.struct({"from": pa.string(), "value": pa.string()}))),
+        (TURNS, pa.large_list(pa.struct({"from": pa.dictionary(pa.int8(), pa.string()), "value": pa.large_string()}))),
+        ([[[["q"]]], None], pa.list_(pa.list_(pa.list_(pa.string())))),
+        ([{"from": "gpt"}, None], pa.map_(pa.string(), pa.string())),
+    ],
+)
+def test_types_of_columns(write, values: list, kind: pa.DataType, tmp_path: Path):
+    array = pa.array([list(value.items()) if isinstance(value, dict) else value for value in values], kind)
+    table = pa.table({"other": pa.nulls(len(values)), "query": array})
+    assert rows_of(write(tmp_path / "rows", table)) == [{"query": value} for value in values]
+
+
+@TABLES
+def test_columns_that_are_absent_and_rows_across_batches(write, tmp_path: Path):
+    assert rows_of(write(tmp_path / "rows", pa.table({"x": [1, 2]}))) == [{}, {}]
+    assert rows_of(write(tmp_path / "rows", pa.table({"query": pa.array([], pa.string())}))) == []
+    rows = [{"query": f"q{number}"} for number in range(600)]
+    path = write(tmp_path / "rows", pa.Table.from_pylist(rows))
+    assert list(recognise(path).rows(COLUMNS)) == list(enumerate(rows, 1))
+
+
+@TABLES
+def test_text_that_is_none(write, tmp_path: Path):
     raw = pa.array([b"good", b"b\xff"]).cast(pa.binary())
     bad = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
-    pq.write_table(pa.table({"query": bad, "response": ["a", "b"]}), tmp_path / "bad.parquet")
-    first, second = rows_of(tmp_path / "bad.parquet")
+    first, second = rows_of(write(tmp_path / "rows", pa.table({"query": bad, "response": ["a", "b"]})))
     assert first == {"query": "good", "response": "a"}
-    assert isinstance(second, Unreadable) and second.reason == "invalid_utf8"
+    assert isinstance(second, Reject) and second.reason == "invalid_utf8"
+
+
+@TABLES
+def test_names_that_mean_two_things(write, tmp_path: Path):
+    """An error if the columns that are read are not certain; others may be called what they like."""
+    twice = pa.Table.from_arrays([pa.array(["a"])] * 3, ["query", "response", "response"])
+    struct_type = pa.struct([("from", pa.string()), ("value", pa.string()), ("value", pa.string())])
+    inside = pa.table({"conversations": pa.array([[("gpt", "a", "b")]], pa.list_(struct_type))})
+    for table, name in ((twice, "response"), (inside, "value")):
+        with pytest.raises(UserError, match=f"rows: '{name}' is the name of two columns"):
+            rows_of(write(tmp_path / "rows", table))
+    beside = pa.Table.from_arrays([pa.array(["a"])] * 4, ["query", "more", "response", "more"])
+    assert rows_of(write(tmp_path / "rows", beside)) == [{"query": "a", "response": "a"}]
+
+
+def row(**changed: object) -> dict:
+    return {"instruction": "i", "input": "", "output": "o", **changed}
+
+
+@pytest.mark.parametrize("ending", [*ENDINGS, ".spread"])
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        (row(), None),
+        (row(input=None), None),
+        (row(output="\x00 \u2028 🙂 \\u0041"), None),
+        (row(input=float("nan")), "wrong_type"),
+        (row(input=float("inf")), "wrong_type"),
+        (row(input=3), "wrong_type"),
+        (row(input=[["deep"]]), "wrong_type"),
+        (row(output=" \u2003"), "empty_turn"),
+        ({"instruction": "i", "input": ""}, "missing_field"),
+    ],
+)
+def test_a_row_is_accepted_or_refused_for_what_it_is(odd: dict, reason: str | None, ending: str, tmp_path: Path):
+    """And shown as what it is: NaN is not null."""
+    path = write_rows(tmp_path / "rows", [odd], ".json" if ending == ".spread" else ending, indent=1)
+    if ending == ".spread":
+        path.write_bytes(path.read_bytes().strip(b"[]"))
+    outcome = outcome_of("alpaca", path, tmp_path / "out", **NO_LIMIT)
+    assert outcome.reasons == ({reason: 1} if reason else {}), outcome.error
+    if reason:
+        (reject,) = read_jsonl(tmp_path / "out" / "alpaca" / "rejects.jsonl")
+        number = odd.get("input")
+        if isinstance(number, float):
+            shown = "NaN" if number != number else "Infinity"
+            assert f'"input": {shown}' in reject["text"] and "row" not in reject
+            assert reject["detail"] == f"'input' is {'NaN' if shown == 'NaN' else 'a number'}, not a string"
+        else:
+            assert reject["row"] == odd

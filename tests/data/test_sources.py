@@ -69,8 +69,11 @@ def test_places_without_data(tmp_path: Path):
 
 def test_files_and_folders_under_the_root(tmp_path: Path):
     assert locate("alpaca", tmp_path) is None
-    packed = write_rows(tmp_path / "alpaca", [], ".jsonl.zst")
-    assert locate("alpaca", tmp_path) == packed
+    for ending in (".parquet", ".jsonl.zst", ".json"):
+        path = write_rows(tmp_path / "alpaca", [{"a": 1}], ending)
+        assert locate("alpaca", tmp_path) == path
+    (tmp_path / "alpaca.json.old").touch()
+    assert locate("alpaca", tmp_path).name == "alpaca.json"
     (tmp_path / "alpaca").mkdir()
     assert locate("alpaca", tmp_path) == tmp_path / "alpaca"
 

@@ -100,7 +100,7 @@ def test_the_capacity_of_decoding_is_that_of_the_timed_steps(granularity):
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from Linux")
 def test_peak_memory_is_that_of_the_step_though_freed_pages_are_kept(root):
     program = (
-        "import torch; from router_tuning.data.pages import keep_freed_pages\n"
+        "import torch; from router_tuning.speed.pages import keep_freed_pages\n"
         "from router_tuning.speed.timing import peak_bytes\n"
         "keep_freed_pages(); torch.ones(64 << 20)\n"
         "print(peak_bytes(lambda: torch.ones(16 << 20), torch.device('cpu')))"

@@ -6,19 +6,13 @@ import gzip
 import json
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
-import zstandard
 
-from router_tuning.data import workers
-from router_tuning.data.dataset_run import Outcome
 from router_tuning.data.formats import FORMATS
-from router_tuning.data.reformat import Settings, reformat
-from router_tuning.data.sources import source_of
+from router_tuning.data.reformat import Outcome, Settings, reformat_one
 
 SHARED = Path(os.environ.get("REAL_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 """Real data sets, as ``raw/<name>/`` and ``raw_alt/<name>…/``; where there are none, their tests are skipped."""
@@ -72,9 +66,14 @@ def write_rows(path: Path, rows: list[dict], ending: str, indent: int | None = N
     else:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         text = json.dumps(rows, indent=indent) if ".json" in ending and ".jsonl" not in ending else lines
-        packed = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(path.suffix, bytes)
+        packed = {".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)
         path.write_bytes(packed(text.encode()))
     return path
+
+
+def zstd(data: bytes) -> bytes:
+    """One frame of it."""
+    return pa.compress(data, "zstd", asbytes=True)
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -110,15 +109,12 @@ GOOD = json.dumps(sample_rows("alpaca", 1)[0]).encode()
 """A line that alpaca accepts."""
 
 NO_LIMIT = {"max_reject_rate": 1.0}
-
-
-def outcome_of(name: str, place: Path, save_path: Path, **options: object) -> Outcome:
-    """What became of one data set, converted in this process."""
-    (outcome,) = reformat([source_of(name, place)], save_path, Settings(**options))
-    return outcome
-
-
 PUBLISHED = ("data.jsonl", "rejects.jsonl", "reformat.json")
+
+
+def outcome_of(name: str, place: Path, save_path: Path, **settings: object) -> Outcome:
+    """What became of one data set, converted in this process into ``save_path/name``."""
+    return reformat_one(name, place, save_path / name, Settings(**settings))
 
 
 def contents(folder: Path) -> list[bytes]:
@@ -126,15 +122,6 @@ def contents(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in PUBLISHED]
 
 
-def published_files(save_path: Path) -> set[str]:
-    """Names of the files that a run left under their final names."""
-    return {path.name for path in save_path.rglob("*") if path.is_file() and ".partial" not in path.parts}
-
-
-def in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers in this process, which see the sizes that a test sets."""
-
-    def pool(count, context, initializer, initargs):
-        return ThreadPoolExecutor(count, initializer=workers._share, initargs=initargs)
-
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", pool)
+def files_in(folder: Path) -> set[str]:
+    """Names of all files, hidden ones too, at any depth."""
+    return {path.name for path in folder.rglob("*") if path.is_file()}

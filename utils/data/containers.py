@@ -1,93 +1,123 @@
-"""Files of raw rows: what they are, by content, and their rows as blocks."""
+"""Files of raw rows: what they are, by content, and their rows. Every way to fail is one clear line."""
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from router_tuning.data.array import ArrayReader, separator_of
-from router_tuning.data.blocks import BOM, SPACE, Block, Place, Typed, Unreadable, parse_slowly
-from router_tuning.data.lines import line_blocks
-from router_tuning.data.streams import compression_of, open_bytes, reading
+from router_tuning.data.json_rows import SPACE, Rows, element_rows, line_rows, parse
+from router_tuning.data.policy import Reject
 from router_tuning.errors import UserError
 
+BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 1 << 20
-BEGINNING = Place()
-LINES, ARRAY, PARQUET, ARROW = "lines", "array", "parquet", "arrow"
+BUFFER = 1 << 18
+LINES, ARRAY, VALUES, PARQUET, ARROW = "lines", "array", "values", "parquet", "arrow"
+COMPRESSIONS = {rb"\x1f\x8b": "gzip", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": "zstd"}
+"""How compressed files begin; those of zstandard also with a frame to skip, as all that pzstd makes do."""
+
 TABLES = {b"PAR1": PARQUET, b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW}
+_WIDE = re.compile(rb"\xff\xfe|\xfe\xff|[\[{\s]\0|\0[\[{\s]")
 
 
 @dataclass(frozen=True)
 class Container:
-    """A file and what it is. ``separator``: the bytes between two rows, of a file that may be cut there."""
+    """A file, how its rows are laid out, and how it is compressed (None: not at all)."""
 
     path: Path
-    kind: str
-    compressed: bool
-    separator: bytes = b""
+    layout: str
+    compression: str | None = None
+    byte_order_mark: bool = False
 
-    @property
-    def is_table(self) -> bool:
-        """Whether places in it are rows rather than bytes."""
-        return self.kind in (PARQUET, ARROW)
+    def rows(self, columns: Sequence[str]) -> Rows:
+        """Line (of a table: number) and value of each row, or the :class:`Reject` that says why it has none.
 
-    @property
-    def can_be_cut(self) -> bool:
-        """Whether it is a plain text with a known separator."""
-        return bool(self.separator) and not self.compressed
+        Of a table, ``columns`` are read. Raises :class:`UserError` if the file cannot be read to its end.
+        """
+        with reading(self.path):
+            if self.layout in TABLES.values():
+                from router_tuning.data.tables import table_rows  # pyarrow takes 60 MB, which only tables need
+
+                yield from table_rows(self.path, self.layout == PARQUET, columns)
+                return
+            with open_bytes(self.path, self.compression) as stream:
+                if self.byte_order_mark:
+                    stream.read(len(BOM))
+                if self.layout == LINES:
+                    yield from line_rows(stream)
+                else:
+                    yield from element_rows(stream, str(self.path), self.layout == ARRAY)
 
 
 def recognise(path: Path) -> Container:
-    """Find out by content what a file is; raises :class:`UserError` for what holds no rows."""
+    """Find out by content what a file is; raises :class:`UserError` if it holds no rows that can be read."""
     with reading(path):
-        compressed = compression_of(path) is not None
-        with open_bytes(path) as stream:
+        with path.open("rb") as raw:
+            head = raw.read(4)
+        compression = next((name for magic, name in COMPRESSIONS.items() if re.match(magic, head)), None)
+        with open_bytes(path, compression) as stream:
             head = stream.read(HEAD_BYTES)
-    table = next((kind for magic, kind in TABLES.items() if head.startswith(magic)), None)
-    if table:
-        if compressed:
-            raise UserError(f"{path} is a compressed {table} file; decompress it first")
-        return Container(path, table, False)
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    table = next((layout for magic, layout in TABLES.items() if head.startswith(magic)), None)
+    if table and compression:
+        raise UserError(f"{path} is a compressed {table} file; decompress it first")
+    if not table and _WIDE.match(head):
         raise UserError(f"{path} is UTF-16; convert it to UTF-8 first")
     text = head.removeprefix(BOM).lstrip(SPACE)
     if not text:
         raise UserError(f"{path} is empty" if len(head) < HEAD_BYTES else f"{path} starts with 1 MiB of white space")
-    if text.startswith(b"[") and not _is_lines(text):
-        return Container(path, ARRAY, compressed, separator_of(head))
-    return Container(path, LINES, compressed, b"\n")
+    return Container(path, table or _layout(text), compression, head.startswith(BOM))
 
 
-def _is_lines(text: bytes) -> bool:
-    """Whether what begins with a bracket is lines, the first one a faulty row: the first two are JSON values."""
-    lines = [line for line in text.split(b"\n") if line.strip(SPACE)][:2]
-    return len(lines) == 2 and not any(isinstance(parse_slowly(line), Unreadable) for line in lines)
+def _layout(head: bytes) -> str:
+    """How rows are laid out in a JSON text that starts like this."""
+    lines = [line for line in head.split(b"\n") if line.strip(SPACE)][:2]
+    sound = [not isinstance(parse(line), Reject) for line in lines]
+    if head.startswith(b"["):
+        return LINES if sound == [True, True] else ARRAY  # of lines the first of which is a faulty row
+    if sound[0]:
+        return LINES
+    text = head.decode("utf-8", "replace")
+    try:
+        first = text[: json.JSONDecoder().raw_decode(text)[1]]
+    except (ValueError, RecursionError):
+        return LINES
+    return VALUES if "\n" in first or b"\n" not in head and b"\r" in head else LINES
 
 
-def read_blocks(
-    container: Container,
-    columns: Sequence[str],
-    start: Place = BEGINNING,
-    stop: int | None = None,
-    typed: Typed | None = None,
-) -> Iterator[Block]:
-    """Blocks of the rows from ``start`` to the place ``stop`` (None: to the end), which must be the end of a row.
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while ``path`` is read into a :class:`UserError` that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except EOFError:
+        raise UserError(f"{path} is truncated: the compressed data break off; fetch the file again") from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's, not a library's
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip(".")
+        raise UserError(f"{path} is truncated or damaged: {reason}; fetch the file again") from None
 
-    Of a table only ``columns`` are read; of a text ``typed`` reads what it can. Raises :class:`UserError` for a file
-    that cannot be read to its end.
-    """
-    path = container.path
-    with reading(path):
-        if container.is_table:
-            from router_tuning.data.tables import table_blocks  # pyarrow takes 60 MB, which only tables need
 
-            yield from table_blocks(path, container.kind == PARQUET, columns, start, stop)
-            return
-        if container.kind == LINES:
-            with open_bytes(path, start.offset, stop) as stream:
-                yield from line_blocks(stream, start, typed)
-            return
-        # From the byte before, which tells whether the array goes on.
-        with open_bytes(path, max(0, start.offset - 1), stop) as stream:
-            yield from ArrayReader(stream, start, str(path), container.separator, stop is None, typed).blocks()
+@contextmanager
+def open_bytes(path: Path, compression: str | None) -> Iterator[BinaryIO]:
+    """The decompressed bytes of a file."""
+    with path.open("rb", BUFFER) as raw:
+        if compression is None:
+            yield raw
+        elif compression == "gzip":
+            yield io.BufferedReader(gzip.GzipFile(fileobj=raw))
+        else:
+            # Unlike that of zstandard itself, this reader tells a truncated stream from a finished one.
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(raw, "zstd") as stream:
+                yield io.BufferedReader(stream)

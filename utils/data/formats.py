@@ -8,7 +8,7 @@ in :mod:`router_tuning.data.policy`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from router_tuning.data.policy import Message, Reject, checked, json_type
 
@@ -25,8 +25,7 @@ class Format:
     """A raw data set.
 
     ``label`` is the published name that rows carry, ``raw_file`` the published file, ``columns`` the fields that are
-    read (of rows without turns: question, what may be given with it, answer), ``convert`` maps a row (a parsed JSON
-    object) to checked messages or raises :class:`Reject`, and ``senders`` has the roles of those who may take a turn.
+    read, and ``convert`` maps a row (a parsed JSON object) to checked messages or raises :class:`Reject`.
     """
 
     name: str
@@ -34,28 +33,24 @@ class Format:
     raw_file: str
     columns: tuple[str, ...]
     convert: Converter
-    senders: Mapping[str, str] = field(default_factory=dict)
 
 
 def _conversation(senders: Mapping[str, str], filtered: Mapping[str, str]) -> Converter:
     """Rows ``{"conversations": [{"from", "value"}, …]}``; ``filtered``: senders whose rows are left out, and why."""
 
     def convert(row: Row) -> list[Message]:
-        turns = row.get("conversations")
-        if turns.__class__ is not list:
-            raise _fault(row, senders, filtered)
+        turns = _field(row, "conversations", list)
         try:
             messages = [{"role": senders[turn["from"]], "content": turn["value"]} for turn in turns]
         except (KeyError, TypeError):
-            raise _fault(row, senders, filtered) from None
+            raise _fault(turns, senders, filtered) from None
         return checked(messages)
 
     return convert
 
 
-def _fault(row: Row, senders: Mapping[str, str], filtered: Mapping[str, str]) -> Reject:
-    """What keeps a row from being a conversation."""
-    turns = _field(row, "conversations", list)
+def _fault(turns: list, senders: Mapping[str, str], filtered: Mapping[str, str]) -> Reject:
+    """What keeps turns from being a conversation."""
     for number, turn in enumerate(turns):
         if not isinstance(turn, dict):
             return Reject("wrong_type", f"turn {number} is {json_type(turn)}, not an object")
@@ -65,7 +60,7 @@ def _fault(row: Row, senders: Mapping[str, str], filtered: Mapping[str, str]) ->
         if sender not in senders:
             return Reject("unknown_sender", f"turn {number} is from {sender!r}; known: {', '.join(senders)}")
         _field(turn, "value", str, f"turn {number}: ")
-    return Reject("wrong_type", "conversations cannot be read")
+    raise AssertionError("sound turns are converted")
 
 
 def _field(holder: Row, key: str, kind: type, where: str = "") -> object:
@@ -97,53 +92,27 @@ def _alpaca(row: Row) -> list[Message]:
     return checked([{"role": "user", "content": user}, {"role": "assistant", "content": output}])
 
 
-_ALL = (
+_TURNS, _MATH, _CODE = ("conversations",), ("query", "response"), ("instruction", "output")
+_PUBLISHED = (
     Format(
-        name="vicuna_sharegpt",
-        label="ShareGPT_Vicuna_unfiltered",
-        raw_file="ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
-        columns=("conversations",),
-        convert=_conversation(_WITH_BARD, filtered={"bing": "bing_sender"}),
-        senders=_WITH_BARD,
+        "vicuna_sharegpt",
+        "ShareGPT_Vicuna_unfiltered",
+        "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
+        _TURNS,
+        _conversation(_WITH_BARD, {"bing": "bing_sender"}),
     ),
     Format(
-        name="evol_instruct",
-        label="WizardLM_evol_instruct_V2_143k",
-        raw_file="WizardLM_evol_instruct_V2_143k.json",
-        columns=("conversations",),
-        convert=_conversation(_HUMAN_AND_GPT, filtered={"bing": "bing_sender", "system": "system_turn"}),
-        senders=_HUMAN_AND_GPT,
+        "evol_instruct",
+        "WizardLM_evol_instruct_V2_143k",
+        "WizardLM_evol_instruct_V2_143k.json",
+        _TURNS,
+        _conversation(_HUMAN_AND_GPT, {"bing": "bing_sender", "system": "system_turn"}),
     ),
-    Format(
-        name="slim_orca",
-        label="SlimOrca",
-        raw_file="oo-labeled_correct.gpt4.sharegpt.jsonl",
-        columns=("conversations",),
-        convert=_conversation(_WITH_SYSTEM, filtered={}),
-        senders=_WITH_SYSTEM,
-    ),
-    Format(
-        name="meta_math_qa",
-        label="MetaMathQA",
-        raw_file="MetaMathQA-395K.json",
-        columns=("query", "response"),
-        convert=_pair("query", "response"),
-    ),
-    Format(
-        name="evol_code_alpaca",
-        label="evol_codealpaca_v1",
-        raw_file="train.jsonl",
-        columns=("instruction", "output"),
-        convert=_pair("instruction", "output"),
-    ),
-    Format(
-        name="alpaca",
-        label="alpaca",
-        raw_file="alpaca_data.json",
-        columns=("instruction", "input", "output"),
-        convert=_alpaca,
-    ),
+    Format("slim_orca", "SlimOrca", "oo-labeled_correct.gpt4.sharegpt.jsonl", _TURNS, _conversation(_WITH_SYSTEM, {})),
+    Format("meta_math_qa", "MetaMathQA", "MetaMathQA-395K.json", _MATH, _pair(*_MATH)),
+    Format("evol_code_alpaca", "evol_codealpaca_v1", "train.jsonl", _CODE, _pair(*_CODE)),
+    Format("alpaca", "alpaca", "alpaca_data.json", ("instruction", "input", "output"), _alpaca),
 )
 
-FORMATS: dict[str, Format] = {known.name: known for known in _ALL}
+FORMATS: dict[str, Format] = {known.name: known for known in _PUBLISHED}
 """The six data sets by folder name."""

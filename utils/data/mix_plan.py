@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -54,12 +54,10 @@ def make_plan(
 ) -> MixPlan:
     """The published plan, or that of a YAML file, with the changes of the command line (``NAME=NUMBER`` texts)."""
     plan = MixPlan(PUBLISHED_PORTIONS, {}) if config is None else read_plan(config)
-    changed = {name: portion(number, f"--portion {name}") for name, number in _pairs(portions, "--portion")}
-    bounds = {name: _count(number, f"--cap {name}") for name, number in _pairs(caps, "--cap")}
     return replace(
         plan,
-        portions={**plan.portions, **changed},
-        caps={**plan.caps, **bounds},
+        portions={**plan.portions, **_numbers(_pairs(portions, "--portion"), portion, "--portion")},
+        caps={**plan.caps, **_numbers(_pairs(caps, "--cap"), _count, "--cap")},
         seed=plan.seed if seed is None else seed,
         dedup=plan.dedup if dedup is None else dedup,
     )
@@ -69,8 +67,6 @@ def read_plan(path: Path) -> MixPlan:
     """A plan from YAML with the keys ``portions`` and, if wanted, ``caps``, ``seed``, ``dedup``."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"--config {path} is missing") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("portions"), dict):
@@ -81,12 +77,8 @@ def read_plan(path: Path) -> MixPlan:
     caps, seed, dedup = content.get("caps") or {}, content.get("seed", PUBLISHED_SEED), content.get("dedup", False)
     if not isinstance(caps, dict) or type(seed) is not int or type(dedup) is not bool:
         raise UserError(f"{path}: 'caps' must be a mapping, 'seed' a whole number, 'dedup' true or false")
-    return MixPlan(
-        {str(name): portion(number, f"{path}: portion of {name}") for name, number in content["portions"].items()},
-        {str(name): _count(number, f"{path}: cap of {name}") for name, number in caps.items()},
-        seed,
-        dedup,
-    )
+    portions = _numbers(content["portions"], portion, f"{path}: portion of")
+    return MixPlan(portions, _numbers(caps, _count, f"{path}: cap of"), seed, dedup)
 
 
 def portion(number: object, where: str) -> Fraction:
@@ -106,9 +98,13 @@ def _count(number: object, where: str) -> int:
     return int(str(number))
 
 
-def _pairs(texts: Iterable[str], flag: str) -> list[tuple[str, str]]:
+def _numbers(given: Mapping, read: Callable, where: str) -> dict:
+    return {str(name): read(number, f"{where} {name}") for name, number in given.items()}
+
+
+def _pairs(texts: Iterable[str], flag: str) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
-    for name, equals, number in pairs:
-        if not (name and equals and number):
-            raise UserError(f"{flag} {name}{equals}{number}: expected NAME=NUMBER")
-    return [(name, number) for name, _, number in pairs]
+    for pair in pairs:
+        if not all(pair):
+            raise UserError(f"{flag} {''.join(pair)}: expected NAME=NUMBER")
+    return {name: number for name, _, number in pairs}

@@ -11,98 +11,55 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import orjson
 from tqdm import tqdm
 
-from router_tuning.data.blocks import SPACE
 from router_tuning.data.mix_plan import MixPlan
-from router_tuning.data.rows import checked_row, content_of
-from router_tuning.data.writing import writing
+from router_tuning.data.rows import checked_row, content_of, lines_of
 from router_tuning.errors import UserError
+from router_tuning.files import scratch_folder, writing
 
 BUCKET_BYTES = 16 << 20
 BUFFERED_BYTES = 32 << 20
+_progress = partial(tqdm, disable=None)  # where there is a terminal
 
 
-@dataclass(frozen=True)
-class Source:
-    """A surveyed set; ``repeats`` marks the rows that an earlier row equals (None: nobody asked)."""
+@dataclass
+class Survey:
+    """What the first pass finds in a data set of ``rows`` rows: their ``size`` in bytes, and the file's ``sha256``.
+
+    ``digests`` ``[rows, 2]`` tell which rows are equal, ``repeats`` ``[rows]`` marks those that equal an earlier one,
+    also of another set; both are empty where duplicates are to stay.
+    """
 
     name: str
     path: Path
     rows: int
     size: int
     sha256: str
-    repeats: np.ndarray | None = None
+    digests: np.ndarray
+    repeats: np.ndarray
 
     @property
     def distinct(self) -> int:
         """Rows that may be mixed."""
-        return self.rows if self.repeats is None else int(self.rows - self.repeats.sum())
+        return self.rows - int(self.repeats.sum())
 
 
 def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
     """Write ``data.jsonl`` and ``mix.json`` into ``folder``; returns the content of the latter.
 
-    Raises :class:`UserError` for a set that is missing or empty and, with file and line, for a row that is none.
+    Args:
+        reformatted: the folder of ``<name>/data.jsonl``.
+
+    Raises:
+        UserError: for a set that is missing or empty and, with file and line, for a row that is none.
     """
-    sources = _survey_all(plan, reformatted)
-    if not any(plan.wanted(source.name, source.distinct) for source in sources):
-        raise UserError("the portions and caps leave no row of any data set: nothing to mix")
-    with writing(folder):
-        parts = folder / ".partial"
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-        try:
-            return _mix(plan, sources, folder, parts)
-        finally:
-            shutil.rmtree(parts, ignore_errors=True)
-
-
-def _mix(plan: MixPlan, sources: list[Source], folder: Path, parts: Path) -> dict:
-    size = sum(source.size * plan.wanted(source.name, source.distinct) // source.rows for source in sources)
-    buckets = _Buckets(parts, max(1, -(-size // BUCKET_BYTES)))
-    taken = {source.name: _scatter(source, plan, buckets) for source in sources}
-    buckets.flush()
-    digest = _gather(buckets, plan.seed, parts / "data.jsonl")
-    report = _report(plan, sources, taken, digest)
-    (parts / "mix.json").write_bytes(orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-    for name in ("data.jsonl", "mix.json"):
-        os.replace(parts / name, folder / name)
-    return report
-
-
-def _report(plan: MixPlan, sources: list[Source], taken: dict[str, int], digest: str) -> dict:
-    sets = {
-        source.name: {
-            "file": f"{source.path.parent.name}/{source.path.name}",
-            "sha256": source.sha256,
-            "rows": source.rows,
-            "duplicates": source.rows - source.distinct,
-            "portion": str(plan.portions[source.name]),
-            "cap": plan.caps.get(source.name),
-            "mixed": taken[source.name],
-        }
-        for source in sources
-    }
-    return {"rows": sum(taken.values()), "sha256": digest, "seed": plan.seed, "dedup": plan.dedup, "sets": sets}
-
-
-def _lines(path: Path, label: str) -> Iterator[tuple[int, bytes]]:
-    """Number and bytes of all lines, with a progress bar."""
-    with open(path, "rb") as lines, tqdm(total=path.stat().st_size, desc=label, unit="B", unit_scale=True) as bar:
-        for number, line in enumerate(lines, 1):
-            bar.update(len(line))
-            yield number, line
-
-
-def _survey_all(plan: MixPlan, reformatted: Path) -> list[Source]:
     paths = {name: reformatted / name / "data.jsonl" for name in plan.names}
     absent = [name for name, path in paths.items() if not path.is_file()]
     if absent:
@@ -111,39 +68,63 @@ def _survey_all(plan: MixPlan, reformatted: Path) -> list[Source]:
             f"without: --portion {' '.join(f'{name}=0' for name in absent)}"
         )
     surveys = [_survey(name, path, plan.dedup) for name, path in paths.items()]
-    sources = [source for source, _ in surveys]
-    if not plan.dedup:
-        return sources
-    repeats = _repeats(np.concatenate([digests for _, digests in surveys]))
-    ends = np.cumsum([source.rows for source in sources])
-    parts = np.split(repeats, ends[:-1])
-    return [Source(**{**vars(source), "repeats": part}) for source, part in zip(sources, parts, strict=True)]
+    if plan.dedup:
+        _mark_repeats(surveys)
+    wanted = {survey.name: plan.wanted(survey.name, survey.distinct) for survey in surveys}
+    if not any(wanted.values()):
+        raise UserError("the portions and caps leave no row of any data set: nothing to mix")
+    with scratch_folder(folder) as scratch, writing(folder):
+        size = sum(survey.size * wanted[survey.name] // survey.rows for survey in surveys)
+        buckets = _Buckets(scratch, max(1, -(-size // BUCKET_BYTES)))
+        for survey in surveys:
+            _scatter(survey, wanted[survey.name], plan.seed, buckets)
+        buckets.flush()
+        digest = _gather(buckets, plan.seed, scratch / "data.jsonl")
+        report = {"rows": sum(wanted.values()), "sha256": digest, "seed": plan.seed, "dedup": plan.dedup}
+        report["sets"] = {survey.name: _provenance(survey, plan, wanted[survey.name]) for survey in surveys}
+        text = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        (scratch / "mix.json").write_bytes(text)
+        for name in ("data.jsonl", "mix.json"):
+            os.replace(scratch / name, folder / name)
+    return report
 
 
-def _survey(name: str, path: Path, dedup: bool) -> tuple[Source, np.ndarray]:
-    digest, rows, size = hashlib.sha256(), 0, 0
-    digests = bytearray()
-    for number, line in _lines(path, f"check {name}"):
-        digest.update(line)
-        if not line.strip(SPACE):
-            continue
+def _provenance(survey: Survey, plan: MixPlan, mixed: int) -> dict:
+    return {
+        "file": f"{survey.path.parent.name}/{survey.path.name}",
+        "sha256": survey.sha256,
+        "rows": survey.rows,
+        "duplicates": survey.rows - survey.distinct,
+        "portion": str(plan.portions[survey.name]),
+        "cap": plan.caps.get(survey.name),
+        "mixed": mixed,
+    }
+
+
+def _survey(name: str, path: Path, dedup: bool) -> Survey:
+    rows, size, digests = 0, 0, bytearray()
+    for number, line in _progress(lines_of(path), f"check {name}", unit=" rows"):
         row = checked_row(line, f"{path}:{number}")
         if dedup:
             digests += hashlib.blake2b(orjson.dumps(content_of(row)), digest_size=16).digest()
         rows += 1
-        size += len(line)
+        size += len(line) + 1
     if not rows:
         raise UserError(f"{path} holds no row; reformat {name} again, or mix without: --portion {name}=0")
-    return Source(name, path, rows, size, digest.hexdigest()), np.frombuffer(digests, "<u8").reshape(-1, 2)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Survey(name, path, rows, size, sha256, np.frombuffer(digests, "<u8").reshape(-1, 2), np.zeros(0, bool))
 
 
-def _repeats(digests: np.ndarray) -> np.ndarray:
-    """Which of the 128-bit digests ``[n, 2]`` equal an earlier one."""
+def _mark_repeats(surveys: list[Survey]) -> None:
+    digests = np.concatenate([survey.digests for survey in surveys])
     order = np.lexsort((digests[:, 0], digests[:, 1]))
     ranked = digests[order]
     repeats = np.zeros(len(digests), bool)
     repeats[order[1:]] = (ranked[1:] == ranked[:-1]).all(axis=1)
-    return repeats
+    ends = np.cumsum([survey.rows for survey in surveys])
+    for survey, part in zip(surveys, np.split(repeats, ends[:-1]), strict=True):
+        survey.repeats = part
 
 
 class _Buckets:
@@ -169,41 +150,35 @@ class _Buckets:
         self._size = 0
 
 
-def _scatter(source: Source, plan: MixPlan, buckets: _Buckets) -> int:
-    """Every copy of every row into a bucket drawn at random; the number of copies.
+def _scatter(survey: Survey, wanted: int, seed: int, buckets: _Buckets) -> None:
+    """Every copy of every row into a bucket drawn at random.
 
     Each row is taken ``wanted // rows`` times, and ``wanted % rows`` rows, drawn without replacement (Knuth 3.4.2,
     algorithm S), once more.
     """
-    left = source.distinct
-    wanted = plan.wanted(source.name, left)
+    left = survey.distinct
     whole, extra = divmod(wanted, left)
-    draw = random.Random(f"{plan.seed} {source.name}").random
+    draw = random.Random(f"{seed} {survey.name}").random
     count = len(buckets.paths)
-    rows = (line.rstrip(b"\r\n") for _, line in _lines(source.path, f"scatter {source.name}") if line.strip(SPACE))
-    for index, line in enumerate(rows):
-        if source.repeats is not None and source.repeats[index]:
+    for index, (_, line) in enumerate(_progress(lines_of(survey.path), f"scatter {survey.name}")):
+        if len(survey.repeats) and survey.repeats[index]:
             continue
         chosen = draw() * left < extra
         left, extra = left - 1, extra - chosen
         for _ in range(whole + chosen):
             buckets.add(int(draw() * count), line)
-    return wanted
 
 
 def _gather(buckets: _Buckets, seed: int, target: Path) -> str:
     """Shuffle bucket after bucket into ``target``; its sha256."""
     shuffle, digest = random.Random(f"{seed} order").shuffle, hashlib.sha256()
     with target.open("wb") as out:
-        for path in tqdm(buckets.paths, desc="shuffle", unit=" buckets"):
-            if not path.exists():
-                continue
-            lines = path.read_bytes().split(b"\n")[:-1]
-            path.unlink()
-            shuffle(lines)
-            data = b"\n".join(lines) + b"\n"
-            digest.update(data)
-            out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
+        for path in _progress(buckets.paths, "shuffle"):
+            if path.exists():
+                lines = path.read_bytes().split(b"\n")[:-1]
+                path.unlink()
+                shuffle(lines)
+                data = b"\n".join(lines) + b"\n"
+                digest.update(data)
+                out.write(data)
     return digest.hexdigest()

@@ -26,21 +26,26 @@ A row keeps the number that it has in its source as its id, whatever is left out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 Message = dict[str, str]
+
+MAX_ROW_BYTES = 16 << 20
+"""A row must fit into memory with all that is made of it."""
+
+_TYPES = {bool: "a boolean", str: "a string", dict: "an object", list: "an array", int: "a number", float: "a number"}
 
 FILTERED = frozenset({"bing_sender", "system_turn", "empty_conversation", "empty_turn", "no_assistant"})
 """Reasons to leave out a row that is sound; every other reason is a fault."""
 
 
 class Reject(Exception):
-    """A row that is left out: ``reason`` is one of the codes of the table above, ``detail`` says where in the row."""
+    """A row that is left out: ``reason`` is one of the codes of the table above, ``detail`` says where in the row.
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+    ``text``: the beginning of a row of which nothing but its text is known.
+    """
+
+    def __init__(self, reason: str, detail: str, text: str = "") -> None:
+        super().__init__(reason, detail, text)
+        self.reason, self.detail, self.text = reason, detail, text
 
 
 def checked(messages: list[Message]) -> list[Message]:
@@ -60,7 +65,7 @@ def checked(messages: list[Message]) -> list[Message]:
         elif message["role"] == "assistant":
             learnt = True
     if learnt:
-        return [turn for turn in messages if not _blank(turn)] if blank_system else messages
+        return [turn for turn in messages if turn["content"].strip()] if blank_system else messages
     if messages:
         raise Reject("no_assistant", "no assistant turn: nothing to learn")
     raise Reject("empty_conversation", "no turn")
@@ -68,18 +73,6 @@ def checked(messages: list[Message]) -> list[Message]:
 
 def json_type(value: object) -> str:
     """What JSON calls the type of a parsed value, for messages."""
-    names: Sequence[tuple[type, str]] = (
-        (bool, "a boolean"),
-        (str, "a string"),
-        (dict, "an object"),
-        (list, "an array"),
-        (int, "a number"),
-        (float, "a number"),
-    )
-    return next(
-        (name for kind, name in names if isinstance(value, kind)), "null" if value is None else "no JSON value"
-    )
-
-
-def _blank(message: Message) -> bool:
-    return not message["content"].strip()
+    if value is None or value != value:
+        return "null" if value is None else "NaN"
+    return _TYPES.get(type(value), "no JSON value")

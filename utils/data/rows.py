@@ -7,7 +7,8 @@ from pathlib import Path
 
 import orjson
 
-from router_tuning.data.blocks import SPACE
+from router_tuning.data.containers import reading
+from router_tuning.data.json_rows import SPACE
 from router_tuning.errors import UserError
 
 ROLES = ("system", "user", "assistant")
@@ -16,13 +17,10 @@ AGAIN = "make it again with entrypoints/data/reformat_datasets.py"
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
     """Number and text, without its end, of each line that is not blank; UserError if the file cannot be read."""
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip(SPACE):
-                    yield number, line.rstrip(b"\r\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    with reading(path), path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip(SPACE):
+                yield number, line.rstrip(b"\r\n")
 
 
 def checked_row(line: bytes, where: str) -> dict:

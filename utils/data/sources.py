@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from router_tuning.data.containers import reading
 from router_tuning.data.formats import FORMATS
-from router_tuning.data.streams import reading
 from router_tuning.errors import UserError
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
-COMPRESSIONS = (".gz", ".zst")
 METADATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
 """What the hub and ``datasets`` put beside the data."""
 
+_KINDS = ("json", "jsonl", "ndjson", "parquet", "arrow")
+_DATA_FILE = re.compile(rf"(.+)\.({'|'.join(_KINDS)})(?:\.(?:gz|zst))?")
+_WANTED = ".json, .jsonl, .ndjson, .parquet or .arrow, alone or with .gz or .zst"
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|test|validation|valid|val|dev|eval)(?:[^a-z]|$)")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -29,14 +29,18 @@ class Source:
     root: Path
 
     def shown(self, path: Path) -> str:
-        """A file's name as it is reported."""
-        return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+        """A file's name as it is reported, which JSON must be able to hold."""
+        name = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def locate(name: str, raw_data_root: Path) -> Path | None:
-    """The folder or file of a data set under the root: ``<name>/`` or ``<name>.<suffix>``."""
-    endings = ("", *(suffix + packed for suffix in SUFFIXES for packed in ("", *COMPRESSIONS)))
-    return next((path for end in endings if (path := raw_data_root / f"{name}{end}").exists()), None)
+    """The folder of a data set under the root, or the file: ``<name>/`` or ``<name>.<suffix>``."""
+    if (raw_data_root / name).exists():
+        return raw_data_root / name
+    found = [(path, _DATA_FILE.fullmatch(path.name)) for path in raw_data_root.glob(f"{name}.*")]
+    files = [(_KINDS.index(match[2]), path) for path, match in found if match and match[1] == name]
+    return min(files)[1] if files else None
 
 
 def source_of(name: str, given: str | Path) -> Source:
@@ -55,21 +59,23 @@ def source_of(name: str, given: str | Path) -> Source:
 def _files_of(name: str, folder: Path) -> list[Path]:
     folder = _snapshot(folder)
     published = FORMATS[name].raw_file.split(".json")[0]
-    exact = [path for path in sorted(folder.iterdir()) if _stem(path) == published and _kind(path)]
+    found = [(path, _DATA_FILE.fullmatch(path.name)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [(path, match) for path, match in found if match and "/." not in f"/{path.relative_to(folder).as_posix()}"]
+    exact = [path for path, match in found if match[1] == published and path.parent == folder]
+    if len(exact) > 1:
+        names = " and ".join(path.name for path in exact)
+        raise UserError(f"{name}: {names} look like the same data twice; say which: --source {name}=FILE")
     if exact:
-        return [_only(name, exact)]
-    seen = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
-    files = [path for path in seen if _kind(path) and path.name not in METADATA]
-    if not files:
-        wanted = ", ".join(SUFFIXES)
-        raise UserError(f"{name}: {folder} holds no data file ({wanted}, alone or with {' or '.join(COMPRESSIONS)})")
-    kinds = sorted({_kind(path) for path in files})
-    if len(kinds) > 1:
+        return exact
+    kinds = {path: "json" if "json" in match[2] else match[2] for path, match in found if path.name not in METADATA}
+    if not kinds:
+        raise UserError(f"{name}: {folder} holds no data file ({_WANTED})")
+    if len(set(kinds.values())) > 1:
         raise UserError(
-            f"{name}: {folder} holds {' and '.join(kinds)} files, perhaps the same rows twice; "
+            f"{name}: {folder} holds {' and '.join(sorted(set(kinds.values())))} files, perhaps the same rows twice; "
             f"say which to read: --source {name}=FILE_OR_FOLDER"
         )
-    return _training_files(name, folder, files)
+    return _training_files(name, folder, list(kinds))
 
 
 def _snapshot(folder: Path) -> Path:
@@ -81,41 +87,14 @@ def _snapshot(folder: Path) -> Path:
     return snapshot if snapshot.is_dir() else folder
 
 
-def _training_files(name: str, folder: Path, files: Iterable[Path]) -> list[Path]:
+def _training_files(name: str, folder: Path, files: list[Path]) -> list[Path]:
     """Without the files of other splits, as their names tell them."""
-    found = [(path, _SPLIT.search(str(path.relative_to(folder)).lower())) for path in files]
-    training = [path for path, split in found if split and split[1] == "train"]
-    chosen = training or [path for path, split in found if not split]
+    splits = {path: _SPLIT.search(str(path.relative_to(folder)).lower()) for path in files}
+    training = [path for path, split in splits.items() if split and split[1] == "train"]
+    chosen = training or [path for path, split in splits.items() if not split]
     if not chosen:
         raise UserError(f"{name}: {folder} holds only test or validation files; the training split is needed")
     return chosen
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _stem(path: Path) -> str:
-    name = path.name
-    for ending in (*COMPRESSIONS, *SUFFIXES):
-        name = name.removesuffix(ending)
-    return name
-
-
-def _kind(path: Path) -> str:
-    """What kind of data file the name says it is; empty for none."""
-    name = path.name
-    for ending in COMPRESSIONS:
-        name = name.removesuffix(ending)
-    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-    return "json" if suffix in (".json", ".jsonl", ".ndjson") else suffix[1:]
-
-
-def _only(name: str, files: list[Path]) -> Path:
-    if len(files) > 1:
-        names = " and ".join(path.name for path in files)
-        raise UserError(f"{name}: {names} look like the same data twice; say which: --source {name}=FILE")
-    return files[0]
 
 
 def _hub_files(hub_id: str) -> list[Path]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from router_tuning.data.pages import return_freed_pages
 from router_tuning.speed.limits import Accelerator
+from router_tuning.speed.pages import return_freed_pages
 
 
 def now(device: torch.device) -> Any:

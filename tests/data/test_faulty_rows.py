@@ -1,0 +1,162 @@
+"""Rows and files with faults: a counted reject with its place, or one clear line, and nothing half-written."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import xxhash
+from raw_data import GOOD, NO_LIMIT, files_in, outcome_of, read_jsonl, sample_rows, write_rows
+
+from router_tuning.data import reformat
+from router_tuning.data.reformat import Settings
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".arrow", ".json"])
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_truncated_files(ending: str, share: float, tmp_path: Path):
+    path = write_rows(tmp_path / "rows", sample_rows("alpaca", 400), ending)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    outcome = outcome_of("alpaca", path, tmp_path / "out")
+    assert outcome.error and path.name in outcome.error and "\n" not in outcome.error
+    assert files_in(tmp_path / "out") == set()
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".parquet"])
+def test_damage_inside_a_file(ending: str, tmp_path: Path):
+    path = write_rows(tmp_path / "rows", sample_rows("alpaca", 400), ending)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 3 : len(whole) // 3 + 40] = bytes(40)
+    path.write_bytes(whole)
+    outcome = outcome_of("alpaca", path, tmp_path / "out")
+    assert outcome.error and path.name in outcome.error
+    assert files_in(tmp_path / "out") <= {"rejects.jsonl"}
+
+
+BAD = [
+    (GOOD[: len(GOOD) // 2], "not_json"),
+    (GOOD + GOOD, "not_json"),
+    (GOOD.replace(b"plain", b"pl\x00in"), "not_json"),
+    (b"\x00" * 30, "not_json"),
+    (GOOD.replace(b"plain", b"pl\xffin"), "invalid_utf8"),
+    (GOOD.replace(b"plain", b"pl\xed\xa0\x80in"), "invalid_utf8"),
+    (GOOD.replace(b"plain", b"pl\\ud83din"), "lone_surrogate"),
+    (b"[" * 100_000, "not_json"),
+    (b"[1, 2]", "not_an_object"),
+    (b"null", "not_an_object"),
+    (b'"text"', "not_an_object"),
+    (b"17", "not_an_object"),
+    (b"{}", "missing_field"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD)
+def test_bad_lines_are_counted_with_their_place(line: bytes, reason: str, tmp_path: Path, convert):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + b"\n\n" + line + b"\n" + GOOD + b"\n" + line)
+    folder = convert("alpaca", path, **NO_LIMIT)
+    assert [row["id"] for row in read_jsonl(folder / "data.jsonl")] == ["alpaca_0", "alpaca_2"]
+    rejects = read_jsonl(folder / "rejects.jsonl")
+    assert [(row["id"], row["file"], row["line"], row["reason"]) for row in rejects] == [
+        ("alpaca_1", "rows.jsonl", 3, reason),
+        ("alpaca_3", "rows.jsonl", 5, reason),
+    ]
+    report = json.loads((folder / "reformat.json").read_text())
+    assert report["rows"] == 4 and report["accepted"] == 2 and report["left_out"] == {reason: 2}
+    digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
+    assert report["sources"] == [{"file": "rows.jsonl", "bytes": path.stat().st_size, "xxh3_128": digest}]
+
+
+@pytest.mark.parametrize(("line", "reason"), [*BAD[2:3], *BAD[4:7], *BAD[8:]])
+def test_bad_elements_of_an_array_are_counted_with_their_place(line: bytes, reason: str, tmp_path: Path, convert):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[\n" + b",\n".join([GOOD, line, GOOD]) + b"\n]")
+    folder = convert("alpaca", path, **NO_LIMIT)
+    assert [row["id"] for row in read_jsonl(folder / "data.jsonl")] == ["alpaca_0", "alpaca_2"]
+    assert [(row["line"], row["reason"]) for row in read_jsonl(folder / "rejects.jsonl")] == [(3, reason)]
+
+
+@pytest.mark.parametrize("line", [GOOD[:-9], GOOD + GOOD, b"", GOOD.replace(b": ", b" "), b'{"a": "\\x"}'])
+def test_an_array_that_is_no_json_is_one_line_with_its_place(line: bytes, tmp_path: Path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[\n" + b",\n".join([GOOD, line, GOOD]) + b"\n]")
+    assert "rows.json:3: " in outcome_of("alpaca", path, tmp_path / "out").error
+    assert files_in(tmp_path / "out") == set()
+
+
+def test_a_bad_first_line_that_looks_like_an_array(tmp_path: Path, convert):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"[1, 2]\n" + GOOD + b"\n\n[]\n")
+    folder = convert("alpaca", path, **NO_LIMIT)
+    assert [row["id"] for row in read_jsonl(folder / "data.jsonl")] == ["alpaca_1"]
+    rejects = [(row["line"], row["reason"]) for row in read_jsonl(folder / "rejects.jsonl")]
+    assert rejects == [(1, "not_an_object"), (4, "not_an_object")]
+
+
+def test_odd_values_in_fields_that_are_not_read_are_no_fault(tmp_path: Path, convert):
+    path = tmp_path / "rows.jsonl"
+    odd = [b"NaN", b"9" * 40, b'"\\ud800"', b"[" * 900 + b"]" * 900, b'{"x": 1, "x": 2}']
+    path.write_bytes(b"".join(GOOD[:-1] + b', "w": ' + value + b"}\n" for value in odd))
+    assert len(read_jsonl(convert("alpaca", path) / "data.jsonl")) == len(odd)
+
+
+def test_rejects_show_the_row(tmp_path: Path, convert):
+    path = tmp_path / "rows.jsonl"
+    deep = b'{"instruction": "i", "x": ' + b"[" * 300 + b"]" * 300 + b"}"
+    path.write_bytes(b"\n".join([GOOD, b'{"instruction": 5}', b'{"instruction": "\\ud800"}', b"\xff{", deep]))
+    rejects = read_jsonl(convert("alpaca", path, **NO_LIMIT) / "rejects.jsonl")
+    assert rejects[0]["row"] == {"instruction": 5}
+    assert json.loads(rejects[1]["text"]) == {"instruction": "\ud800"}
+    assert rejects[2]["text"] == "\\xff{"
+    assert json.loads(rejects[3]["text"])["instruction"] == "i"
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+def test_a_row_too_large_is_one_in_every_container(ending: str, tmp_path: Path, convert, monkeypatch):
+    monkeypatch.setattr(reformat, "MAX_ROW_BYTES", 1000)
+    rows = sample_rows("alpaca", 3)
+    rows[1]["output"] = "long" * 300
+    folder = convert("alpaca", write_rows(tmp_path / "rows", rows, ending), **NO_LIMIT)
+    (reject,) = read_jsonl(folder / "rejects.jsonl")
+    assert (reject["id"], reject["reason"]) == ("alpaca_1", "row_too_large")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b" \n", gzip.compress(b"", mtime=0), b"[\n]\n"])
+def test_no_row_is_an_error(content: bytes, tmp_path: Path):
+    (tmp_path / "rows").write_bytes(content)
+    outcome = outcome_of("alpaca", tmp_path / "rows", tmp_path / "out")
+    assert "no row" in outcome.error or "is empty" in outcome.error
+    assert files_in(tmp_path / "out") <= {"rejects.jsonl"}
+
+
+def test_limits(tmp_path: Path):
+    """One faulty row in 100 is borne by default, two are not; blank turns are no faults; --strict bears nothing."""
+
+    def outcome(faulty: int, **settings: object):
+        rows = sample_rows("alpaca", 100)
+        rows[7] = {"instruction": "i", "output": " "}
+        rows[8 : 8 + faulty] = [{"instruction": 3}] * faulty
+        write_rows(tmp_path / "rows", rows, ".jsonl")
+        return outcome_of("alpaca", tmp_path / "rows.jsonl", tmp_path / "out", **settings)
+
+    borne = outcome(1)
+    assert borne.error is None and (borne.filtered, borne.refused, borne.accepted) == (1, 1, 98)
+    data = (tmp_path / "out" / "alpaca" / "data.jsonl").read_bytes()
+    for faulty, settings, message in ((0, {"strict": True}, "1 of 100"), (2, {}, "2 of 100 .*--max_reject_rate 0.01")):
+        left_out = outcome(faulty, **settings)
+        assert left_out.too_many and re.search(message, left_out.error)
+        assert (tmp_path / "out" / "alpaca" / "data.jsonl").read_bytes() == data, "an earlier result stays"
+    assert outcome(2, max_reject_rate=0.02).error is None
+    write_rows(tmp_path / "rows", [{"instruction": "i", "output": " "}] * 3, ".jsonl")
+    nothing = outcome_of("alpaca", tmp_path / "rows.jsonl", tmp_path / "new")
+    assert "none of 3 rows" in nothing.error and files_in(tmp_path / "new") == {"rejects.jsonl"}
+
+
+def test_settings_are_checked():
+    for bad in ({"workers": 0}, {"max_reject_rate": 1.5}, {"max_reject_rate": -0.1}):
+        with pytest.raises(ValueError, match=f"--{next(iter(bad))}"):
+            Settings(**bad)

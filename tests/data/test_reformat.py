@@ -1,0 +1,182 @@
+"""A run over data sets: one that fails does not touch the others, what is finished is kept, kills leave nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from raw_data import GOOD, NO_LIMIT, PUBLISHED, contents, files_in, outcome_of, read_jsonl, sample_rows, write_rows
+
+from router_tuning.data import reformat as module
+from router_tuning.data.formats import FORMATS
+from router_tuning.data.reformat import Settings, reformat
+
+
+def raw_sets(folder: Path, count: int, *names: str) -> dict[str, Path]:
+    return {name: write_rows(folder / name / "rows", sample_rows(name, count), ".jsonl") for name in names}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_the_files_do_not_depend_on_the_workers(workers: int, tmp_path: Path, convert):
+    places = raw_sets(tmp_path, 60, *FORMATS)
+    outcomes = reformat(places, tmp_path / "out", Settings(workers))
+    assert [outcome.name for outcome in outcomes] == list(FORMATS)
+    for name, place in places.items():
+        assert contents(tmp_path / "out" / name) == contents(convert(name, place))
+
+
+def dies(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fails(*_: object) -> None:
+    raise LookupError("nobody has\nthought of it")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_one_bad_data_set_does_not_take_the_others_with_it(workers: int, tmp_path: Path, monkeypatch):
+    """A damaged file, a place without files, an error that nobody has thought of, and the death of the process."""
+    places = raw_sets(tmp_path, 10, *FORMATS)
+    places["meta_math_qa"].write_text('[{"query": "q"')
+    places["slim_orca"] = tmp_path / "nowhere"
+    converts = {name: known.convert for name, known in FORMATS.items()}
+    converts |= {"evol_instruct": dies, "vicuna_sharegpt": fails}
+    for name, known in FORMATS.items():
+        monkeypatch.setitem(FORMATS, name, module.Format(**{**vars(known), "convert": converts[name]}))
+    errors = {outcome.name: outcome.error for outcome in reformat(places, tmp_path / "out", Settings(workers))}
+    assert "rows.jsonl:1: " in errors["meta_math_qa"] and "no file, no folder" in errors["slim_orca"]
+    assert "exit code -9" in errors["evol_instruct"]
+    assert errors["vicuna_sharegpt"] == "vicuna_sharegpt: LookupError: nobody has thought of it"
+    for name in ("alpaca", "evol_code_alpaca"):
+        assert errors[name] is None and len(read_jsonl(tmp_path / "out" / name / "data.jsonl")) == 10
+
+
+def test_names_of_files_that_are_no_text(tmp_path: Path, convert):
+    place = tmp_path / "rows"
+    place.mkdir()
+    with open(os.fsencode(place) + b"/\xff.jsonl", "wb") as file:
+        file.write(b"{}\n" + GOOD)
+    (reject,) = read_jsonl(convert("alpaca", place, **NO_LIMIT) / "rejects.jsonl")
+    assert reject["file"] == "\\xff.jsonl"
+
+
+def test_a_data_set_that_is_finished_is_kept(tmp_path: Path, convert):
+    """As long as its files are the same, and it is good enough for the settings of now."""
+    rows = sample_rows("alpaca", 30)
+    place = write_rows(tmp_path / "rows", [*rows, {"instruction": 3}], ".jsonl")
+
+    def made(**settings: object) -> tuple[bool, str | None, list[int]]:
+        outcome = outcome_of("alpaca", place, tmp_path / "out", **settings)
+        folder = tmp_path / "out" / "alpaca"
+        return outcome.resumed, outcome.error, [(folder / name).stat().st_mtime_ns for name in PUBLISHED]
+
+    first = made(**NO_LIMIT)
+    assert first[:2] == (False, None)
+    again = made(resume=True, **NO_LIMIT)
+    assert again == (True, None, first[2])
+    os.utime(place)
+    assert made(resume=True, **NO_LIMIT) == again
+    kept, error, times = made(resume=True)
+    assert kept and "1 of 31 rows are refused" in error and times == first[2]
+    assert made(**NO_LIMIT)[2] != first[2]
+    place.write_bytes(place.read_bytes().replace(b"plain", b"PLAIN"))
+    assert made(resume=True, **NO_LIMIT)[0] is False
+    assert b"PLAIN" in (tmp_path / "out" / "alpaca" / "data.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["missing data", "short data", "no report", "half a report", "another version"])
+def test_what_is_not_whole_is_made_again(damage: str, tmp_path: Path, convert):
+    place = write_rows(tmp_path / "rows", sample_rows("alpaca", 30), ".jsonl")
+    folder = convert("alpaca", place)
+    before, report = contents(folder), folder / "reformat.json"
+    if "data" in damage:
+        os.truncate(folder / "data.jsonl", 100) if damage == "short data" else (folder / "data.jsonl").unlink()
+    elif damage == "no report":
+        report.unlink()
+    else:
+        text = report.read_text()
+        report.write_text(text[:-9] if "half" in damage else text.replace('"version": ', '"version": 9'))
+    assert not outcome_of("alpaca", place, folder.parent, resume=True).resumed
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_9_at_random_points(workers: int, tmp_path: Path, root: Path):
+    """No file is there in part, and the run that comes after makes what an undisturbed one does, and no more."""
+    names = ("alpaca", "meta_math_qa", "evol_code_alpaca")
+    for name in names:
+        write_rows(tmp_path / "raw" / name / "rows", sample_rows(name, 9000), ".json")
+    command = [sys.executable, str(root / "entrypoints" / "data" / "reformat_datasets.py"), "--workers", str(workers)]
+    command += ["--raw_data_root", str(tmp_path / "raw"), "--resume", "--save_path"]
+    subprocess.run([*command, str(tmp_path / "calm")], check=True, capture_output=True)
+    draw, out, killed = random.Random(workers), tmp_path / "killed", 0
+    calm = {name: contents(tmp_path / "calm" / name) for name in names}
+    for _ in range(5):
+        process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        begun = time.monotonic()
+        while process.poll() is None and not list(out.glob("*/.partial.*")) and time.monotonic() < begun + 20:
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        for name in names:
+            for path, wanted in zip(PUBLISHED, calm[name], strict=True):
+                found = out / name / path
+                assert not found.exists() or found.read_bytes() == wanted
+    assert killed
+    subprocess.run([*command, str(out)], check=True, capture_output=True)
+    assert {name: contents(out / name) for name in names} == calm
+    assert files_in(out) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("locked", ["out", "out/alpaca"])
+def test_places_that_cannot_be_written(locked: str):
+    """One line; what is there stays as it is."""
+    with TemporaryDirectory() as name:  # folders of pytest are closed to other users
+        base = Path(name)
+        base.chmod(0o755)
+        path = write_rows(base / "rows", sample_rows("alpaca", 10), ".json")
+        (base / "out" / "alpaca").mkdir(parents=True)
+        (base / "out" / "alpaca" / "data.jsonl").write_text("before\n")
+        (base / locked).chmod(0o555)
+        if os.geteuid() == 0:  # permissions bind everybody but the superuser
+            os.seteuid(65534)
+        try:
+            outcome = outcome_of("alpaca", path, base / "out")
+        finally:
+            os.seteuid(os.getuid())
+        assert "cannot be written: Permission denied" in outcome.error and "\n" not in outcome.error
+        assert files_in(base / "out") == {"data.jsonl"}
+        (base / "file").touch()
+        assert f"{base}/file" in outcome_of("alpaca", path, base / "file").error
+
+
+@pytest.mark.parametrize("entry", ["reformat_datasets.py", "mix_datasets.py"])
+def test_no_more_room_for_a_file(entry: str, tmp_path: Path, root: Path, convert):
+    """The system refuses to let a file grow, as on a full disk; the command says so and leaves nothing."""
+    path = write_rows(tmp_path / "raw" / "alpaca", sample_rows("alpaca", 3000), ".json")
+    convert("alpaca", path, tmp_path / "whole")
+    others = [f"{name}=0" for name in FORMATS if name != "alpaca"]
+    options = {
+        "reformat_datasets.py": ["--raw_data_root", tmp_path / "raw"],
+        "mix_datasets.py": ["--reformatted_dir", tmp_path / "whole", "--portion", "alpaca=1", *others],
+    }[entry]
+    command = [sys.executable, root / "entrypoints" / "data" / entry, *options, "--save_path", tmp_path / "out"]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and os.strerror(errno.EFBIG) in error, done.stderr
+    assert files_in(tmp_path / "out") == set()
