@@ -18,7 +18,7 @@ import orjson
 import xxhash
 from tqdm import tqdm
 
-from router_tuning.data.containers import reading, recognise
+from router_tuning.data.containers import BUFFER, reading, recognise
 from router_tuning.data.formats import FORMATS, Format
 from router_tuning.data.json_rows import EXCERPT
 from router_tuning.data.policy import FILTERED, MAX_ROW_BYTES, Reject, json_type
@@ -30,7 +30,6 @@ VERSION = 3
 """Of the rules by which rows are read and accepted; what another version made is not resumed."""
 
 LINE = orjson.OPT_APPEND_NEWLINE
-BUFFER = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,30 +25,30 @@ def table_rows(path: Path, parquet: bool, columns: Sequence[str]) -> Rows:
     """
     number = 0
     for batch in _parquet_batches(path, columns) if parquet else _arrow_batches(path, columns):
-        for first in range(0, batch.num_rows, BATCH_ROWS):
-            for row in _values(batch.slice(first, BATCH_ROWS)):
-                number += 1
-                yield number, row
+        for row in _values(batch):
+            number += 1
+            yield number, row
 
 
 def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     # Without pre_buffer, and with a read buffer, a row group is decoded as it is read and never held as a whole.
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER) as file:
-        schema = file.schema_arrow
-        known = [schema.names[index] for index in _indices(path, schema, columns)]
+        known = [file.schema_arrow.names[index] for index in _indices(path, file.schema_arrow, columns)]
         yield from file.iter_batches(BATCH_ROWS, columns=known, use_threads=False)
 
 
 def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    # Read, not mapped: pages of a mapping count as memory of this process for as long as the system keeps them.
-    with pa.OSFile(str(path)) as source:
-        is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
-        with pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source) as reader:
-            indices = _indices(path, reader.schema, columns)
-            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-            for batch in batches:
-                yield batch.select(indices)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    source = pa.py_buffer(mapped)
+    is_file = mapped[:6] == b"ARROW1"
+    reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+    indices = _indices(path, reader.schema, columns)
+    for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+        for first in range(0, batch.num_rows, BATCH_ROWS):
+            yield batch.select(indices).slice(first, BATCH_ROWS)
+            # Many writers make one batch of a whole file: what is read of it need not stay in memory.
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _indices(path: Path, schema: pa.Schema, columns: Sequence[str]) -> list[int]:
