@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -119,9 +118,11 @@ def _lock(folder: Path, wait: bool = False) -> int | None:
     """Lock a folder; None where another process has it locked, or where there are no locks."""
     handle = None
     try:
+        import fcntl  # Windows has none
+
         handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except (ImportError, OSError):
         _unlock(handle)
         return None
     return handle

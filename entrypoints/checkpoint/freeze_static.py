@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from router_tuning.checkpoint.base import read_config
+from router_tuning.checkpoint.card import front_matter
 from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
 from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
@@ -74,9 +76,11 @@ def main() -> None:
     table = Table(["model", "loss on the answers (nats per token)"], list(losses.items()), digits=4)
     what = [f"layers {', '.join(map(str, frozen.removed))} removed"] if frozen.removed else []
     what += [f"{', '.join(frozen.silenced)} silenced"] if frozen.silenced else []
+    head = front_matter(str(read_config(base).get("mod_base")))
+    what += [f"their skip paths have no place in a plain checkpoint: {', '.join(frozen.lost)}"] if frozen.lost else []
     card = (
-        f"# {base.name}, frozen routing\n\nFrom the routers of `{args.run.name}`: {'; '.join(what)}; everything else "
-        f"always runs. A plain `{model.config.model_type}` checkpoint.\n\n{table.markdown()}\n\n"
+        f"{head}\n\n# {base.name}, frozen routing\n\nFrom the routers of `{args.run.name}`: {'; '.join(what)}; "
+        f"everything else always runs. A plain `{model.config.model_type}` checkpoint.\n\n{table.markdown()}\n\n"
         f"Measured on {len(rows)} rows.\n"
     )
     facts = {

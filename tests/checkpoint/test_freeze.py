@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
 from router_tuning.errors import UserError
-from router_tuning.model import force_routing, is_routed, route
+from router_tuning.model import force_routing, is_routed, route, routed_modules
 
 
 @torch.no_grad()
@@ -44,6 +44,23 @@ def test_frozen_equals_forced_policy(tmp_path, family, granularity):
     cached = again.generate(ids, do_sample=False, max_new_tokens=5, pad_token_id=0)
     plain = again.generate(ids, do_sample=False, max_new_tokens=5, pad_token_id=0, use_cache=False)
     assert torch.equal(cached, plain), "layers must find their own cache after others were removed"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "family, skip, held", [("phi", "mean", True), ("llama", "mean", False), ("phi", "low_rank", False)]
+)
+def test_a_skip_path_is_kept_where_the_checkpoint_has_a_place_for_it(family, skip, held):
+    model = route(tiny_model(family), mod_layers=[2], granularity="mlp_token", skip=skip)
+    path = routed_modules(model)["2.mlp"].mod_skip
+    for parameter in path.parameters():
+        parameter.normal_()
+    assert freeze(model, ["2.mlp"]).lost == (() if held else ("2.mlp",))
+    if held:
+        given = []
+        model.model.layers[2].mlp.register_forward_hook(lambda *seen: given.append(seen[2]))
+        logits(model)
+        torch.testing.assert_close(given[0], path.bias.expand_as(given[0]))
 
 
 def test_what_is_dropped():

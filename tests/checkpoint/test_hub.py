@@ -11,7 +11,8 @@ import pytest
 from fake_hub import FakeHub
 
 from router_tuning.checkpoint import export as exports
-from router_tuning.checkpoint.hub import push_export
+from router_tuning.checkpoint.card import model_card
+from router_tuning.checkpoint.hub import push_export, uploaded_files
 from router_tuning.errors import UserError
 
 
@@ -63,3 +64,25 @@ def test_strangers_and_pickles_stay_here(tmp_path, export):
         push_export(tmp_path, "me/tiny")
     with pytest.raises(UserError, match="--repo_id a/b/c"):
         push_export(export, "a/b/c")
+
+
+def test_what_would_be_uploaded_is_checked_without_a_hub(tmp_path, run, base, root):
+    for form in ("full", "adapter"):
+        exports.export(run, base, tmp_path / form, form, model_card(run, form))
+        expected = {path.name: path.stat().st_size for path in (tmp_path / form).iterdir()}
+        assert uploaded_files(tmp_path / form, "me/tiny") == expected
+    command = [
+        sys.executable,
+        str(root / "entrypoints/checkpoint/push_to_hub.py"),
+        "--dry_run",
+        "--repo_id",
+        "me/tiny",
+    ]
+    done = subprocess.run([*command, "--folder", str(tmp_path / "full")], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0 and "model.safetensors.index.json" in done.stdout, done.stderr
+    (tmp_path / "full" / "README.md").write_text("---\ntags: [one\n---\n")
+    with pytest.raises(UserError, match=r"README\.md is no model card"):
+        uploaded_files(tmp_path / "full", "me/tiny")
+    (tmp_path / "adapter" / "more.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    with pytest.raises(UserError, match="which is gone"):
+        uploaded_files(tmp_path / "adapter", "me/tiny")

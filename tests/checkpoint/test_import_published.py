@@ -15,7 +15,7 @@ from router_tuning.checkpoint.base import row_reader, skeleton
 from router_tuning.checkpoint.import_published import import_published
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, record_routing, route, routed_modules
-from router_tuning.model.identity import base_identity
+from router_tuning.model.fingerprint import base_fingerprint
 
 
 @pytest.fixture
@@ -50,8 +50,8 @@ def test_decisions_are_those_of_the_published_weights(tmp_path, published, base)
 
 
 def test_probes_equal_those_of_a_loaded_model_so_that_another_base_is_refused(tmp_path, published, base):
-    loaded = base_identity(AutoModelForCausalLM.from_pretrained(base))
-    assert base_identity(skeleton(base), row_reader(base))["probes"] == loaded["probes"]
+    loaded = base_fingerprint(AutoModelForCausalLM.from_pretrained(base))
+    assert base_fingerprint(skeleton(base), row_reader(base))["probes"] == loaded["probes"]
     import_published(published[0], base, tmp_path / "run")
     other = write_base(tmp_path / "other", seed=3)
     with pytest.raises(UserError, match="other weights"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def model_card(run: Path, form: str = "full", scores: str | None = None) -> str:
     arguments = record.get("arguments", {})
     name = arguments.get("model_name_or_path") or (routing.get("base") or {}).get("name_or_path") or "its base"
     name = Path(name).name if name.startswith(("/", ".")) else name
-    parts = [_front_matter(name), f"# {name} with Router-Tuning", _method(name, routing, trained(run))]
+    parts = [front_matter(name), f"# {name} with Router-Tuning", _method(name, routing, trained(run))]
     facts = _facts(record, arguments)
     if facts:
         parts += ["## Training", facts]
@@ -63,8 +64,11 @@ def model_card(run: Path, form: str = "full", scores: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(name: str) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", f"base_model: {name}"]
+def front_matter(base: str) -> str:
+    """YAML at the head of a card; a base is named where the hub knows it."""
+    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
+        lines.append(f"base_model: {base}")
     return "\n".join(["---", *lines, "tags: [mixture-of-depths, router-tuning, dynamic-depth]", "---"])
 
 
@@ -73,10 +77,12 @@ def _method(name: str, routing: dict[str, Any], what: str) -> str:
     listed = routing["mod_layers"]
     listed = listed if isinstance(listed, dict) else {"": listed}
     layers = "; ".join(f"{part} {', '.join(map(str, layers))}".strip() for part, layers in listed.items())
+    skip = routing.get("mod_skip", "zero")
+    instead = {"mean": "its mean output", "low_rank": f"a fitted map of rank {routing.get('mod_skip_rank')}"}
     return (
         f"The weights are those of `{name}`, {weights.get(what, 'all tuned further')}. Routers on layers {layers} "
         f"(`{routing['mod_granularity']}`, pooling `{routing['mod_router_pooling']}`) decide per input which modules "
-        "run; what they skip is not computed and stores no key or value."
+        f"run; what they skip is not computed" + (f": {instead[skip]} takes its place." if skip in instead else ".")
     )
 
 

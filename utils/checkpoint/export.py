@@ -18,7 +18,7 @@ from router_tuning.checkpoint.run_folder import ADAPTER, MODEL, read_run, tokeni
 from router_tuning.checkpoint.shards import INDEX, WEIGHTS, bring, tensor_names, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers
-from router_tuning.model.identity import base_identity, check_base
+from router_tuning.model.fingerprint import base_fingerprint, check_base
 from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights
 from router_tuning.tuning.run_folder import TEMPLATE
 
@@ -96,7 +96,7 @@ def write_routed(run: Path, weights: Path, folder: Path, link: bool) -> None:
         bring(file, folder / name, link)
     _write_tokenizer(run, weights, folder)
     shutil.copyfile(run / WEIGHTS_NAME, folder / WEIGHTS_NAME)
-    config = read_router_config(run) | {"base": base_identity(model, row_reader(weights))}
+    config = read_router_config(run) | {"base": base_fingerprint(model, row_reader(weights))}
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     places = {name: names[file] for name, file in shards.items()} | dict.fromkeys(routers, WEIGHTS_NAME)
     size = sum((folder / name).stat().st_size for name in set(places.values()))

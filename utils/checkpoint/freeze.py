@@ -21,11 +21,15 @@ OUTPUTS = {"attn": ("o_proj", "dense", "out_proj"), "mlp": ("down_proj", "fc2", 
 
 @dataclass(frozen=True)
 class Frozen:
-    """What a frozen checkpoint leaves out: ``removed`` layers, and ``silenced`` modules (``"<layer>.<part>"``)."""
+    """What a frozen checkpoint leaves out: ``removed`` layers, and ``silenced`` modules (``"<layer>.<part>"``).
+
+    ``lost`` are those of them whose skip path the checkpoint cannot hold.
+    """
 
     removed: tuple[int, ...]
     silenced: tuple[str, ...]
     kept: tuple[str, ...]
+    lost: tuple[str, ...]
 
 
 def seldom_used(capacity: Mapping[str, float], max_use: float) -> list[str]:
@@ -39,7 +43,8 @@ def freeze(model: PreTrainedModel, dropped: Sequence[str]) -> Frozen:
 
     A block is taken out of the decoder (fewer layers, less work everywhere). Plain configurations cannot say "layer
     without attention", so an attention or MLP keeps its place and its output projection becomes zero: the numbers are
-    exactly those of skipping it, the work is not saved.
+    exactly those of skipping it, the work is not saved. A skip path that is a mean becomes the projection's bias where
+    there is one; any other is lost.
 
     Raises :class:`UserError` for a dropped router that the model lacks, for experts, and for an output projection that
     is not found under a known name.
@@ -56,14 +61,17 @@ def freeze(model: PreTrainedModel, dropped: Sequence[str]) -> Frozen:
     silenced = tuple(name for name in dropped if not name.endswith(".block"))
     targets = {name: modules[name] for name in silenced}
     projections = {name: _output_projection(name, module) for name, module in targets.items()}
+    paths = {name: modules[name].mod_skip for name in dropped if modules[name].mod_skip is not None}
+    held = {name for name, path in paths.items() if name in silenced and path.down is None}
+    held = {name for name in held if projections[name].bias is not None}
     unroute(model)
-    for projection in projections.values():
+    for name, projection in projections.items():
         projection.weight.zero_()
         if projection.bias is not None:
-            projection.bias.zero_()
+            projection.bias.copy_(paths[name].bias if name in held else torch.zeros_like(projection.bias))
     if removed:
         _remove_layers(model, removed)
-    return Frozen(removed, silenced, kept)
+    return Frozen(removed, silenced, kept, tuple(name for name in paths if name not in held))
 
 
 def write_frozen(

@@ -14,7 +14,7 @@ from router_tuning.checkpoint.output_folder import new_folder
 from router_tuning.checkpoint.shards import tensor_names, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import route, save_routers
-from router_tuning.model.identity import base_identity
+from router_tuning.model.fingerprint import base_fingerprint
 from router_tuning.model.saving import CONFIG_NAME, router_names
 
 PUBLISHED = re.compile(r"(?:^|\.)layers\.(\d+)\.router\.weight$")
@@ -59,9 +59,9 @@ def import_published(
                 f"needs (1, {model.config.hidden_size}), or values that are not finite"
             )
         state[name] = weight
-    identity = {**base_identity(model, row_reader(base)), "name_or_path": base.name}
+    fingerprint = {**base_fingerprint(model, row_reader(base)), "name_or_path": base.name}
     with new_folder(output, overwrite, CONFIG_NAME) as staged:
-        save_routers(model, staged, state=state, extra={"base": identity, "imported_from": source.name})
+        save_routers(model, staged, state=state, extra={"base": fingerprint, "imported_from": source.name})
     return layers
 
 

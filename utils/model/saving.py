@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..files import publish, write_text
 from .configuration_mod import ModConfig
 from .dial import logits_at
-from .identity import base_identity, causal_lm, check_base
+from .fingerprint import base_fingerprint, causal_lm, check_base
 from .recording import routed_base
 from .routing import is_routed, route, routed_modules, set_thresholds, unroute
 from .seams import WHERE, decoder_of
@@ -72,19 +72,19 @@ def save_routers(
     Args:
         state: weights that the caller has gathered from shards; what is not among them is read from the model.
         extra: further entries of the configuration (calibration, provenance), JSON-serialisable; ``base`` is the
-            identity of the base, needed where the model's own weights lie in shards.
+            fingerprint of the base, needed where the model's own weights lie in shards.
     """
     folder, extra = Path(folder), dict(extra or {})
     tensors, given = router_tensors(model), state or {}
     if not set(given) <= set(tensors):
         raise UserError(f"router weights {sorted(set(given) - set(tensors))} do not belong to this model")
     state = {name: _as_saved(tensor) for name, tensor in {**tensors, **given}.items()}
-    identity = extra.pop("base", None) or base_identity(model)
-    config = {"format": FORMAT, **routed_base(model).mod_config.to_fields(), "base": identity, **extra}
+    base = extra.pop("base", None) or base_fingerprint(model)
+    config = {"format": FORMAT, **routed_base(model).mod_config.to_fields(), "base": base, **extra}
     text = json.dumps(config, indent=2) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_NAME, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    _replace(folder / CONFIG_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+    with publish(folder / WEIGHTS_NAME) as draft:
+        save_file(state, draft, metadata={"format": "pt"})
+    write_text(folder / CONFIG_NAME, text)
     return folder
 
 
@@ -200,21 +200,6 @@ def _check_routing(model: nn.Module, saved: ModConfig, folder: Path) -> None:
                 f"{folder / CONFIG_NAME}: {name} is {getattr(saved, name)!r} there and {getattr(here, name)!r} on the "
                 "model: unroute(model) first, or route it the same way"
             )
-
-
-def _replace(path: Path, write) -> None:
-    """Write through a temporary name, then rename; the file gets ordinary permissions."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _sigmoid(logit: float) -> float:

@@ -22,7 +22,7 @@ class TuningJob:
 
     Attributes:
         settings: what a run must share with a checkpoint to continue it.
-        base_identity: what tells the base from others, for ``router_config.json``; read before an engine cuts the
+        base_fingerprint: what tells the base from others, for ``router_config.json``; read before an engine cuts the
             weights.
         resume: the checkpoint to continue, complete and checked.
     """
@@ -31,7 +31,7 @@ class TuningJob:
     model: PreTrainedModel
     data: TrainingData
     settings: dict[str, Any]
-    base_identity: dict[str, Any]
+    base_fingerprint: dict[str, Any]
     interruption: Interruption
     resume: Path | None = None
 

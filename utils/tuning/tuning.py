@@ -155,7 +155,7 @@ def save_measured(job: TuningJob, tuned: TunedRun) -> None:
     if job.training.should_save:
         routing = {name: value for name, value in tuned.weights.items() if "mod_router" in name or "mod_skip" in name}
         routers = {_router_name(name): value for name, value in routing.items()}
-        save_routers(tuned.model, job.output, state=routers, extra={**tuned.extra, "base": job.base_identity})
+        save_routers(tuned.model, job.output, state=routers, extra={**tuned.extra, "base": job.base_fingerprint})
         if (config := job.output / "model" / "config.json").is_file():  # calibration has moved the thresholds
             threshold = {"mod_threshold": tuned.model.config.mod_threshold}
             write_json(config, json.loads(config.read_text(encoding="utf-8")) | threshold)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig, load_routers, route
 from router_tuning.model.configuration_mod import select_layers
-from router_tuning.model.saving import base_identity
+from router_tuning.model.saving import base_fingerprint
 from router_tuning.tuning.arguments import ROOT, ModelArguments, RoutingArguments
 
 _PROBED = 1 << 20  # bytes read at either end of a weight file for its fingerprint
@@ -143,17 +143,17 @@ def mark_trainable(model: PreTrainedModel, routing: RoutingArguments) -> PreTrai
 
 
 def identify(model: PreTrainedModel) -> dict[str, Any]:
-    """:func:`base_identity` of a freshly loaded model, also where ZeRO-3 has already cut its weights. Collective."""
+    """:func:`base_fingerprint` of a fresh model, also where ZeRO-3 has already cut its weights. Collective."""
     parts = [
         model.get_input_embeddings().weight,
         *(p for n, p in model.named_parameters() if n.endswith("model.norm.weight")),
     ]
     if not hasattr(parts[0], "ds_id"):
-        return base_identity(model)
+        return base_fingerprint(model)
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(parts):
-        return base_identity(model)
+        return base_fingerprint(model)
 
 
 def fingerprint(folder: Path) -> str:

@@ -18,7 +18,7 @@ _PROBES = 16
 ReadRows = Callable[[str, slice], Tensor | None]
 
 
-def base_identity(model: nn.Module, read: ReadRows | None = None) -> dict[str, Any]:
+def base_fingerprint(model: nn.Module, read: ReadRows | None = None) -> dict[str, Any]:
     """What tells one base from another, whatever its dtype: sizes, and a few embedding and norm values.
 
     Args:
@@ -53,10 +53,10 @@ def _probes(causal: PreTrainedModel, read: ReadRows | None) -> list[float] | Non
 
 
 def check_base(model: nn.Module, saved: Any, where: Path, read: ReadRows | None = None) -> None:
-    """UserError unless ``model`` is the base whose identity ``saved`` is, read from the file ``where``."""
+    """UserError unless ``model`` is the base whose fingerprint ``saved`` is, read from the file ``where``."""
     if not isinstance(saved, dict):
         raise UserError(f"{where}: the base that these routers belong to is not recorded; save them anew")
-    here, name = base_identity(model, read), str(saved.get("name_or_path") or "")[:100]
+    here, name = base_fingerprint(model, read), str(saved.get("name_or_path") or "")[:100]
     for field in ("model_type", "num_hidden_layers", "hidden_size"):
         if saved.get(field) != here[field]:
             raise UserError(
