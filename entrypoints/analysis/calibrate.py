@@ -59,8 +59,7 @@ def main() -> None:
         set_thresholds(model, thresholds_for({"dial": dial}, args.capacity, args.run))
     kept = {key: value for key, value in config.items() if key not in OURS and not key.startswith("mod_")}
     save_routers(model, args.run, extra={**kept, "dial": dial, "base": config["base"]})
-    worst = max(abs(c - r) for c, r in zip(dial["capacity"], dial["reached"], strict=True))
-    print(f"calibrated on {len(labelled)} conversations: every budget within {100 * worst:.2f} points there")
+    print(f"calibrated on {len(labelled)} conversations: {dial['flops'][0]:.3f} to 1 of the decoder's operations")
     print(f"output: {args.run}")
 
 

@@ -8,9 +8,10 @@ from tiny_models import tiny_model
 from transformers import AutoTokenizer
 
 from router_tuning.evaluation import cost
-from router_tuning.evaluation.cost import cache_bytes, count_flops, measure_cost
+from router_tuning.evaluation.cost import cache_bytes, measure_cost
 from router_tuning.evaluation.rows import prompt_batches
 from router_tuning.model import force_routing, route
+from router_tuning.model.flops import count_flops
 
 PROMPTS = ["<|user|>\nAdd 12 and 3.\n<|assistant|>\n", "<|user|>\nCopy.\nInput: ABC\n<|assistant|>\n", "Hi"]
 

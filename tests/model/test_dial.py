@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import random_batch
-from tiny_routed import routed_model
+from tiny_routed import random_skip_paths, routed_model
 
+from router_tuning.errors import UserError
 from router_tuning.model import dial as dial_module
 from router_tuning.model import load_routers, record_routing, routed_modules, save_routers, set_thresholds
 from router_tuning.model.dial import calibrate
+from router_tuning.model.flops import flops_share
 from router_tuning.model.saving import thresholds_for
 
 
@@ -18,25 +20,42 @@ def batches(count=3, rows=40, seed=5):
     return [{"input_ids": ids, "attention_mask": mask} for ids, mask in made]
 
 
+@torch.no_grad()
 def reached(model, data):
-    total = []
-    with torch.no_grad():
-        for batch in data:
-            with record_routing(model) as log:
-                model(**batch, use_cache=False)
-            total.append(log.capacity()["total"])
-    return sum(total) / len(total)
+    """Share of rows or tokens that run, by router, over all data."""
+    log_of = []
+    for batch in data:
+        with record_routing(model) as log:
+            model(**batch, use_cache=False)
+        log_of.append(log)
+    names = {module.mod_key: name for name, module in routed_modules(model).items()}
+    return {names[key]: sum(log.capacity()[key] for log in log_of) / len(log_of) for key in names}
 
 
+def mean(shares):
+    return sum(shares.values()) / len(shares)
+
+
+@pytest.mark.parametrize("skip", ["zero", "low_rank"])
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence", "attn_token", "attn_token+mlp_token"])
-def test_every_budget_is_reached_on_the_calibration_data(granularity, tmp_path):
-    model, data = routed_model("llama", granularity), batches()
+def test_every_budget_is_reached_on_the_calibration_data(granularity, skip, tmp_path):
+    def fresh():
+        model = routed_model("llama", granularity, skip=skip, skip_rank=4)
+        random_skip_paths(model)
+        return model
+
+    model, data = fresh(), batches()
     dial = calibrate(model, data)
     save_routers(model, tmp_path, extra={"dial": dial})
-    for budget in (0.0, 0.13, 0.25, 0.5, 0.75, 0.9, 1.0):
-        fresh = routed_model("llama", granularity)
-        load_routers(fresh, tmp_path, capacity=budget)
-        assert abs(reached(fresh, data) - budget) <= 0.02, budget
+    least = mean(reached(load_routers(fresh(), tmp_path, capacity=0.0), data))
+    for budget in (0.13, 0.25, 0.5, 0.75, 0.9, 1.0):
+        assert abs(mean(reached(load_routers(fresh(), tmp_path, capacity=budget), data)) - max(budget, least)) <= 0.02
+        share = dial["flops"][0] + budget * (1 - dial["flops"][0])
+        turned = load_routers(fresh(), tmp_path, flops=share)
+        assert abs(flops_share(turned, reached(turned, data)) - share) <= 0.02 * (1 - dial["flops"][0])
+    assert (least > 0) == (skip == "low_rank" and "token" in granularity), "first tokens always run"
+    with pytest.raises(UserError, match="out of reach"):
+        load_routers(fresh(), tmp_path, flops=dial["flops"][0] - 0.01)
 
 
 def test_budgets_hold_on_other_data():
@@ -44,17 +63,25 @@ def test_budgets_hold_on_other_data():
     dial = calibrate(model, batches())
     for budget in (0.25, 0.5, 0.75):
         set_thresholds(model, thresholds_for({"dial": dial}, budget, "here"))
-        assert abs(reached(model, batches(seed=50)) - budget) <= 0.04
+        assert abs(mean(reached(model, batches(seed=50))) - budget) <= 0.04
+
+
+def test_few_passes_are_taken(monkeypatch):
+    taken, plain = [], dial_module.router_logits
+    monkeypatch.setattr(dial_module, "router_logits", lambda *args: taken.append(1) or plain(*args))
+    calibrate(routed_model("llama", "attn_token+mlp_token"), batches())
+    assert len(taken) <= 9
 
 
 def test_a_start_sets_the_differences_between_routers():
     model, data = routed_model("llama", "attn_token"), batches()
     names = list(routed_modules(model))
     start = {"capacity": [0.0, 1.0], "logit": {name: [float(i), float(i)] for i, name in enumerate(names)}}
-    dial = calibrate(model, data, start=start, capacity=(0.0, 0.5, 1.0))
+    dial = calibrate(model, data, start=start, grid=(0.0, 0.5, 1.0))
     first, last = dial["logit"][names[0]][1], dial["logit"][names[-1]][1]
     assert last - first == pytest.approx(len(names) - 1)
-    assert abs(dial["reached"][1] - 0.5) <= 0.02
+    set_thresholds(model, thresholds_for({"dial": dial}, 0.5, "here"))
+    assert abs(mean(reached(model, data)) - 0.5) <= 0.02
 
 
 def test_decisions_that_move_all_scores_behind_them_are_solved_too(monkeypatch):
@@ -65,17 +92,19 @@ def test_decisions_that_move_all_scores_behind_them_are_solved_too(monkeypatch):
 
     def logits(_, __):
         runs = rows >= modules[first].mod_logit
-        return {first: rows, **{name: torch.where(runs, 9.0, -9.0) + rows for name in others}}
+        return {first: rows, **{name: torch.where(runs, 7.0, -9.0) + rows for name in others}}
 
     monkeypatch.setattr(dial_module, "router_logits", logits)
     found = calibrate(model, [], start={"capacity": [0.0, 1.0], "logit": {n: [0.0, 0.0] for n in modules}})
-    assert max(abs(c - r) for c, r in zip(found["capacity"], found["reached"], strict=True)) <= 0.02
+    for budget in (0.1, 0.3, 0.5, 0.7, 0.9):
+        dial_module._set(modules, dial_module.logits_at(found, budget))
+        assert abs(dial_module.capacity_at(logits(0, 0), dial_module.logits_at(found, budget)) - budget) <= 0.03
 
 
 def test_thresholds_are_left_as_they_were():
     model = routed_model("llama", "attn_token")
     before = {name: module.mod_logit for name, module in routed_modules(model).items()}
-    calibrate(model, batches(1), capacity=(0.0, 0.5, 1.0))
+    calibrate(model, batches(1), grid=(0.0, 0.5, 1.0))
     assert {name: module.mod_logit for name, module in routed_modules(model).items()} == before
 
 

@@ -14,7 +14,8 @@ from tiny_routed import LAYERS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from router_tuning.model import force_routing, route
+from router_tuning.model import force_routing, record_routing, route
+from router_tuning.model.flops import decoder_flops, flops_share, module_costs
 
 ROWS, TOKENS, DEPTH, VOCAB = 4, 32, 5, 61
 HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 32, 48, 4, 2, 8
@@ -147,3 +148,40 @@ def test_operations_of_a_decoding_step(granularity, policy, saved):
             costs.append(counted(one, input_ids=ids[:, :1], past_key_values=cache))
     assert costs[1] == costs[0]
     assert costs[0] - costs[2] == pytest.approx(len(LAYERS) * ROWS * saved, rel=0.01)
+
+
+# ---------------------------------------------------------------- what a budget leaves, on paper
+
+
+@pytest.mark.parametrize("skip", ["zero", "low_rank"])
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_token"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "phi3"])
+def test_the_share_on_paper_is_that_of_a_real_pass(family, granularity, skip):
+    """A real pass gives every query all keys, as many as 2·t - 1 tokens do on average, and fills up short rows."""
+    if family == "phi3" and granularity not in ("attn_token", "mlp_sequence"):
+        pytest.skip("other seams, but the same arithmetic")
+    dense = tiny_model(family)
+    dense.config._experts_implementation = "eager"
+    ids, _ = random_batch(ROWS, TOKENS)
+    head = ROWS * TOKENS * 2 * HIDDEN * VOCAB
+    everything = counted(dense, input_ids=ids) - head
+    model = route(dense, mod_layers=LAYERS, granularity=granularity, skip=skip, skip_rank=4)
+    assert decoder_flops(model, 2 * TOKENS - 1) * ROWS * TOKENS == pytest.approx(everything, rel=0.01)
+    forced = masks(granularity, 0.5)
+    with record_routing(model) as log, force_routing(model, forced):
+        left = counted(model, input_ids=ids) - head
+    share = {f"{layer}.{granularity.split('_')[0]}": float(c) for layer, c in log.capacity_tensors().items()}
+    assert flops_share(model, share, 2 * TOKENS - 1) == pytest.approx(left / everything, abs=0.01)
+
+
+def test_windows_bound_the_keys():
+    model = route(tiny_model("mistral", sliding_window=6), mod_layers=LAYERS, granularity="attn_sequence")
+    keys = sum(min(n, 6) for n in range(1, 33)) / 32
+    assert module_costs(model, 32)["1.attn"].runs == pytest.approx(Q + KV + OUT + keys * PAIR)
+
+
+def test_parts_weigh_what_they_cost():
+    model = route(tiny_model(), mod_layers={"attn": [1], "mlp": [2, 3]}, granularity="attn_token+mlp_token")
+    total = decoder_flops(model, 1)
+    assert total == DEPTH * (Q + KV + OUT + MLP + PAIR)
+    assert flops_share(model, 0.5, 1) == pytest.approx(1 - 0.5 * (Q + OUT + PAIR + 2 * MLP) / total)

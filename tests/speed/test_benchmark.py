@@ -11,8 +11,8 @@ import torch
 from tiny_models import tiny_model
 from tiny_routed import LAYERS
 
-from router_tuning.evaluation.cost import count_flops
 from router_tuning.model import ModConfig, force_routing, record_routing, route, routed_modules
+from router_tuning.model.flops import count_flops
 from router_tuning.speed.benchmark import Setting, benchmark, imposed, random_masks
 from router_tuning.speed.cells import measured, read_rows
 from router_tuning.speed.ideal import reduced

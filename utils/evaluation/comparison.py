@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router_tuning.evaluation.cost import count_flops, measure_cost
+from router_tuning.evaluation.cost import measure_cost
 from router_tuning.evaluation.harness import evaluate
 from router_tuning.evaluation.static_drop import StaticDrop, best_static
 from router_tuning.model import ModConfig, force_routing
+from router_tuning.model.flops import count_flops
 
 Batch = dict[str, Tensor]
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from router_tuning.model import kv_cache_bytes, record_routing
+from router_tuning.model.flops import count_flops
 
 Batch = dict[str, Tensor]
 
@@ -61,17 +60,6 @@ def measure_cost(
     for name, tokens in (("prefill", 0), ("generate", new_tokens)):
         result[name] = interleaved_times(dense, routed, batches, tokens, repeats, name)
     return result
-
-
-@torch.no_grad()
-def count_flops(model: PreTrainedModel, batch: Batch, use_cache: bool = False) -> int:
-    """Floating-point operations of one forward, by torch's counter.
-
-    Attention runs as plain matrix products meanwhile, because the counter knows no fused kernel on the CPU.
-    """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**batch, use_cache=use_cache)
-    return counter.get_total_flops()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from .configuration_mod import ModConfig
 from .recording import force_routing, routed_base
 from .routed import Routed
 from .routed_model import skip_path
-from .routing import routed_modules
+from .routing import routed_modules, run_decoder
 
 RIDGE = 1e-2
 _MOMENT_BYTES = 2**31
@@ -81,7 +81,7 @@ def fit_skip_paths(
 
     Args:
         model: routed; what its skip paths were before does not matter.
-        batches: inputs of the decoder (``input_ids``, ``attention_mask``, …); ``labels`` are not used.
+        batches: inputs of the model's forward.
         kind: ``low_rank``, ``mean``, or ``zero``, which takes the paths away. rank: of ``low_rank``.
         on_skipped: fit on what the routers skip, under their decisions and the present paths, not on the dense pass;
             a module that skips fewer than ``2·rank`` tokens keeps its path.
@@ -146,9 +146,7 @@ def _gather(decoder: nn.Module, batches, group: Mapping[str, Routed], on_skipped
     try:
         with nullcontext() if on_skipped else force_routing(decoder, True):
             for batch in batches:
-                inputs = {name: value for name, value in batch.items() if name != "labels"}
-                inputs = {n: v.to(decoder.device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
-                decoder(**inputs, use_cache=False)
+                run_decoder(decoder, batch)
     finally:
         decoder.mod_observer = None
     return moments

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .configuration_mod import Layers, ModConfig, own_config
@@ -11,7 +14,7 @@ from .modeling_mod import ModPreTrained
 from .recording import routed_base
 from .registry import publish
 from .routed import Routed
-from .routed_model import install, uninstall
+from .routed_model import install, prompt_length_from, uninstall
 
 
 def is_routed(model: nn.Module) -> bool:
@@ -86,6 +89,20 @@ def routed_modules(model: nn.Module) -> dict[str, Routed]:
     order = {"block": 0, "attn": 1, "mlp": 2, "expert": 3}
     found.sort(key=lambda module: (module.mod_layer, order[module.mod_part]))
     return {f"{module.mod_layer}.{module.mod_part}": module for module in found}
+
+
+def run_decoder(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """One pass without a cache, and without the output matrix, for what the routed modules see on the way.
+
+    Args:
+        batch: inputs of the model's forward; ``labels`` say where prompts end, as they do there.
+    """
+    decoder = routed_base(model)
+    inputs = {name: v.to(decoder.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+    labels = inputs.pop("labels", None)
+    if labels is not None and decoder.mod_config.router_pooling == "prompt":
+        inputs.setdefault("prompt_length", prompt_length_from(labels, inputs.get("attention_mask")))
+    decoder(**inputs, use_cache=False)
 
 
 def set_thresholds(model: nn.Module, threshold: float | dict[str, float]) -> None:

@@ -88,11 +88,14 @@ def save_routers(
     return folder
 
 
-def load_routers(model: PreTrainedModel, folder: str | os.PathLike, capacity: float | None = None) -> PreTrainedModel:
+def load_routers(
+    model: PreTrainedModel, folder: str | os.PathLike, capacity: float | None = None, flops: float | None = None
+) -> PreTrainedModel:
     """Load saved routers into ``model``, which is routed first if it is dense.
 
     Args:
-        capacity: set the thresholds so that this share of the routed work runs, from the stored calibration.
+        capacity: set the thresholds so that routed modules run for this share of rows or tokens on average, from the
+            stored calibration. flops: instead, so that this share of the decoder's operations is left.
 
     Raises:
         UserError: one line that names the file and what is wrong: missing, not safetensors, other keys or shapes,
@@ -103,7 +106,10 @@ def load_routers(model: PreTrainedModel, folder: str | os.PathLike, capacity: fl
     config, state = read_router_config(folder), read_router_weights(folder)
     check_base(model, config.get("base"), folder / CONFIG_NAME)
     routing = _routing_of(config, folder)
-    threshold = routing.threshold if capacity is None else thresholds_for(config, capacity, folder / CONFIG_NAME)
+    threshold = routing.threshold
+    if capacity is not None or flops is not None:
+        budget, axis = (capacity, "capacity") if flops is None else (flops, "flops")
+        threshold = thresholds_for(config, budget, folder / CONFIG_NAME, axis)
     dense = not is_routed(model)
     if not dense:
         _check_routing(model, routing, folder)
@@ -167,18 +173,27 @@ def read_router_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a valid safetensors file ({error})") from None
 
 
-def thresholds_for(config: dict[str, Any], capacity: float, where: Path | str) -> dict[str, float]:
-    """Per-router thresholds for a budget, interpolated in the stored calibration (logits by budget)."""
-    if not 0 <= capacity <= 1:
-        raise UserError(f"capacity {capacity} must lie in [0, 1]")
+def thresholds_for(
+    config: dict[str, Any], budget: float, where: Path | str, axis: str = "capacity"
+) -> dict[str, float]:
+    """Per-router thresholds for a budget, interpolated in the stored calibration (logits by budget).
+
+    Args:
+        axis: what ``budget`` is a share of: ``capacity`` (rows or tokens, mean over routers) or ``flops`` (of the
+            decoder's operations).
+    """
+    if not 0 <= budget <= 1:
+        raise UserError(f"{axis} {budget} must lie in [0, 1]")
     dial = config.get("dial")
     if not dial:
-        raise UserError(f"{where}: these routers store no calibration; calibrate them before asking for a capacity")
+        raise UserError(f"{where}: these routers store no calibration; calibrate them before asking for a budget")
     try:
-        grid, table = dial["capacity"], dial["logit"]
-        if capacity in (0, 1) and not grid[0] < capacity < grid[-1]:
-            return dict.fromkeys(table, 1.0 - capacity)
-        return {name: _sigmoid(logit) for name, logit in logits_at(dial, capacity).items()}
+        grid, table = dial[axis], dial["logit"]
+        if axis == "flops" and budget < grid[0]:
+            raise UserError(f"{where}: flops {budget} is out of reach: {grid[0]:.3f} is left where all is skipped")
+        if budget in (0, 1) and not grid[0] < budget < grid[-1]:
+            return dict.fromkeys(table, 1.0 - budget)
+        return {name: _sigmoid(logit) for name, logit in logits_at(dial, budget, axis).items()}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: the stored calibration is damaged ({error!r}); calibrate anew") from None
 
