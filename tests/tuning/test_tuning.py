@@ -184,8 +184,48 @@ def test_a_missed_target_is_told_once(parts, tmp_path, caplog):
     told = [
         r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name.startswith("router_tuning")
     ]
-    assert len(told) == 1 and told[0].startswith("reached capacity 0."), told
-    assert "target 0.95" in told[0] and "--recipe budget (RECIPE=budget)" in told[0]
+    [reached] = [line for line in told if line.startswith("reached capacity 0.")]
+    assert "target 0.95" in reached and "--recipe budget (RECIPE=budget)" in reached
+    few, *_ = [line for line in told if line.startswith("1 steps are few")]
+    assert told == [told[0], few, reached, told[0], few] and "the learning rate is 0 at each" not in few
+
+
+@pytest.mark.parametrize(
+    ("change", "doubts"),
+    [
+        ({"num_train_epochs": 4}, []),
+        ({"num_train_epochs": 4, "warmup_steps": 5}, []),
+        ({"num_train_epochs": 4, "learning_rate": 0}, ["the learning rate is 0 at each of the 12 steps"]),
+        ({"num_train_epochs": 4, "warmup_steps": 1, "lr_scheduler_type": "constant"}, []),
+        ({"num_train_epochs": 3}, ["9 steps are few"]),
+        ({"max_steps": 1}, ["the learning rate is 0 at each of the 1 steps", "1 steps are few"]),
+        ({"recipe": "budget", "max_steps": 1}, []),  # sequence level: searched, not trained
+    ],
+)
+def test_a_run_that_can_hardly_learn_says_so(parts, tmp_path, change, doubts):
+    preparation = Preparation(tiny_tuning.command(parts, tmp_path / "run", **change))
+    found = preparation.doubts(tiny_tuning.ROWS)
+    assert len(found) == len(doubts) and all(map(str.startswith, found, doubts)), found
+
+
+def test_a_tokenizer_of_another_base_is_refused_before_the_base_is_loaded(parts, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(parts["base"])
+    tokenizer.add_tokens(["red"])
+    tokenizer.save_pretrained(tmp_path / "larger")
+    monkeypatch.setattr("router_tuning.tuning.tuning.load_model", None)
+    size = len(tokenizer) - 1
+    with pytest.raises(UserError, match=f"larger: its ids reach {size} in the data, .* vocab_size {size}: "):
+        tiny_tuning.tune(parts, tmp_path / "run", tokenizer_name=tmp_path / "larger")
+
+
+def test_rows_longer_than_the_positions_of_the_base_are_cut_and_counted(parts, tmp_path, caplog):
+    logging.getLogger("router_tuning").propagate = True
+    long = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue " * 600}]}
+    data = tmp_path / "data.jsonl"
+    data.write_text(parts["data"].read_text() + json.dumps(long) + "\n")
+    with caplog.at_level(logging.WARNING, logger="router_tuning"):
+        tiny_tuning.tune({**parts, "data": data}, tmp_path / "run", max_steps=1, max_seq_length=4096)
+    assert "the base has 512 positions: 1 longer conversations were cut" in caplog.messages
 
 
 def test_lora_trains_and_saves_adapters_with_the_routers(parts, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -126,8 +128,6 @@ class RoutingArguments:
                 found.append(f"--{error}")
         if self.mod_n is not None and self.mod_n < 1:
             found.append(f"--mod_n {self.mod_n} must be at least 1")
-        if self.gradient_scale < 0:
-            found.append(f"--gradient_scale {self.gradient_scale} must not be negative")
         if self.lora and not self.router_only:
             found.append("--lora trains adapters on a frozen base and --router_only False trains the base: give one")
         if self.lora_r < 1 or self.lora_alpha < 1:
@@ -247,8 +247,14 @@ class TuningArguments(TrainingArguments):
                 f"--eval_strategy {self.eval_strategy.value}: tuning has no evaluation set; "
                 "score the result with entrypoints/evaluate"
             )
-        if self.load_best_model_at_end:
-            found.append("--load_best_model_at_end needs an evaluation set, which tuning has not")
+        if self.load_best_model_at_end or self.save_strategy == "best":
+            found.append(
+                "--load_best_model_at_end and --save_strategy best need an evaluation set, which tuning has not"
+            )
+        if self.ignore_data_skip:
+            found.append(
+                "--ignore_data_skip would let a resumed run learn from rows that it has seen, not from the others"
+            )
         if self.auto_find_batch_size:
             found.append("--auto_find_batch_size would change what a step learns; see --dry_run for the memory")
         if self.push_to_hub:
@@ -281,3 +287,20 @@ NEUTRAL = frozenset(name for name in DEFAULTS if name.startswith(_WITHOUT_INFLUE
 
 The number of forward passes of a step is not among the others: the global batch is.
 """
+
+
+_AT_LEAST = {
+    1: "global_batch_size per_device_train_batch_size gradient_accumulation_steps preprocessing_num_workers".split(),
+    0: "learning_rate weight_decay warmup_steps max_grad_norm num_train_epochs label_smoothing_factor gradient_scale "
+    "seed logging_steps save_steps save_total_limit".split(),
+}
+
+
+def out_of_range(values: Mapping[str, Any]) -> list[str]:
+    """Numbers that are not finite or too small, one line each."""
+    odd = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    found = [f"--{name} {values[name]} must be a finite number" for name in odd]
+    for least, names in _AT_LEAST.items():
+        small = [name for name in names if values[name] is not None and values[name] < least]
+        found += [f"--{name} {values[name]} must be at least {least}" for name in small]
+    return found

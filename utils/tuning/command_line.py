@@ -27,9 +27,11 @@ from router_tuning.tuning.arguments import (
     ModelArguments,
     RoutingArguments,
     TuningArguments,
+    out_of_range,
 )
 from router_tuning.tuning.engines import keep_schedule
 from router_tuning.tuning.recipes import RECIPE_DEFAULTS, RECIPES
+from router_tuning.tuning.rehearsal import tried
 
 RENAMED = {
     "mindskip_n": "mod_n",
@@ -182,12 +184,15 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
         problems.append(f"--recipe {routing.recipe} is none of {', '.join(sorted(RECIPES))}")
     _set_precision(model, routing, values, notes)
     typed = {f.name: values[f.name] for f in dataclasses.fields(TuningArguments) if f.init}
-    try:
-        training = TuningArguments(**typed)
-        problems += training.problems()
-        notes += keep_schedule(training.deepspeed_plugin)
-    except (ValueError, ImportError) as error:
-        problems.append(" ".join(str(error).split()))
+    wrong_numbers = out_of_range({**typed, **vars(routing), **vars(data)})
+    problems += wrong_numbers
+    if not wrong_numbers:
+        try:
+            training = tried(typed)
+            problems += training.problems()
+            notes += keep_schedule(training.deepspeed_plugin)
+        except UserError as error:
+            problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
     return Command(model, routing, data, training, typed, notes)

@@ -10,6 +10,7 @@ import torch
 from router_tuning.errors import UserError
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.memory import StepMemory, simulate_step
+from router_tuning.tuning.preparation import steps_of
 from router_tuning.tuning.tuning_data import check_file
 from router_tuning.tuning.tuning_model import dense_config, locate_base, routing_of
 
@@ -65,9 +66,10 @@ def _steps(command: Command) -> str:
         if not data.max_train_samples:
             return f"unknown: {data.path} is not there"
         rows, known = data.max_train_samples, f"rows ({data.path} is not there yet)"
-    steps = int(rows // training.global_batch_size * training.num_train_epochs)
-    steps = training.max_steps if training.max_steps > 0 else steps
-    return f"{steps} of {training.global_batch_size} sequences, from {rows:,} {known}"
+    try:
+        return f"{steps_of(training, rows)} of {training.global_batch_size} sequences, from {rows:,} {known}"
+    except UserError as error:
+        return f"none: {error}"
 
 
 def _table(memory: StepMemory, worlds: list[int]) -> list[str]:

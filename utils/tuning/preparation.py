@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 from router_tuning.errors import UserError
-from router_tuning.model.saving import WEIGHTS_NAME
+from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, read_router_weights
 from router_tuning.tuning import checkpoints
-from router_tuning.tuning.arguments import NEUTRAL, ORIGINS
+from router_tuning.tuning.arguments import NEUTRAL, ORIGINS, TuningArguments
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer, template_kind
+from router_tuning.tuning.rehearsal import learns_at
 from router_tuning.tuning.run_folder import check_folder, default_folder
 from router_tuning.tuning.tuning_data import RawData, TrainingData, check_file, encode_file, tokenizer_hash
 from router_tuning.tuning.tuning_model import dense_config, fingerprint, locate_base, routing_of
+
+_FEW_STEPS = 10
 
 
 class Preparation:
@@ -31,6 +35,8 @@ class Preparation:
         self.base = locate_base(model)
         self.config = dense_config(self.base, model)
         routing_of(self.config, command.routing)
+        if command.routing.router_dir:
+            read_router_config(command.routing.router_dir), read_router_weights(command.routing.router_dir)
         self.tokenizer = load_tokenizer(model.tokenizer_name or self.base, data.chat_template, model.trust_remote_code)
         self.tokenizer.padding_side = "right"
         data.chat_template = template_kind(self.tokenizer)
@@ -41,7 +47,7 @@ class Preparation:
         self.output = Path(training.output_dir)
         check_folder(self.output, training.resume_from_checkpoint is not None, training.overwrite_output_dir)
         self.raw: RawData = check_file(data.path, data.max_train_samples)
-        StepOrder([0] * self.raw.rows, training.global_batch_size, training.seed)
+        steps_of(training, self.raw.rows)
 
     def check_checkpoint(self) -> None:
         """UserError if the checkpoint to continue belongs to another run, as far as one process can tell."""
@@ -67,6 +73,25 @@ class Preparation:
             "deepspeed": plugin and f"ZeRO-{plugin.zero_stage} on {world} processes",
         }
 
+    def doubts(self, rows: int) -> list[str]:
+        """What makes it unlikely that a run on so many rows learns anything, one line each."""
+        training, routing = self.command.training, self.command.routing
+        if routing.recipe == "budget" and set(routing.config().parts.values()) == {"sequence"}:
+            return []  # searched, not trained by steps
+        steps = steps_of(training, rows)
+        found = []
+        if not learns_at(training, steps):
+            found.append(
+                f"the learning rate is 0 at each of the {steps} steps (--learning_rate {training.learning_rate:g}, "
+                f"--warmup_steps {training.warmup_steps:g}): nothing is learnt"
+            )
+        if steps < _FEW_STEPS:
+            found.append(
+                f"{steps} steps are few to learn anything in: more rows (MAX_TRAIN_SAMPLES), more epochs (NUM_EPOCHS) "
+                "or a smaller GLOBAL_BATCH_SIZE give more"
+            )
+        return found
+
     def encode(self) -> TrainingData:
         """The data, encoded; UserError for rows, or padding, with ids that the base's embedding has not."""
         processes = self.command.data.preprocessing_num_workers
@@ -78,3 +103,12 @@ class Preparation:
                 f"embedding has vocab_size {size}: this tokenizer belongs to another base"
             )
         return data
+
+
+def steps_of(training: TuningArguments, rows: int) -> int:
+    """Optimizer steps of a run on so many rows; UserError if there is none."""
+    per_epoch = StepOrder([0] * rows, training.global_batch_size, training.seed).steps
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    if steps < 1:
+        raise UserError(f"--num_train_epochs {training.num_train_epochs:g}: the run has no step")
+    return steps

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.errors import UserError
-from router_tuning.files import write_text
+from router_tuning.files import write_text, writing
 from router_tuning.tuning.arguments import ROOT
 from router_tuning.tuning.checkpoints import checkpoints, find_fault, remove, sweep
 from router_tuning.tuning.command_line import Command
@@ -74,7 +74,8 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 def clear_folder(folder: Path, keep_checkpoints: bool) -> None:
     """Delete what an earlier run left, and what a killed one left half-written; nothing else in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     sweep(folder)
     for _, path in checkpoints(folder):
         # A damaged one that stayed the newest would count among those that rotation keeps.

@@ -58,6 +58,9 @@ def run_tuning(preparation: Preparation, interruption: Interruption) -> TunedRun
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
     job = TuningJob(preparation, model, data, settings, identify(model), interruption, resume)
     describe(job)
+    doubts = preparation.doubts(len(data.rows))
+    for doubt in doubts:
+        logger.warning(doubt)
     recipe = load_recipe(command.routing.recipe)
     tuned = recipe.tune(job)
     if tuned.interrupted:
@@ -69,6 +72,8 @@ def run_tuning(preparation: Preparation, interruption: Interruption) -> TunedRun
         command_line = f"python entrypoints/analysis/calibrate.py --run {output} --data {data.raw.path}"
         raise UserError(f"{error}; the trained routers are saved: calibrate them with {command_line}") from None
     save_measured(job, tuned)
+    for doubt in doubts:
+        logger.warning(doubt)
     return tuned
 
 
