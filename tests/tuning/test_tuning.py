@@ -167,7 +167,7 @@ def test_missing_weights_name_the_command_that_brings_them(parts, tmp_path):
 
 def test_half_of_the_layers_by_default(parts, tmp_path):
     preparation = Preparation(tiny_tuning.command(parts, tmp_path / "run", mod_layers=None, router_dir=None))
-    assert preparation.command.routing.mod_n == 3
+    assert preparation.command.routing.mod_n == preparation.config.num_hidden_layers // 2
 
 
 def test_the_default_folder_names_the_knobs(parts):

@@ -251,6 +251,8 @@ class TuningArguments(TrainingArguments):
             found.append(
                 "--load_best_model_at_end and --save_strategy best need an evaluation set, which tuning has not"
             )
+        if self.label_smoothing_factor >= 1:
+            found.append(f"--label_smoothing_factor {self.label_smoothing_factor} must lie in [0, 1)")
         if self.ignore_data_skip:
             found.append(
                 "--ignore_data_skip would let a resumed run learn from rows that it has seen, not from the others"
