@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import random_batch, tiny_model
-from tiny_routed import LAYERS, random_skip_paths, routed_model
+from tiny_routed import LAYERS, PLAIN, random_skip_paths, routed_model
 
 from router_tuning.errors import UserError
 from router_tuning.model import (
@@ -90,8 +91,8 @@ def test_fit_is_reduced_rank_ridge_regression(granularity):
         cut, bias = by_the_book(hidden, update, 4)
         assert path.down.shape == (32, 4) and path.up.shape == (4, 32)
         assert torch.allclose(path(unspoilt(32)), (unspoilt(32).double() @ cut + bias).float(), atol=1e-4)
-        residual = (update - hidden @ cut - bias).square().sum() / (update - update.mean(0)).square().sum()
-        assert shares[name] == pytest.approx(1 - float(residual), abs=0.03)
+        missed = (update - hidden @ cut - bias).square().sum() / (update - update.mean(0)).square().sum()
+        assert shares[name] == pytest.approx(1 - missed.item(), abs=0.03)
     assert (model.config.mod_skip, model.config.mod_skip_rank) == ("low_rank", 4)
 
 
@@ -168,19 +169,22 @@ def test_the_first_token_runs_is_counted_and_teaches_nothing(granularity):
 
 
 @pytest.mark.parametrize("cuts", [(0, 2, 3, 4, 12), (0, 5, 12), (0, *range(1, 13))])
-@pytest.mark.parametrize("granularity", ["attn_token", "mlp_token", "block_token"])
+@pytest.mark.parametrize("granularity", PLAIN)
 def test_rows_that_begin_in_a_later_chunk(granularity, cuts):
     """Padding may reach beyond the first chunk; the token behind it is still the first."""
     model = routed_model("llama", granularity, skip="low_rank")
     random_skip_paths(model)
     ids, mask = random_batch(padding="left")
-    whole, cache = model(ids, attention_mask=mask, use_cache=False).logits, None
-    for start, end in zip(cuts, cuts[1:], strict=False):
-        out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        difference = (out.logits - whole[:, start:end]).abs().amax(-1)
-        real = mask[:, start:end].bool()
-        assert not real.any() or difference[real].max() < 1e-4
+    if "sequence" in granularity:  # decisions that do not depend on the cuts
+        for module in routed_modules(model).values():
+            module.mod_router.register_forward_hook(lambda *_: torch.tensor([[9.0], [-9.0], [-9.0]]))
+    with torch.no_grad():
+        whole, cache = model(ids, attention_mask=mask, use_cache=False).logits, None
+        for start, end in pairwise(cuts):
+            out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+            cache, real = out.past_key_values, mask[:, start:end].bool()
+            difference = (out.logits - whole[:, start:end]).abs().amax(-1)
+            assert not real.any() or difference[real].max() < 1e-4
 
 
 def test_sequences_packed_into_one_row_each_have_a_first_token():
