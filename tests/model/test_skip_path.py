@@ -187,6 +187,24 @@ def test_rows_that_begin_in_a_later_chunk(granularity, cuts):
             assert not real.any() or difference[real].max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_paths_stay_float32_and_give_the_type_that_they_are_given(dtype, tokens, autocast):
+    model = routed_model("llama", "attn_sequence+mlp_token", skip="low_rank").to(dtype)
+    paths = random_skip_paths(model)
+    assert {parameter.dtype for path in paths.values() for parameter in path} == {torch.float32}
+    hidden, (down, up, bias) = torch.randn(3, tokens, 32, dtype=dtype), paths[2, "mlp"]
+    with torch.no_grad(), torch.autocast("cpu", enabled=autocast):
+        given = model.model.layers[2].mlp.mod_skip(hidden)
+        model(random_batch()[0])
+    rounding = 1e-5 if dtype != torch.bfloat16 and not autocast else 5e-2
+    expected = hidden.double() @ down.double() @ up.double() + bias.double()
+    assert given.dtype == dtype and torch.allclose(
+        given.double(), expected, atol=rounding * expected.abs().max().item()
+    )
+
+
 def test_sequences_packed_into_one_row_each_have_a_first_token():
     model = routed_model("llama", "mlp_token", skip="low_rank")
     ids = random_batch(rows=1)[0]

@@ -52,10 +52,9 @@ class SkipPath(AddedByRouting):
         if self.down is None:
             return self.bias.to(hidden.dtype).expand_as(hidden).clone()
         flat = hidden.flatten(0, -2)
-        if len(flat) > _FEW:
-            down, up, bias = (parameter.to(flat.dtype) for parameter in (self.down, self.up, self.bias))
-            return torch.addmm(bias, flat @ down, up).view(hidden.shape)
-        return torch.addmm(self.bias, flat.float() @ self.down, self.up).to(hidden.dtype).view(hidden.shape)
+        dtype = flat.dtype if len(flat) > _FEW else torch.promote_types(flat.dtype, torch.float32)
+        down, up, bias = (parameter.to(dtype) for parameter in (self.down, self.up, self.bias))
+        return torch.addmm(bias, flat.to(dtype) @ down, up).to(hidden.dtype).view(hidden.shape)
 
 
 def first_tokens(
