@@ -13,19 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def missing_seam(attention: nn.Module) -> str | None:
-    """The attribute that :func:`project_kv` needs and ``attention`` lacks, or None."""
-    if not hasattr(attention, "head_dim"):
-        return "head_dim"
-    if not hasattr(attention, "qkv_proj"):
-        for name in ("k_proj", "v_proj"):
-            if not hasattr(attention, name):
-                return name
-    if _rotary(attention) is None:
-        return "apply_rotary_pos_emb"
-    return None
-
-
 def project_kv(
     attention: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -95,13 +82,16 @@ def _traits_of(attention: nn.Module) -> _Traits:
     if traits is None:
         norms = [name for name in ("k_norm", "k_layernorm") if getattr(attention, name, None) is not None]
         weight = getattr(attention, norms[0]).weight if norms else None
+        rotary = _rotary_of(type(attention))
+        if rotary is None:
+            raise ValueError(f"{type(attention).__name__} has no apply_rotary_pos_emb beside it")
         traits = _Traits(
             fused=hasattr(attention, "qkv_proj"),
             norm=norms[0] if norms else None,
             normed_flat=weight is not None and weight.dim() == 1 and weight.numel() != attention.head_dim,
             clip=getattr(getattr(attention, "config", None), "clip_qkv", None),
             rotates=bool(getattr(attention, "use_rope", True)),
-            rotary=_rotary(attention),
+            rotary=rotary,
             rotary_width=getattr(attention, "rotary_ndims", None),
         )
         _TRAITS[attention] = traits
@@ -123,10 +113,6 @@ def _project(attention: nn.Module, hidden: Tensor, is_fused: bool) -> tuple[Tens
     else:  # an adapter or a quantised layer: its weight cannot be sliced
         keys_values = fused(hidden)[..., start:]
     return keys_values[..., :width], keys_values[..., width:]
-
-
-def _rotary(attention: nn.Module):
-    return _rotary_of(type(attention))
 
 
 @functools.cache

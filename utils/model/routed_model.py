@@ -21,8 +21,9 @@ from .routed_block import RoutedBlock, RoutedLayer
 from .routed_experts import RoutedExperts
 from .routed_mlp import RoutedMLP
 from .router import InitializesRouting, ModRouter
-from .seams import decoder_of, find_module, try_seams
+from .seams import decoder_of, find_module
 from .skip_path import SkipPath, first_tokens
+from .trial import try_at_first_use
 
 MIXINS: dict[str, type[Routed]] = {
     "attn": RoutedAttention,
@@ -42,6 +43,7 @@ class RoutedDecoder(InitializesRouting):
     mod_logs: list[RoutingLog] | tuple = ()
     mod_forced = None
     mod_observer = None
+    mod_untried = False
 
     def forward(
         self,
@@ -64,6 +66,8 @@ class RoutedDecoder(InitializesRouting):
             ValueError: for inputs whose meaning routing cannot keep (a cache in training, packed sequences or custom
                 4-D masks at sequence level, requested attention weights).
         """
+        if self.mod_untried:
+            try_at_first_use(self)
         training = (self.training and torch.is_grad_enabled()) or self.mod_observer is not None
         if kwargs.get("output_attentions"):
             raise ValueError("a routed model does not compute all attention weights: unroute(model) to inspect them")
@@ -231,10 +235,7 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
     decoder = decoder_of(model)
     parts = config.parts
     config.mod_layers = select_layers(len(decoder.layers), config.mod_n, config.mod_layers, parts)
-    targets = {
-        (layer, part): find_module(model, layer, part, config.kv_policy, parts[part]) for layer, part in config.targets
-    }
-    try_seams(model, targets, config)
+    targets = {(layer, part): find_module(model, layer, part, parts[part]) for layer, part in config.targets}
     thresholds = config.thresholds(list(targets))
     for (layer, part), module in targets.items():
         mix_in(module, MIXINS[part])
@@ -295,10 +296,11 @@ def uninstall(model: PreTrainedModel) -> None:
     decoder = decoder_of(model)
     for module in list(decoder.modules()):
         if isinstance(getattr(module, "mod_router", None), nn.Module):
-            del module.mod_router
-            del module.mod_skip
             mix_out(module)
     for layer in decoder.mod_config.layers:
         if hasattr(decoder.layers[layer], "mod_mixture"):
             mix_out(decoder.layers[layer])
     mix_out(decoder)
+    for module in decoder.modules():
+        for name in [name for name in (*vars(module), *module._modules) if name.startswith("mod_")]:
+            delattr(module, name)

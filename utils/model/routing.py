@@ -15,6 +15,7 @@ from .recording import routed_base
 from .registry import publish
 from .routed import Routed
 from .routed_model import install, prompt_length_from, uninstall
+from .trial import accept
 
 
 def is_routed(model: nn.Module) -> bool:
@@ -44,7 +45,8 @@ def route(
         The same object.
 
     Raises:
-        ValueError: if the model is routed already, an argument is out of range, or the architecture lacks a seam.
+        ValueError: if the model is routed already, an argument is out of range, or a short trial on the model shows
+            that it cannot be routed so (:mod:`trial`). The model is then as it was.
     """
     if is_routed(model):
         raise ValueError("this model is routed already: unroute(model) before routing it anew")
@@ -63,6 +65,11 @@ def route(
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"route() takes a transformers model, not {type(model).__name__}: route before wrapping it")
     install(model, config)
+    try:
+        accept(model)
+    except BaseException:
+        uninstall(model)
+        raise
     if not hasattr(model, "mod_mixture"):
         mix_in(model, ModPreTrained)
     own_config(model, routed=True)

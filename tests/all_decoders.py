@@ -1,0 +1,197 @@
+"""Tries every text decoder of transformers at tiny size: routed, it equals its reference or is refused in one line.
+
+    python tests/all_decoders.py [family …] [--json found.json]
+
+Not part of the test run: it takes ten minutes of one core. Each family is routed at every granularity; an accepted
+model is compared with the masked dense one on padded batches, whole and through a cache. Exit code 1 if any result is
+wrong or anything but one line of refusal is raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+from masked_reference import MaskedReference  # noqa: E402
+from tiny_models import random_batch  # noqa: E402
+from tiny_routed import LAYERS, router_weights, split_inputs  # noqa: E402
+
+from router_tuning.model import record_routing, route  # noqa: E402
+from router_tuning.model.configuration_mod import parse_granularity  # noqa: E402
+from router_tuning.model.seams import decoder_of  # noqa: E402
+
+GRANULARITIES = [
+    ("attn_sequence", "keep"),
+    ("attn_token", "keep"),
+    ("attn_token", "drop"),
+    ("mlp_sequence", "keep"),
+    ("mlp_token", "keep"),
+    ("block_sequence", "keep"),
+    ("block_token", "keep"),
+    ("block_token", "drop"),
+    ("attn_token+mlp_token", "keep"),
+    ("expert_token", "keep"),
+]
+# What makes a config tiny, by the names that families use; a name that a config lacks is left out.
+SIZES: dict[str, object] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "inner_dim", "decoder_ffn_dim", "ffn_hidden_size"), 48
+    ),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 5),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "d_kv"), 8),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 61),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 128),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), 6),
+    **dict.fromkeys(
+        ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4
+    ),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 24),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts", "first_k_dense_replace"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_value_heads", "linear_num_key_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_d_state", "ssm_state_size", "state_size"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "hidden_size_per_layer_input"), 8),
+    **dict(
+        mamba_d_ssm=32, mamba_expand=1, mamba_n_groups=1, n_groups=1, rotary_dim=4, laurel_rank=4, altup_num_inputs=2
+    ),
+    **dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, num_kv_shared_layers=2),
+    **dict(dropout=0.0, attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, hidden_dropout=0.0),
+}
+SPECIAL: dict[str, dict[str, object]] = {
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 48}},
+    "gpt_neo": {"attention_types": [[["global", "local", "global", "local", "global"], 1]]},
+    "zaya": {"num_experts_per_tok": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2 + ["full_attention"]},
+    "longcat_flash": {"expert_ffn_hidden_size": 24, "zero_expert_num": 2},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+}
+PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "activation_sparsity_pattern")
+
+
+def tiny_config(family: str):
+    """A config of the family with five layers and hidden size 32."""
+    known = AutoConfig.for_model(family)
+    if known.get_text_config() is not known:
+        raise ValueError(f"composite: its text model is {known.get_text_config().model_type}")
+    fields = known.to_dict()
+    sizes = {name: size for name, size in SIZES.items() if name in fields}
+    for name in PER_LAYER:
+        kinds = fields.get(name)
+        if isinstance(kinds, (list, tuple)):
+            kinds = list(dict.fromkeys(kinds))
+            sizes[name] = [kinds[number % len(kinds)] for number in range(5)]
+    if isinstance(fields.get("intermediate_size"), (list, tuple)):
+        sizes["intermediate_size"] = [48] * 5
+    if "kv_lora_rank" in fields:  # latent attention has as many key heads as heads
+        sizes["num_key_value_heads"] = 4
+    return AutoConfig.for_model(family, **{**sizes, **SPECIAL.get(family, {})})
+
+
+def tiny_decoder(family: str):
+    """A random tiny model in evaluation mode, with logits large enough to tell outputs apart."""
+    torch.manual_seed(0)
+    config = tiny_config(family)
+    with torch.device("meta"):
+        size = AutoModelForCausalLM.from_config(config).num_parameters()
+    if size > 20_000_000:
+        raise ValueError(f"{size:,} parameters: it has sizes that SIZES does not name")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=0.15)
+        model(random_batch()[0], use_cache=False)
+    return model
+
+
+def compare(model, reference, sequence: bool) -> str:
+    """``equal``, or how far off; decisions must be mixed, or nothing is shown."""
+    worst, mixed = 0.0, False
+    for padding in (None, "left", "right"):
+        ids, mask = random_batch(padding=padding)
+        with record_routing(model) as log:
+            whole = model(ids, attention_mask=mask, use_cache=False).logits
+        mixed |= 0 < log.capacity()["total"] < 1
+        expected = reference.logits(ids, mask)
+        worst = max(worst, float((whole - expected).abs().amax(-1)[mask.bool()].max()))
+        if padding == "right":
+            continue
+        first = model(ids[:, :9], attention_mask=mask[:, :9], use_cache=True)
+        expected = reference.logits(ids[:, :9], mask[:, :9])
+        worst = max(worst, float((first.logits - expected).abs().amax(-1)[mask[:, :9].bool()].max()))
+        step = model(ids[:, 9:], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
+        expected = reference.logits(ids, mask, hold=sequence)[:, 9:]
+        worst = max(worst, float((step.logits - expected).abs().max()))
+    return f"wrong by {worst:.2g}" if worst > 1e-3 or worst != worst else "equal" if mixed else "wrong: not mixed"
+
+
+def outcome(dense, granularity: str, policy: str) -> str:
+    """``equal``, ``refused: …``, ``wrong …`` or ``crash: …`` of a dense model at one granularity."""
+    model, reference = copy.deepcopy(dense), copy.deepcopy(dense)
+    before = {name: type(module) for name, module in model.named_modules()}
+    try:
+        route(model, mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    except ValueError as error:
+        whole = {name: type(module) for name, module in model.named_modules()} == before
+        line = str(error)
+        return f"refused: {line}" if whole and "\n" not in line else f"crash: not rolled back, or lines: {line}"
+    except Exception as error:
+        return f"crash: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    try:
+        with torch.no_grad():
+            split_inputs(model)
+            reference.model = decoder_of(reference)
+            masked = MaskedReference(reference, router_weights(model), parse_granularity(granularity), policy)
+            return compare(model, masked, "sequence" in granularity)
+    except Exception as error:
+        return f"crash: in use: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def main() -> int:
+    """Try the families named (default: all) and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="model types; default: all that map to a causal LM")
+    parser.add_argument("--json", type=Path, help="write every outcome here")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, str]] = {}
+    for family in args.families or FAMILIES:
+        try:
+            dense = tiny_decoder(family)
+        except Exception as error:
+            found[family] = {"": f"not built: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+        else:
+            found[family] = {f"{g} {policy}": outcome(dense, g, policy) for g, policy in GRANULARITIES}
+        kinds = Counter(result.split(":")[0].split(" by")[0] for result in found[family].values())
+        print(f"{family:28}", ", ".join(f"{count} {kind}" for kind, count in kinds.items()), flush=True)
+        for case, result in found[family].items():
+            if result.startswith(("wrong", "crash", "not built")):
+                print(f"    {case}: {result}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2))
+    results = [result for cases in found.values() for result in cases.values()]
+    print(Counter(result.split(":")[0].split(" by")[0] for result in results))
+    return 1 if any(result.startswith(("wrong", "crash")) for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Architectures: what lacks a seam is refused in one line, what only looks alike as well, the rest is exact."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from masked_reference import MaskedReference
+from tiny_models import COMMON, random_batch, tiny_model
+from tiny_routed import LAYERS, routed_model, router_weights
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from router_tuning.model import is_routed, route
+from router_tuning.model.configuration_mod import parse_granularity
+from router_tuning.model.seams import decoder_of
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity", "seam"),
+    [
+        ("gpt2", "attn_sequence", "layers"),
+        ("mamba", "attn_sequence", "self_attn"),
+        ("mamba", "mlp_token", "mlp"),
+        ("gpt_neox", "block_token", "self_attn"),
+        ("llama", "expert_token", "experts"),
+    ],
+)
+def test_a_missing_seam_is_named_in_one_line(family, granularity, seam):
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=61, intermediate_size=48)
+    ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **ids))
+    classes = {type(module) for module in model.modules()}
+    with pytest.raises(ValueError, match=f"'{seam}'") as error:
+        route(model, mod_n=2, granularity=granularity)
+    assert "\n" not in str(error.value) and type(model).__name__ in str(error.value)
+    assert {type(module) for module in model.modules()} == classes
+
+
+GEMMA_3N = dict(
+    num_hidden_layers=6,
+    vocab_size_per_layer_input=61,
+    intermediate_size=[48] * 6,
+    activation_sparsity_pattern=[0.0] * 6,
+    layer_types=["sliding_attention", "full_attention"] * 3,
+    hidden_size_per_layer_input=8,
+    laurel_rank=4,
+    altup_num_inputs=2,
+    num_kv_shared_layers=0,
+)
+SHARED = {**GEMMA_3N, "num_kv_shared_layers": 2}
+# Modules of the right names that mean something else; found by trying every causal LM of transformers.
+ODD = [
+    ("cohere2", "attn_token", "attention differs", {}),  # rotary embeddings in sliding layers only
+    ("exaone4", "attn_token", "attention differs", {}),
+    ("nanochat", "attn_token", "attention fails", {}),  # keys normalised behind the rotation
+    ("stablelm", "attn_token", "attention fails", {}),
+    ("stablelm", "attn_token", "attention fails", {"qk_layernorm": True}),  # a norm of its own for each head
+    ("apertus", "block_token", "block differs", {}),  # its norm has another name
+    ("gpt_oss", "mlp_token", "MLP fails.*tuple", {}),
+    ("falcon_h1", "attn_sequence", "DynamicCache", {}),  # attention and state space side by side
+    ("gemma3n_text", "attn_sequence", "layer [45] .*output", SHARED),  # where the keys of layers 2 and 3 are read
+    ("gemma3n_text", "attn_token", "attention", GEMMA_3N),
+    ("gemma3n_text", "block_sequence", "block", GEMMA_3N),  # arguments per token
+]
+
+
+def state_of(model):
+    """All that a refused model must be again."""
+    fields = {
+        name: {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        for name, module in model.named_modules()
+    }
+    classes = {name: type(module) for name, module in model.named_modules()}
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
+    return fields, classes, hooks, set(model.state_dict()), model.config.to_dict(), torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("family", "granularity", "words", "sizes"), ODD)
+def test_what_only_looks_alike_is_refused_and_left_as_it_was(family, granularity, words, sizes, training):
+    model = lookalike(family, **sizes).train(training)
+    if training:
+        model.get_submodule(decoder_name(model) + ".layers.0").eval()
+    before, logits = state_of(model), lookalike(family, **sizes)(random_batch()[0]).logits
+    with pytest.raises(ValueError, match=words) as error:
+        route(model, mod_layers=[2, 3], granularity=granularity)
+    assert "\n" not in str(error.value) and re.match(r"layer [02345] of \w+ cannot be routed as", str(error.value))
+    assert not is_routed(model) and state_of(model) == before
+    assert torch.equal(model.eval()(random_batch()[0]).logits, logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity", "policy"),
+    [
+        ("cohere2", "attn_token", "drop"),
+        ("cohere2", "block_sequence", "keep"),
+        ("apertus", "attn_token", "keep"),
+        ("gpt_oss", "block_token", "keep"),
+        ("starcoder2", "block_token", "keep"),
+        ("starcoder2", "attn_sequence+mlp_token", "keep"),
+        ("gpt_neox", "mlp_sequence", "keep"),
+    ],
+)
+def test_a_family_that_no_matrix_holds_is_exact_where_it_is_accepted(family, granularity, policy):
+    model = lookalike(family)
+    dense = copy.deepcopy(model)
+    routed_model(granularity=granularity, model=model, kv_policy=policy, mod_layers=[2, 3])
+    ids, mask = random_batch(padding="left")
+    dense.model = decoder_of(dense)
+    reference = MaskedReference(dense, router_weights(model), parse_granularity(granularity), policy)
+    with torch.no_grad():
+        difference = model(ids, attention_mask=mask, use_cache=False).logits - reference.logits(ids, mask)
+    assert difference[mask.bool()].abs().max() < 1e-4
+
+
+def lookalike(family, **sizes):
+    sizes = {**COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6, **sizes}
+    sizes |= {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8} if "h1" in family else {}
+    known = AutoConfig.for_model(family)
+    config = AutoConfig.for_model(family, **{name: size for name, size in sizes.items() if hasattr(known, name)})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def decoder_name(model):
+    return model.base_model_prefix
+
+
+class NormedKeys(LlamaAttention):
+    """Keys are normalised within the rotation, as in several research forks."""
+
+    def forward(self, hidden_states, **kwargs):
+        plain = modeling_llama.apply_rotary_pos_emb
+        modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin: plain(q, normalize(k, dim=-1), cos, sin)
+        try:
+            return super().forward(hidden_states, **kwargs)
+        finally:
+            modeling_llama.apply_rotary_pos_emb = plain
+
+
+def test_a_familys_name_is_no_proof():
+    model = tiny_model()
+    assert model.config.model_type == "llama" and type(model).__name__ == "LlamaForCausalLM"
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = NormedKeys
+    with pytest.raises(ValueError, match="layer 1 of LlamaForCausalLM .* attention differs"):
+        route(model, mod_layers=LAYERS, granularity="attn_token")
+    assert is_routed(route(model, mod_layers=LAYERS, granularity="attn_token", kv_policy="drop"))
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token", "block_token", "mlp_sequence"])
+@pytest.mark.parametrize("skip", ["zero", "low_rank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_a_trial_is_three_short_passes(family, granularity, skip, dtype):
+    model, seen = tiny_model(family).to(dtype), []
+    handle = model.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0].numel()))
+    route(model, mod_layers=LAYERS, granularity=granularity, skip=skip)
+    handle.remove()
+    assert len(seen) == 3 and sum(seen) <= 3 * 16
+
+
+def test_a_model_without_weights_is_tried_when_it_has_them():
+    with torch.device("meta"):
+        model = lookalike("nanochat")
+    route(model, mod_layers=[2, 3], granularity="attn_token")
+    weights = lookalike("nanochat").state_dict() | {
+        name: torch.zeros_like(value, device="cpu") for name, value in model.state_dict().items() if "mod_" in name
+    }
+    model.load_state_dict(weights, assign=True)
+    model.model.rotary_emb = lookalike("nanochat").model.rotary_emb
+    for _ in range(2):
+        with pytest.raises(ValueError, match="layer 2 of NanoChatModel .* attention fails"):
+            model(random_batch()[0])
+
+
+def test_what_is_not_a_transformers_model_is_refused():
+    with pytest.raises(ValueError, match="transformers model"):
+        route(torch.nn.Linear(2, 2), mod_n=1)
