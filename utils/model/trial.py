@@ -7,16 +7,17 @@ small batch does, in which every routed module runs for some sequences or tokens
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from .recording import force_routing, routed_base
-from .routed import Routed
 
 _HELD = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 """Classes that tests hold at every granularity; a model made of nothing else need not be tried."""
@@ -55,7 +56,7 @@ def _is_the_librarys(model: PreTrainedModel) -> bool:
 
 
 def _has_weights(model: nn.Module) -> bool:
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(hasattr(parameter, "ds_id") or isinstance(parameter, FakeTensor) for parameter in model.parameters()):
         return False
     meta = any(parameter.is_meta for parameter in model.parameters())
     return not meta or any(hasattr(module, "_hf_hook") for module in model.modules())  # offloaded weights come back
@@ -64,24 +65,29 @@ def _has_weights(model: nn.Module) -> bool:
 def try_out(model: nn.Module) -> None:
     """Compare a routed model under forced mixed decisions, a prefill and a decoded token, with the masked dense one.
 
-    Three passes over three sequences of at most five tokens. Every layer is given the dense model's input, so that
-    rounding does not add up and what differs is named where it differs. The model is left as it was found.
+    The latter is the pass of training, in which every module runs whole and what it would skip is masked. Three passes
+    over three sequences of at most five tokens. Every layer is given the same input in both, so that rounding does not
+    add up and what differs is named where it differs. The model is left as it was found.
 
     Raises:
         ValueError: one line that names layer, module and reason.
     """
     trial = _Trial(model)
     decoder, mask = trial.decoder, trial.mask
-    embedding = decoder.get_input_embeddings()
-    ids = (torch.arange(15, device=mask.device) * 37 + 3).view(3, 5) % embedding.weight.shape[0]
-    with _evaluation(decoder), torch.no_grad():
+    ids = (torch.arange(15, device=mask.device) * 37 + 3).view(3, 5)
+    ids = ids % decoder.get_input_embeddings().weight.shape[0]
+    with _evaluation(decoder), torch.no_grad(), force_routing(decoder, trial.decision):
         try:
-            with force_routing(decoder, True), trial.masked_dense():
+            decoder.mod_observer = _ignore
+            with trial.watching():
                 decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         except Exception as error:
             raise trial.refusal(*trial.at, f"fails on a whole batch: {_line(error)}") from None
+        finally:
+            decoder.mod_observer = None
+        trial.wanted, trial.got = trial.got, {}
         try:
-            with force_routing(decoder, trial.decision), trial.routed():
+            with trial.watching():
                 first = decoder(input_ids=ids[:, :_PROMPT], attention_mask=mask[:, :_PROMPT], use_cache=True)
                 trial.past = _PROMPT
                 held = first.past_key_values
@@ -92,18 +98,18 @@ def try_out(model: nn.Module) -> None:
 
 
 class _Trial:
-    """What the dense and the routed passes leave: inputs and outputs of layers, outputs of routed modules."""
+    """What the two ways of running a model leave: inputs and outputs of layers, outputs of routed modules."""
 
     def __init__(self, model: nn.Module) -> None:
         self.decoder, self.name = routed_base(model), type(model).__name__
-        found = [m for m in self.decoder.modules() if isinstance(getattr(m, "mod_router", None), nn.Module)]
-        self.modules: list[Routed] = sorted(found, key=lambda m: (m.mod_layer, m.mod_part))
-        self.numbers = {(m.mod_layer, m.mod_part): number for number, m in enumerate(self.modules)}
+        routed = [m for m in self.decoder.modules() if isinstance(getattr(m, "mod_router", None), nn.Module)]
+        self.modules: dict[tuple[int, str], nn.Module] = {(m.mod_layer, m.mod_part): m for m in routed}
+        self.numbers = {key: number for number, key in enumerate(sorted(self.modules))}
         self.levels = self.decoder.mod_config.parts
         self.mask = torch.tensor(_MASK, device=self.decoder.get_input_embeddings().weight.device)
         self.past, self.at = 0, (0, "layer")
         self.inputs: dict[int, Tensor] = {}
-        self.wanted: dict[tuple[int, str], Tensor] = {}
+        self.wanted: dict[tuple[int, str], list[Tensor]] = {}
         self.got: dict[tuple[int, str], list[Tensor]] = {}
 
     def decision(self, layer: int, part: str, shape: torch.Size, past: int) -> Tensor:
@@ -118,92 +124,36 @@ class _Trial:
         return (kind + number) % 3 != 0
 
     @contextmanager
-    def masked_dense(self) -> Iterator[None]:
-        """Mask the outputs of modules that run whole, and the keys that are not offered; note what passes through."""
+    def watching(self) -> Iterator[None]:
+        """Note where a pass is and what comes out; layers get the inputs that they had the first way."""
+        watched = self.modules | {(number, "layer"): layer for number, layer in enumerate(self.decoder.layers)}
         with ExitStack() as stack:
-            for module in self.modules:
-                stack.callback(module.register_forward_pre_hook(self._mask_input, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(self._mask_output, with_kwargs=True).remove)
-            self._watch(stack, self.wanted.__setitem__)
-            for number, layer in enumerate(self.decoder.layers):
-
-                def note(_, args, kwargs, number=number):
-                    self.inputs[number] = (args[0] if args else kwargs["hidden_states"]).clone()
-
-                stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
+            for key, module in watched.items():
+                enter, leave = functools.partial(self._enter, key), functools.partial(self._leave, key)
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
             yield
 
-    @contextmanager
-    def routed(self) -> Iterator[None]:
-        """Give each layer the dense model's input; note what comes out."""
-        with ExitStack() as stack:
-            for number, layer in enumerate(self.decoder.layers):
-
-                def give(_, args, kwargs, number=number):
-                    given = args[0] if args else kwargs["hidden_states"]
-                    known = self.inputs[number].narrow(-2, self.past, given.shape[-2])
-                    return ((known, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": known})
-
-                stack.callback(layer.register_forward_pre_hook(give, with_kwargs=True).remove)
-            self._watch(stack, lambda key, output: self.got.setdefault(key, []).append(output))
-            yield
-
-    def _watch(self, stack: ExitStack, put: Any) -> None:
-        watched = {(m.mod_layer, m.mod_part): m for m in self.modules}
-        watched |= {(number, "layer"): layer for number, layer in enumerate(self.decoder.layers)}
-        for key, module in watched.items():
-
-            def enter(*_, key=key):
-                self.at = key
-
-            def leave(_, args, output, key=key):
-                output = output[0] if isinstance(output, tuple) else output
-                put(key, output.unflatten(0, (3, -1)) if key[1] == "expert" else output)
-
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
-
-    def _keep(self, module: Routed, tokens: int) -> Tensor:
-        """What runs of ``[3, t]``; padding never does at token level, the first token always beside a skip path."""
-        keep = self.decision(module.mod_layer, module.mod_part, torch.Size((3, tokens)), 0)
-        keep = keep[:, None].expand(3, tokens) if keep.dim() == 1 else keep & self.mask.bool()
-        return keep if module.mod_skip is None else keep | (self.mask.bool() & (self.mask.cumsum(1) == 1))
-
-    def _mask_input(self, module: Routed, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if module.mod_part == "expert":
-            hidden, index, weights = args
-            keep = self.decision(module.mod_layer, "expert", index.shape, 0)
-            return (hidden, index, weights * (keep & self.mask.bool().view(-1, 1))), kwargs
-        mask = kwargs.get("attention_mask")
-        if (
-            module.mod_part == "mlp"
-            or module.mod_level == "sequence"
-            or module.mod_kv_policy == "keep"
-            or mask is None
-        ):
-            return args, kwargs
-        keep = self._keep(module, mask.shape[-1])
-        offered = (keep[:, None] | torch.eye(keep.shape[1], dtype=torch.bool, device=keep.device))[:, None]
-        if mask.dtype == torch.bool:
-            return args, {**kwargs, "attention_mask": mask & offered}
-        return args, {**kwargs, "attention_mask": mask.masked_fill(~offered, torch.finfo(mask.dtype).min)}
-
-    def _mask_output(self, module: Routed, args: tuple, kwargs: dict, output: Any) -> Any:
-        if module.mod_part == "expert":
-            return output
+    def _enter(self, key: tuple[int, str], _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.at = key
+        if key[1] != "layer":
+            return None
         given = args[0] if args else kwargs["hidden_states"]
-        skipped = module.mod_skipped(given)
-        if module.mod_part == "block":
-            skipped = module.mod_skipped(module.mod_features(given), given)
-        update = output[0] if isinstance(output, tuple) else output
-        update = torch.where(self._keep(module, given.shape[-2])[..., None], update, skipped)
-        return (update, *output[1:]) if isinstance(output, tuple) else update
+        if not self.wanted:
+            self.inputs[key[0]] = given.clone()
+            return None
+        known = self.inputs[key[0]].narrow(-2, self.past, given.shape[-2])
+        return ((known, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": known})
+
+    def _leave(self, key: tuple[int, str], _: nn.Module, args: tuple, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        self.got.setdefault(key, []).append(output.unflatten(0, (3, -1)) if key[1] == "expert" else output)
 
     def compare(self) -> None:
         """ValueError for the first module or layer whose output differs where tokens are real."""
         order = list(_NAMES)
         for key in sorted(self.wanted, key=lambda key: (key[0], order.index(key[1]))):
-            wanted = self.wanted[key].float()
+            wanted = self.wanted[key][0].float()
             if key not in self.got:
                 raise self.refusal(*key, "takes no part in a pass through a cache")
             got = torch.cat(self.got[key], dim=-2).float()
@@ -212,8 +162,9 @@ class _Trial:
             size = wanted.norm(dim=-1)
             usual = size[size > 0].median() if bool((size > 0).any()) else size.new_ones(())
             error = (got - wanted).norm(dim=-1) / size.clamp(min=usual)
-            error = error[..., self.mask.bool()].nan_to_num(0.0).max().item()
-            if error > max(1e-3, 8 * torch.finfo(self.wanted[key].dtype).eps):
+            judged = self.mask.bool() & wanted.isfinite().all(-1)  # weights may be anything, before they are loaded
+            error = torch.where(judged, error, 0.0).nan_to_num(torch.inf).max().item()
+            if error > max(1e-3, 8 * torch.finfo(self.wanted[key][0].dtype).eps):
                 raise self.refusal(*key, f"differs from the masked dense model's by {error:.2g} of its size")
 
     def refusal(self, layer: int, part: str, reason: str) -> ValueError:
@@ -228,16 +179,21 @@ class _Trial:
 @contextmanager
 def _evaluation(decoder: nn.Module) -> Iterator[None]:
     """No dropout, no log, no random number spent; every module's own mode afterwards."""
-    modes, logs = [(module, module.training) for module in decoder.modules()], decoder.mod_logs
+    modes = [(module, module.training) for module in decoder.modules()]
+    watching = decoder.mod_logs, decoder.mod_observer
     decoder.eval()
-    decoder.mod_logs = ()
+    decoder.mod_logs, decoder.mod_observer = (), None
     try:
         with torch.random.fork_rng():
             yield
     finally:
-        decoder.mod_logs = logs
+        decoder.mod_logs, decoder.mod_observer = watching
         for module, mode in modes:
             module.training = mode
+
+
+def _ignore(*_: Any) -> None:
+    """An observer that looks at nothing: modules run whole for it."""
 
 
 def _line(error: Exception) -> str:
