@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ MIXINS: dict[str, type[Routed]] = {
     "block": RoutedBlock,
     "expert": RoutedExperts,
 }
+
+INCOMPLETE = {"output_attentions": {"attn", "block"}, "output_router_logits": {"mlp", "block"}}
+"""Outputs that lack what is skipped, by the parts whose skipping they suffer from."""
 
 
 class RoutedDecoder(InitializesRouting):
@@ -64,13 +68,12 @@ class RoutedDecoder(InitializesRouting):
 
         Raises:
             ValueError: for inputs whose meaning routing cannot keep (a cache in training, packed sequences or custom
-                4-D masks at sequence level, requested attention weights).
+                4-D masks at sequence level, outputs that lack what is skipped).
         """
         if self.mod_untried:
             try_at_first_use(self)
         training = (self.training and torch.is_grad_enabled()) or self.mod_observer is not None
-        if kwargs.get("output_attentions"):
-            raise ValueError("a routed model does not compute all attention weights: unroute(model) to inspect them")
+        self._check_outputs(kwargs, training)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if training:
             if past_key_values is not None:
@@ -120,6 +123,21 @@ class RoutedDecoder(InitializesRouting):
                 use_cache=use_cache,
                 **kwargs,
             )
+
+    def _check_outputs(self, asked: Mapping[str, Any], training: bool) -> None:
+        """ValueError for what skipping leaves incomplete, whether a keyword asks for it or the configuration.
+
+        In training every module runs, so that the losses which MoE models take of their router logits stay right.
+        """
+        for name, parts in INCOMPLETE.items():
+            wanted = asked.get(name) if not training or name == "output_attentions" else False
+            if wanted is None:
+                wanted = getattr(self.config, name, False)
+            if wanted and parts & set(self.mod_config.parts):
+                raise ValueError(
+                    f"{name} would be incomplete, since modules that are skipped give none: leave it out (a keyword, "
+                    f"or model.config.{name} = False), or unroute(model) to look at all of them"
+                )
 
     def _real(self, attention_mask, position_ids, past, tokens, sequence) -> Tensor | None:
         """Tokens of the pass that are not padding, bool ``[b, t]``; None without a mask: all are."""

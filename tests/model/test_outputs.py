@@ -1,0 +1,96 @@
+"""Outputs that modules which skip would leave incomplete: refused however they are asked for, complete elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import routed_model
+
+from router_tuning.model import route
+
+ATTENTIONS = [
+    ("llama", "attn_sequence"),
+    ("llama", "attn_token"),
+    ("qwen3", "block_sequence"),
+    ("llama", "block_token"),
+]
+ROUTER_LOGITS = [("mixtral", "mlp_token"), ("qwen2_moe", "mlp_sequence"), ("olmoe", "block_token")]
+INCOMPLETE = [
+    *[(*case, "output_attentions") for case in ATTENTIONS],
+    *[(*case, "output_router_logits") for case in ROUTER_LOGITS],
+]
+COMPLETE = [("llama", "mlp_token", "output_attentions"), ("mixtral", "attn_token", "output_router_logits")]
+
+
+def keyword(model, ids, name):
+    return model(ids, **{name: True})
+
+
+def configuration(model, ids, name):
+    setattr(model.config, name, True)
+    return model(ids)
+
+
+def generate(model, ids, name):
+    return model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, **{name: True})
+
+
+def generation_config(model, ids, name):
+    setattr(model.generation_config, name, True)
+    model.generation_config.return_dict_in_generate = True
+    return model.generate(ids, max_new_tokens=2)
+
+
+ASKED = [(*case, ask) for case in INCOMPLETE for ask in (keyword, configuration)]
+ASKED += [(*case, "output_attentions", ask) for case in ATTENTIONS for ask in (generate, generation_config)]
+
+
+@pytest.mark.parametrize(("family", "granularity", "name", "ask"), ASKED)
+def test_incomplete_outputs_are_refused(family, granularity, name, ask):
+    model = routed_model(family, granularity, attn="eager")
+    with pytest.raises(ValueError, match=f"{name} would be incomplete.*model.config.{name} = False"):
+        ask(model, random_batch()[0], name)
+
+
+@pytest.mark.parametrize(("family", "granularity", "name"), [*INCOMPLETE[::3], *COMPLETE])
+def test_a_keyword_overrides_the_configuration(family, granularity, name):
+    model = routed_model(family, granularity, attn="eager")
+    setattr(model.config, name, True)
+    model(random_batch()[0], **{name: False})
+
+
+@pytest.mark.parametrize(("family", "granularity", "name"), COMPLETE)
+@pytest.mark.parametrize("ask", [keyword, configuration])
+def test_complete_outputs_are_given(family, granularity, name, ask):
+    ids = random_batch()[0]
+    field = name.removeprefix("output_")
+    dense = getattr(tiny_model(family, "eager")(ids, **{name: True}), field)
+    routed = getattr(ask(routed_model(family, granularity, attn="eager"), ids, name), field)
+    assert [tuple(part.shape) for part in routed] == [tuple(part.shape) for part in dense]
+
+
+@pytest.mark.parametrize(("family", "granularity"), ROUTER_LOGITS)
+def test_training_runs_everything_and_gives_router_logits_whole(family, granularity):
+    ids = random_batch()[0]
+    dense = tiny_model(family)(ids, output_router_logits=True).router_logits
+    model = route(tiny_model(family), mod_layers=[1, 2, 3], granularity=granularity).train()
+    routed = model(ids, output_router_logits=True).router_logits
+    assert len(routed) == len(dense)
+    for ours, theirs in zip(routed, dense, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_token", "block_sequence", "block_token"])
+def test_hidden_states_are_those_of_every_layer(granularity):
+    model = routed_model("llama", granularity)
+    ids = random_batch()[0]
+    states = model(ids, output_hidden_states=True).hidden_states
+    assert len(states) == model.config.num_hidden_layers + 1
+    seen = []
+    hooks = [layer.register_forward_hook(lambda *given: seen.append(given[-1])) for layer in model.model.layers]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    for ours, output in zip(states[1:-1], seen, strict=False):
+        torch.testing.assert_close(ours, output[0] if isinstance(output, tuple) else output)
