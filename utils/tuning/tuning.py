@@ -151,8 +151,7 @@ def save_trained(job: TuningJob, tuned: TunedRun) -> None:
                 model.save_pretrained(folder, state_dict=tuned.weights)
                 job.tokenizer.save_pretrained(folder)
         write_text(job.output / TEMPLATE, job.tokenizer.chat_template)
-        save_measured(job, tuned)
-    tuned.trainer.barrier()
+    save_measured(job, tuned)
 
 
 def save_measured(job: TuningJob, tuned: TunedRun) -> None:
