@@ -65,3 +65,28 @@ def test_decoding_stops_compiling(granularity, policy):
             assert torch.allclose(logits[:, 0], expected[:, step], atol=1e-4)
         graphs.append(compiled.graphs)
     assert graphs[-1] == graphs[-5], "the last steps must run what is compiled"
+
+
+class Logits(torch.nn.Module):
+    """What a tracer takes: tensors in, a tensor out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
+ONE_GRAPH = {
+    "jit": lambda model, ids: torch.jit.trace(model, (ids,)),
+    "export": lambda model, ids: torch.export.export(model, (ids,)),
+    "fullgraph": lambda model, ids: torch.compile(model, backend="eager", fullgraph=True)(ids),
+}
+
+
+@pytest.mark.parametrize("way", ONE_GRAPH)
+def test_one_graph_is_refused_in_a_line_that_names_the_frozen_form(way):
+    ids, _ = random_batch(1)
+    with torch.no_grad(), pytest.raises(Exception, match="depends on its decisions.*freeze_static"):
+        ONE_GRAPH[way](Logits(routed_model()), ids)

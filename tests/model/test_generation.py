@@ -105,7 +105,7 @@ def test_sampling_with_several_returned_sequences(granularity, policy):
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
-@pytest.mark.parametrize("helper", ["itself, dense", "another", "prompt look-up"])
+@pytest.mark.parametrize("helper", ["itself, dense", "another", "prompt look-up", "its first layers"])
 def test_assisted_decoding_gives_the_text_of_plain_decoding(family, granularity, policy, helper):
     model, _ = pair(family, granularity, policy)
     for seed in range(2):
@@ -113,13 +113,15 @@ def test_assisted_decoding_gives_the_text_of_plain_decoding(family, granularity,
         prompt = torch.cat([prompt, prompt[:, :3]], 1)  # something that a look-up finds
         if helper == "prompt look-up":
             assistance = {"prompt_lookup_num_tokens": 3}
+        elif helper == "its first layers":
+            assistance = {"assistant_early_exit": 1 + seed}
         else:
             assistance = {"assistant_model": tiny_model(family, seed=0 if helper == "itself, dense" else 9)}
         with record_routing(model) as log:
             plain = model.generate(prompt, **GREEDY)
         with record_routing(model) as assisted_log:
             assisted = model.generate(prompt, **GREEDY, **assistance)
-        assert torch.equal(assisted, plain)
+        assert torch.equal(assisted, plain) and model.config.num_hidden_layers == 5
         for key, keep in log.decisions.items():
             if keep.dim() == 1:
                 assert torch.equal(assisted_log.decisions[key], keep), "candidates must not be pooled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 
 import pytest
@@ -68,3 +69,14 @@ def test_a_patched_forward_runs_inside_the_routing(patch, granularity, first, wh
         unroute(model)(ids)
     assert ran == [1], "and stays where it was"
     assert [m for m in model.modules() if "mod_patch" in vars(m)] == []
+
+
+def test_any_attribute_may_be_asked_for_on_any_module():
+    model, dense = routed_model("llama", "attn_token+mlp_token"), tiny_model()
+    for module in model.modules():
+        inspect.getmembers(module)
+    for name, plain in dense.named_modules():
+        module = model.get_submodule(name)
+        for attribute in ("_gradient_checkpointing_func", "forward", "weight"):
+            assert hasattr(module, attribute) == hasattr(plain, attribute), (name, attribute)
+    assert inspect.signature(model.forward) == inspect.signature(dense.forward)

@@ -260,3 +260,16 @@ def test_a_mask_too_short_for_the_generation_is_refused():
     ids, _ = random_batch(2, 6)
     with pytest.raises(ValueError, match="forced mask"), force_routing(model, torch.ones(2, 8, dtype=torch.bool)):
         model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+
+
+def test_blocks_of_several_threads_may_end_in_any_order():
+    model = routed_model("llama", "attn_token")
+    ids, _ = random_batch()
+    first, second = force_routing(model, True), force_routing(model, False)
+    for block, method, expected in (
+        (first, "__enter__", 1.0), (second, "__enter__", 0.0), (first, "__exit__", 0.0), (second, "__exit__", None),
+    ):  # fmt: skip
+        getattr(block, method)(*[None] * (3 if method == "__exit__" else 0))
+        with torch.no_grad(), record_routing(model) as log:
+            model(ids)
+        assert log.capacity()["total"] == expected or (expected is None and 0 < log.capacity()["total"] < 1)

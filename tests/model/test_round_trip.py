@@ -199,6 +199,23 @@ def test_what_would_come_back_dense_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_adapter_comes_back_on_the_routed_model_or_not_at_all(tmp_path):
+    peft = pytest.importorskip("peft")
+    tiny_model().save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(routed_model(model=dense), lora)
+    model.save_pretrained(tmp_path / "lost")
+    with pytest.raises(Exception, match="routed in memory: save_pretrained it"):
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lost")
+    routed = model.unload()
+    routed.save_pretrained(tmp_path / "routed")
+    again = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "routed"), lora).eval()
+    again.save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert is_routed(loaded) and torch.equal(logits(loaded), logits(again))
+
+
 def test_unrouting_leaves_a_plain_checkpoint(tmp_path):
     routed_model("llama").save_pretrained(tmp_path / "routed")
     unroute(AutoModelForCausalLM.from_pretrained(tmp_path / "routed")).save_pretrained(tmp_path / "plain")

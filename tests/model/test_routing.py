@@ -225,6 +225,7 @@ def test_unroute_restores_outputs_classes_and_config(family):
             assert not torch.equal(model(ids, attention_mask=mask).logits, before)
         assert unroute(model) is model and not is_routed(model)
         assert {name: type(module) for name, module in model.named_modules()} == classes
+        assert not [name for module in model.modules() for name in vars(module) if name.startswith("mod_")]
         assert model.config.to_dict() == config and type(model.config) is config_class
         with torch.no_grad():
             assert torch.equal(model(ids, attention_mask=mask).logits, before)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 _CLASSES: dict[tuple[type, type], type] = {}
@@ -27,10 +28,7 @@ def mixed(mixin: type, plain: type) -> type:
         bases: tuple[type, ...] = (mixin, plain)
         if hasattr(mixin, "forward"):
             names["forward"], bases = _forward_of(mixin, plain), (mixin, _Inner, plain)
-        cls = type(names.pop("__name__", plain.__name__), bases, names)
-        if hasattr(mixin, "forward"):
-            cls.forward = _Forward(cls.forward)
-        _CLASSES.setdefault((mixin, plain), cls)
+        _CLASSES.setdefault((mixin, plain), type(names.pop("__name__", plain.__name__), bases, names))
     return _CLASSES[mixin, plain]
 
 
@@ -40,8 +38,17 @@ def mix_in(module: nn.Module, mixin: type) -> None:
 
 
 def mix_out(module: nn.Module) -> None:
-    """Undo :func:`mix_in`."""
+    """Undo :func:`mix_in`, and forget what routing noted on ``module``."""
     _become(module, module.mod_mixture[1])
+    for name in [name for name in vars(module) if name.startswith("mod_")]:
+        delattr(module, name)
+
+
+def claim_forwards(modules: Iterable[nn.Module]) -> None:
+    """See to forwards that were written into the dictionary of a routed module, past :meth:`_Inner.__setattr__`."""
+    for module in () if torch.compiler.is_compiling() else modules:
+        if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
+            module.forward = module.__dict__.pop("forward")
 
 
 def _become(module: nn.Module, cls: type) -> None:
@@ -55,49 +62,19 @@ def _become(module: nn.Module, cls: type) -> None:
     if getattr(patch, "__func__", None) is old.forward:
         patch = None
     module.__class__ = cls
-    routes = isinstance(vars(cls).get("forward"), _Forward)
     if patch is not None:
-        fields["mod_patch" if routes else slot] = patch
-    if slot == "_old_forward" and (routes or patch is None):
+        fields["mod_patch" if issubclass(cls, _Inner) else slot] = patch
+    if slot == "_old_forward" and slot not in fields:
         fields[slot] = MethodType(cls.forward, module)
 
 
-class _Forward:
-    """The forward of a routed class, which a forward put on one of its instances does not hide.
-
-    Libraries replace a module's forward by a faster one, or wrap it: what they put there is run in place of the plain
-    class's, so routing stays around it, whether it was there before the module was routed or came later.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __get__(self, module: nn.Module | None, owner: type | None = None) -> Callable[..., Any]:
-        if module is None:
-            return self.function
-        fields = module.__dict__
-        if "forward" in fields:
-            if "_hf_hook" in fields:  # it moves inputs and weights to their device before anything may look at them
-                return fields["forward"]
-            self.__set__(module, fields["forward"])  # written to the dictionary, past the line below
-        return MethodType(self.function, module)
-
-    def __set__(self, module: nn.Module, value: Callable[..., Any]) -> None:
-        fields = module.__dict__
-        if "_hf_hook" in fields:
-            fields["forward"] = value
-            return
-        fields.pop("forward", None)
-        if getattr(value, "__func__", None) is not self.function:
-            fields["mod_patch"] = value
-
-    def __delete__(self, module: nn.Module) -> None:
-        if module.__dict__.pop("forward", None) is None and module.__dict__.pop("mod_patch", None) is None:
-            raise AttributeError("forward")
-
-
 class _Inner:
-    """Between a mixin and the plain class: what the mixin calls as ``super().forward``."""
+    """Between a mixin and the plain class: what the mixin calls as ``super().forward``.
+
+    A forward that is put on an instance would hide that of its class, and with it the routing. Libraries do that to
+    replace it by a faster one, or to wrap it. Here it takes the place of the plain class's forward instead, so routing
+    stays around it, whether it was there before the module was routed or came later.
+    """
 
     def forward(self, *args, **kwargs):
         patch = self.__dict__.get("mod_patch")
@@ -108,6 +85,18 @@ class _Inner:
             return patch(*args, **kwargs)
         finally:
             _REPLACED.reset(token)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # accelerate's hook moves inputs and weights to their device before anything may look at them
+        if name != "forward" or "_hf_hook" in self.__dict__:
+            super().__setattr__(name, value)
+            return
+        self.__dict__.pop("forward", None)
+        if getattr(value, "__func__", None) is not type(self).forward:
+            self.__dict__["mod_patch"] = value
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__("mod_patch" if name == "forward" and "mod_patch" in self.__dict__ else name)
 
 
 def _forward_of(mixin: type, plain: type) -> Callable[..., Any]:

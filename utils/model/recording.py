@@ -107,7 +107,7 @@ def routed_base(model: nn.Module) -> nn.Module:
 def record_routing(model: nn.Module) -> Iterator[RoutingLog]:
     """Log the decisions of every forward pass of ``model`` inside the block (blocks may be nested)."""
     base, log = routed_base(model), RoutingLog()
-    base.mod_logs = [*getattr(base, "mod_logs", []), log]
+    base.mod_logs = [*base.mod_logs, log]
     try:
         yield log
     finally:
@@ -132,9 +132,9 @@ def force_routing(model: nn.Module, keep: Forced) -> Iterator[None]:
         if odd:
             routed = ", ".join(f"{part} of layers {config.layers_of(part)}" for part in config.parts)
             raise ValueError(f"forced mask names no router: {odd[0]!r}; routed are {routed}")
-    before = getattr(base, "mod_forced", None)
-    base.mod_forced = keep
+    imposed = (keep,)  # blocks of several threads may end in any order
+    base.mod_forced = [*base.mod_forced, imposed]
     try:
         yield
     finally:
-        base.mod_forced = before
+        base.mod_forced = [other for other in base.mod_forced if other is not imposed]

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from .cache_mod import HeldDecisions, RaggedCacheLayer, RowCacheLayer, adopt_layers
-from .call import RouterKey, RoutingCall, routing_call
+from .call import Forced, RouterKey, RoutingCall, routing_call
 from .configuration_mod import ModConfig, select_layers
-from .mixing import mix_in, mix_out
+from .mixing import claim_forwards, mix_in, mix_out
 from .recording import RoutingLog
 from .routed import Routed
 from .routed_attention import RoutedAttention
@@ -32,6 +32,10 @@ MIXINS: dict[str, type[Routed]] = {
     "block": RoutedBlock,
     "expert": RoutedExperts,
 }
+NO_GRAPH = (
+    "a routed model is not one graph: which rows and tokens run, and with them the shapes, depends on its decisions. "
+    "Compile without fullgraph, or export the checkpoint that entrypoints/checkpoint/freeze_static.py makes of it"
+)
 
 INCOMPLETE = {"output_attentions": {"attn", "block"}, "output_router_logits": {"mlp", "block"}}
 """Outputs that lack what is skipped, by the parts whose skipping they suffer from."""
@@ -43,9 +47,10 @@ class RoutedDecoder(InitializesRouting):
     is_routed_decoder = True
     mod_config: ModConfig
     mod_cache_plan: dict[int, type[HeldDecisions] | None]
+    mod_modules: list[Routed]
     mod_deciding: int | None
     mod_logs: list[RoutingLog] | tuple = ()
-    mod_forced = None
+    mod_forced: list[tuple[Forced]] | tuple = ()
     mod_observer = None
     mod_untried = False
 
@@ -70,6 +75,11 @@ class RoutedDecoder(InitializesRouting):
             ValueError: for inputs whose meaning routing cannot keep (a cache in training, packed sequences or custom
                 4-D masks at sequence level, outputs that lack what is skipped).
         """
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise ValueError(NO_GRAPH)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg=NO_GRAPH)
+        claim_forwards(self.mod_modules)
         if self.mod_untried:
             try_at_first_use(self)
         training = (self.training and torch.is_grad_enabled()) or self.mod_observer is not None
@@ -109,7 +119,7 @@ class RoutedDecoder(InitializesRouting):
             cache=past_key_values,
             past=past,
             training=training,
-            forced=self.mod_forced,
+            forced=self.mod_forced[-1][0] if self.mod_forced else None,
             record=functools.partial(_record, self.mod_logs, set()) if self.mod_logs else None,
             observe=self.mod_observer,
         )
@@ -216,6 +226,7 @@ class RoutedCausalLM(InitializesRouting):
         )
 
     def forward(self, *args, **inputs):
+        claim_forwards([self.base_model])
         if self.config.mod_router_pooling == "prompt" and inputs.get("prompt_length") is None:
             given = {**dict(zip(_parameters(type(self).forward)[1:], args, strict=False)), **inputs}
             for name in ("labels", "shift_labels"):
@@ -269,6 +280,7 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
             mix_in(decoder.layers[layer], RoutedLayer)
     mix_in(decoder, RoutedDecoder)
     decoder.mod_config, decoder.mod_cache_plan = config, _cache_plan(config)
+    decoder.mod_modules = list(targets.values())
     decoder.mod_deciding = min((layer for layer, part in targets if parts[part] == "sequence"), default=None)
 
 

@@ -74,6 +74,8 @@ def route(
         mix_in(model, ModPreTrained)
     own_config(model, routed=True)
     config.write_to(model.config)
+    # peft notes it as the base of an adapter: one on this model must not come back on the dense one without a word.
+    model.name_or_path = f"{model.name_or_path}, routed in memory: save_pretrained it, load adapters onto that folder"
     publish(type(model.config), type(model))
     return model
 
@@ -87,6 +89,7 @@ def unroute(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, "mod_mixture"):  # a bare decoder is plain again already
         mix_out(model)
     own_config(model, routed=False)
+    model.name_or_path = model.config.name_or_path
     return model
 
 
