@@ -16,11 +16,11 @@ from router_tuning.errors import UserError, cli
 from router_tuning.evaluation import controls
 from router_tuning.evaluation.dynamics import dynamics
 from router_tuning.evaluation.models import load_tuned
-from router_tuning.evaluation.output import write_json
 from router_tuning.evaluation.rows import labelled_batches
 from router_tuning.evaluation.tables import Table
 from router_tuning.experiments.oracle import at_budget
 from router_tuning.experiments.score import score_generation
+from router_tuning.files import write_json
 from router_tuning.model import routed_modules
 from router_tuning.provenance import provenance
 from router_tuning.tuning.arguments import ROOT

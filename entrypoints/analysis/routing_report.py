@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from router_tuning.checkpoint.run_folder import base_of, data_of, read_run, tokenizer_of
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.models import load_export, load_tuned, weights_folder
-from router_tuning.evaluation.output import write_json, write_text
 from router_tuning.evaluation.rows import labelled_batches, read_rows, rendered
+from router_tuning.files import write_json, write_text
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.provenance import provenance
 from router_tuning.tuning.encoding import load_tokenizer

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.output import write_json
+from router_tuning.files import write_json
 from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import select_layers
 from router_tuning.speed.limits import ACCELERATORS, GRANULARITIES, Workload, limit, limits_table

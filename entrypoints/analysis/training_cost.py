@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.models import default_device, load_dense
-from router_tuning.evaluation.output import write_json
 from router_tuning.evaluation.tables import Table
+from router_tuning.files import write_json
 from router_tuning.model import ModConfig, route
 from router_tuning.provenance import provenance
 from router_tuning.speed.tuning_step import MODES, measure_steps

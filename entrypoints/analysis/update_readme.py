@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.output import write_text
 from router_tuning.experiments.readme import render
+from router_tuning.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,10 +14,10 @@ from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.comparison import Plan, compare
 from router_tuning.evaluation.figures import capacity_figure, quality_figure
 from router_tuning.evaluation.models import load_dense, load_tuned
-from router_tuning.evaluation.output import write_json, write_text
 from router_tuning.evaluation.report import COMPARISON, report, summary_table
 from router_tuning.evaluation.results import cost_table, headline, score_table
 from router_tuning.evaluation.rows import labelled_batches, prompt_batches, read_rows, rendered
+from router_tuning.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 

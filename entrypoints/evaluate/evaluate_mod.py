@@ -16,8 +16,8 @@ from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.harness import evaluate, main_score
 from router_tuning.evaluation.models import load_dense, load_tuned
-from router_tuning.evaluation.output import write_json
 from router_tuning.evaluation.tables import Table, with_error
+from router_tuning.files import write_json
 from router_tuning.tuning.encoding import load_tokenizer
 
 

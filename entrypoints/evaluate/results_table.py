@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.output import write_text
 from router_tuning.evaluation.results import cost_table, files_table, score_table
 from router_tuning.evaluation.tables import Table
+from router_tuning.files import write_text
 
 
 def parse_args() -> argparse.Namespace:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from router_tuning.embedded.sample_files import read_heldout
 from router_tuning.embedded.sample_tasks import Item, generate
 from router_tuning.experiments.plan import Plan
+from router_tuning.files import write_text
 from router_tuning.tuning.arguments import ROOT
 
 _SEARCH, _VALIDATION = 500_000, 700_000  # first seeds of rows that no run trains on
@@ -46,10 +46,7 @@ def train_file(plan: Plan, work: Path, recipe: str, seed: int) -> Path:
             for task in tasks:
                 item = generate(task, first + number, "train")
                 lines.append(json.dumps({"dataset": task, "id": f"{task}_{number}", "messages": item.messages}))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("\n".join(lines) + "\n")
-        os.replace(temporary, path)
+        write_text(path, "\n".join(lines) + "\n")
     return path
 
 

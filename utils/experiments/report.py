@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from router_tuning.evaluation.dynamics import dynamics
-from router_tuning.evaluation.output import write_json, write_text
 from router_tuning.experiments.cells import Cells, Json, exact, optional
 from router_tuning.experiments.figures import dial_figure, quality_figure
 from router_tuning.experiments.oracle import at_budget
 from router_tuning.experiments.plan import MATCH, OWN, Plan
 from router_tuning.experiments.side_tables import SCORES, build_tables
 from router_tuning.experiments.tables import markdown
+from router_tuning.files import write_json, write_text
 
 
 def build(plan: Plan, results: Path, figures: Path) -> list[Path]:

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from router_tuning.evaluation import controls
 from router_tuning.evaluation.cost import measure_cost
 from router_tuning.evaluation.models import load_dense, load_tuned
-from router_tuning.evaluation.output import write_json
 from router_tuning.evaluation.rows import prompt_batches
 from router_tuning.experiments.data import scored_items, scored_texts, search_rows, train_file
 from router_tuning.experiments.masks import LENGTH, mask_table, static_masks
@@ -29,6 +28,7 @@ from router_tuning.experiments.score import (
     score_text,
     tokens_by_expert,
 )
+from router_tuning.files import write_json
 from router_tuning.model import record_routing, route, routed_modules
 from router_tuning.provenance import provenance
 from router_tuning.tuning.arguments import ROOT

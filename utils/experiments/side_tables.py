@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from router_tuning.evaluation.output import write_json, write_text
 from router_tuning.evaluation.tables import Table
 from router_tuning.experiments.cells import Cells, Json, exact, optional
 from router_tuning.experiments.plan import MATCH, OWN, Plan
 from router_tuning.experiments.tables import show
+from router_tuning.files import write_json, write_text
 
 SCORES: dict[str, Callable[[Json], float | None]] = {
     "capacity": lambda cell: cell["conversations"]["total"],
