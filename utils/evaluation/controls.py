@@ -16,7 +16,7 @@ from router_tuning.evaluation.static_drop import Batch, answer_loss
 from router_tuning.model import force_routing, routed_modules
 from router_tuning.model.call import RouterKey
 from router_tuning.model.routed import Routed
-from router_tuning.model.routed_model import decoder_of
+from router_tuning.model.seams import decoder_of
 
 
 def routers_of(model: PreTrainedModel) -> list[tuple[int, str]]:

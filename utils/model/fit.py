@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .call import RoutingCall
 from .configuration_mod import ModConfig
+from .installing import skip_path
 from .recording import force_routing, routed_base
 from .routed import Routed
-from .routed_model import skip_path
 from .routing import routed_modules, run_decoder
 
 RIDGE = 1e-2

@@ -10,8 +10,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.utils import logging
 
 from .configuration_mod import ModConfig, ModFields, own_config
+from .installing import install
 from .mixing import mixed
-from .routed_model import RoutedCausalLM, install
+from .routed_model import RoutedCausalLM
 
 logger = logging.get_logger(__name__)
 

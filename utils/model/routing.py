@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .configuration_mod import Layers, ModConfig, own_config
+from .installing import install, uninstall
 from .mixing import mix_in, mix_out
 from .modeling_mod import ModPreTrained
 from .recording import routed_base
 from .registry import publish
 from .routed import Routed
-from .routed_model import install, prompt_length_from, uninstall
+from .routed_model import prompt_length_from
 from .trial import accept
 
 
