@@ -56,7 +56,7 @@ def test_arrays_and_values_are_read_as_others_read_them(rows, style, chunk: int,
     chunk=CHUNK,
 )
 def test_no_damaged_array_is_read_in_silence(rows, style, place: float, byte: int | None, chunk: int):
-    """Cut short, or with a byte changed or behind it: the rows are as ``json`` says, or one is unreadable, or an error."""
+    """Cut short, or with a byte changed or behind it: rows are as ``json`` says, or one is unreadable, or an error."""
     whole = json.dumps(rows, indent=style[0], separators=style[1], ensure_ascii=False).encode()
     at = int(place * (len(whole) + 1))
     damaged = whole[:at] if byte is None else whole[:at] + bytes([byte]) + whole[at + 1 :]
