@@ -163,7 +163,7 @@ class _Values:
             fresh, used = codecs.utf_8_decode(data, "surrogateescape", not chunk)
         self._text, self._at = self._text[self._at :] + self._universal(fresh, final=not chunk), 0
         self._undecoded, self._ended = data[used:], not chunk
-        return bool(chunk)
+        return bool(chunk or fresh)
 
     def _advance(self, end: int) -> None:
         self.line += self._text.count("\n", self._at, end)

@@ -111,10 +111,8 @@ def _outcome_of(process: Process, receiver: connection.Connection) -> Outcome:
 
 def _send_outcome(sender: connection.Connection, *run: object) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
+    with suppress(KeyboardInterrupt):  # the parent says so
         sender.send(reformat_one(*run))
-    except KeyboardInterrupt:
-        pass  # the parent says so
 
 
 def _end_with_parent() -> None:
@@ -214,10 +212,9 @@ def _judged(outcome: Outcome, folder: Path, settings: Settings) -> Outcome:
             f"{name}: {outcome.refused} of {rows} rows are refused, more than --max_reject_rate "
             f"{settings.max_reject_rate:g}; see {where}, then mend the data or run again with a higher rate"
         )
-    elif not outcome.accepted:
-        outcome.error = f"{name}: none of {rows} rows is accepted; see {where}" if rows else f"{name}: it has no row"
-        return outcome
     outcome.too_many = outcome.error is not None
+    if not outcome.accepted and not outcome.too_many:
+        outcome.error = f"{name}: none of {rows} rows is accepted; see {where}" if rows else f"{name}: it has no row"
     return outcome
 
 

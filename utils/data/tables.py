@@ -74,10 +74,13 @@ def _values(batch: pa.RecordBatch) -> list[object]:
     if not batch.num_columns:
         return [{} for _ in range(batch.num_rows)]
     try:
+        batch.validate(full=True)  # where a file is damaged, offsets lead anywhere
         return batch.to_pylist(maps_as_pydicts="lossy")
     except ValueError as error:  # of one row or another
         if batch.num_rows > 1:
             return [row for number in range(batch.num_rows) for row in _values(batch.slice(number, 1))]
-        if isinstance(error, UnicodeDecodeError):
-            return [Reject("invalid_utf8", f"byte {error.start} of a text is 0x{error.object[error.start]:02x}")]
+        if "UTF8" in str(error):
+            return [Reject("invalid_utf8", "a text is no UTF-8")]
+        if isinstance(error, pa.ArrowInvalid):
+            raise
         return [Reject("wrong_type", " ".join(str(error).split())[:300])]
