@@ -209,7 +209,7 @@ def test_reading_an_answer_predicts_what_generating_it_wrote(base, tmp_path, gra
     torch.manual_seed(1)
     for module in routed_modules(model).values():
         module.mod_router.weight.data.normal_()
-    dial = calibrate(model, batches, capacity=(0.0, 0.5, 1.0))
+    dial = calibrate(model, batches, grid=(0.0, 0.5, 1.0))
     set_thresholds(model, thresholds_for({"dial": dial}, 0.5, "here"))
     kept = []
     for batch in batches:
