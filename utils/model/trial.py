@@ -65,9 +65,10 @@ def _has_weights(model: nn.Module) -> bool:
 def try_out(model: nn.Module) -> None:
     """Compare a routed model under forced mixed decisions, a prefill and a decoded token, with the masked dense one.
 
-    The latter is the pass of training, in which every module runs whole and what it would skip is masked. Three passes
-    over three sequences of at most five tokens. Every layer is given the same input in both, so that rounding does not
-    add up and what differs is named where it differs. The model is left as it was found.
+    The latter is the pass of training, in which every module runs whole and what it would skip is masked. Four passes
+    over three sequences of at most five tokens: the prefill and the decoded token, each beside a whole pass that ends
+    where it ends, since attention need not be causal. Every layer is given the same input in both, so that rounding
+    does not add up and what differs is named where it differs. The model is left as it was found.
 
     Raises:
         ValueError: one line that names layer, module and reason.
@@ -80,12 +81,13 @@ def try_out(model: nn.Module) -> None:
         try:
             decoder.mod_observer = _ignore
             with trial.watching():
+                decoder(input_ids=ids[:, :_PROMPT], attention_mask=mask[:, :_PROMPT], use_cache=False)
                 decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         except Exception as error:
             raise trial.refusal(*trial.at, f"fails on a whole batch: {_line(error)}") from None
         finally:
             decoder.mod_observer = None
-        trial.wanted, trial.got = trial.got, {}
+        trial.hold()
         try:
             with trial.watching():
                 first = decoder(input_ids=ids[:, :_PROMPT], attention_mask=mask[:, :_PROMPT], use_cache=True)
@@ -109,7 +111,7 @@ class _Trial:
         self.mask = torch.tensor(_MASK, device=self.decoder.get_input_embeddings().weight.device)
         self.past, self.at = 0, (0, "layer")
         self.inputs: dict[int, Tensor] = {}
-        self.wanted: dict[tuple[int, str], list[Tensor]] = {}
+        self.wanted: dict[tuple[int, str], Tensor] = {}
         self.got: dict[tuple[int, str], list[Tensor]] = {}
 
     def decision(self, layer: int, part: str, shape: torch.Size, past: int) -> Tensor:
@@ -138,22 +140,32 @@ class _Trial:
         self.at = key
         if key[1] != "layer":
             return None
-        given = args[0] if args else kwargs["hidden_states"]
-        if not self.wanted:
-            self.inputs[key[0]] = given.clone()
-            return None
-        known = self.inputs[key[0]].narrow(-2, self.past, given.shape[-2])
+        given, held = args[0] if args else kwargs["hidden_states"], self.inputs.get(key[0])
+        if self.wanted:
+            known = held.narrow(-2, self.past, given.shape[-2])
+        else:
+            known = given.clone() if held is None else torch.cat([held, given[..., held.shape[-2] :, :]], dim=-2)
+            self.inputs[key[0]] = known
         return ((known, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": known})
 
     def _leave(self, key: tuple[int, str], _: nn.Module, args: tuple, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         self.got.setdefault(key, []).append(output.unflatten(0, (3, -1)) if key[1] == "expert" else output)
 
+    def hold(self) -> None:
+        """Keep what the whole passes gave: of the longer one, what the shorter one had not seen."""
+        for key, outputs in self.got.items():
+            if len(outputs) != 2:
+                raise self.refusal(*key, f"runs {len(outputs)} times in two passes")
+            shorter, longer = outputs
+            self.wanted[key] = torch.cat([shorter, longer[..., shorter.shape[-2] :, :]], dim=-2)
+        self.got = {}
+
     def compare(self) -> None:
         """ValueError for the first module or layer whose output differs where tokens are real."""
         order = list(_NAMES)
         for key in sorted(self.wanted, key=lambda key: (key[0], order.index(key[1]))):
-            wanted = self.wanted[key][0].float()
+            wanted = self.wanted[key].float()
             if key not in self.got:
                 raise self.refusal(*key, "takes no part in a pass through a cache")
             got = torch.cat(self.got[key], dim=-2).float()
@@ -164,7 +176,7 @@ class _Trial:
             error = (got - wanted).norm(dim=-1) / size.clamp(min=usual)
             judged = self.mask.bool() & wanted.isfinite().all(-1)  # weights may be anything, before they are loaded
             error = torch.where(judged, error, 0.0).nan_to_num(torch.inf).max().item()
-            if error > max(1e-3, 8 * torch.finfo(self.wanted[key][0].dtype).eps):
+            if error > max(1e-3, 8 * torch.finfo(self.wanted[key].dtype).eps):
                 raise self.refusal(*key, f"differs from the masked dense model's by {error:.2g} of its size")
 
     def refusal(self, layer: int, part: str, reason: str) -> ValueError:
