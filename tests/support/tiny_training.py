@@ -9,6 +9,12 @@ def labels_of(ids, mask):
     return torch.where(mask.bool(), ids, -100)
 
 
+def dense_answers(model, ids):
+    """Labels that the dense model predicts: every module that is skipped makes them less likely."""
+    with torch.no_grad():
+        return torch.cat([ids[:, :1], model(ids).logits.argmax(-1)[:, :-1]], 1)
+
+
 def freeze_base(model):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("mod_router" in name)

@@ -39,7 +39,7 @@ def start_model(parts):
     return model.train()
 
 
-def by_hand(model, batches, target=0.4, scale=0.7):
+def by_hand(model, batches, target=0.4, scale=0.7, smoothing=0.0):
     """Loss of a step: mean over all tokens with loss, and mean penalty of the micro-batches."""
     losses, tokens, penalties, kept = [], 0, [], {layer: [] for layer in LAYERS}
     for batch in batches:
@@ -47,7 +47,7 @@ def by_hand(model, batches, target=0.4, scale=0.7):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         labels = batch["labels"][:, 1:]
         losses.append(
-            cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+            cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=smoothing)
         )
         tokens += int((labels != -100).sum())
         penalties.append(log.penalty(target))
@@ -71,11 +71,13 @@ def test_logged_losses_and_capacities_are_those_of_a_computation_by_hand(encoded
     assert 0 < line["capacity"] < 1, "mixed decisions, or this shows little"
 
 
-def test_one_sgd_step_follows_the_gradient_of_that_loss(encoded, parts, tmp_path):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_sgd_step_follows_the_gradient_of_that_loss(encoded, parts, tmp_path, smoothing):
     settings = {"optim": "sgd", "max_grad_norm": 0, "max_steps": 1, "warmup_steps": 0, "learning_rate": 0.5}
+    settings |= {"label_smoothing_factor": smoothing}
     tiny_tuning.tune(parts, tmp_path / "run", **settings)
     model = start_model(parts)
-    by_hand(model, micro_batches_of_step(encoded, parts, 0))[0].backward()
+    by_hand(model, micro_batches_of_step(encoded, parts, 0), smoothing=smoothing)[0].backward()
     trained = load_file(tmp_path / "run" / "router.safetensors")
     for layer in LAYERS:
         name = f"model.layers.{layer}.self_attn.mod_router.weight"

@@ -4,6 +4,7 @@ from .cache_mod import kv_cache_bytes
 from .configuration_mod import GRANULARITIES, ModConfig
 from .fit import fit_skip_paths
 from .flops import flops_share
+from .penalty import capacity_penalty
 from .recording import RoutingLog, force_routing, record_routing
 from .registry import defer
 from .routed_model import prompt_length_from
@@ -18,6 +19,7 @@ __all__ = [
     "RoutingLog",
     "fit_skip_paths",
     "flops_share",
+    "capacity_penalty",
     "force_routing",
     "is_routed",
     "kv_cache_bytes",

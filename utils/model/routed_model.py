@@ -15,7 +15,8 @@ from .cache_mod import HeldDecisions, adopt_layers
 from .call import Forced, RouterKey, RoutingCall, routing_call
 from .configuration_mod import ModConfig
 from .mixing import claim_forwards
-from .recording import RoutingLog
+from .penalty import join_penalty, with_penalty
+from .recording import RoutingLog, routed_base
 from .routed import Routed
 from .router import InitializesRouting
 from .skip_path import first_tokens
@@ -98,6 +99,8 @@ class RoutedDecoder(InitializesRouting):
         first = None
         if self.mod_config.skip != "zero":
             first = first_tokens(shape, attention_mask, position_ids, past, past_key_values, self.device)
+        learns = self.training and torch.is_grad_enabled()
+        logs = [*self.mod_logs, RoutingLog()] if learns else self.mod_logs
         call = RoutingCall(
             real=real,
             pool=pool,
@@ -109,11 +112,11 @@ class RoutedDecoder(InitializesRouting):
             past=past,
             training=training,
             forced=self.mod_forced[-1][0] if self.mod_forced else None,
-            record=functools.partial(_record, self.mod_logs, set()) if self.mod_logs else None,
+            record=functools.partial(_record, logs, set()) if logs else None,
             observe=self.mod_observer,
         )
         with routing_call(call):
-            return super().forward(
+            outputs = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -122,6 +125,7 @@ class RoutedDecoder(InitializesRouting):
                 use_cache=use_cache,
                 **kwargs,
             )
+        return join_penalty(self, outputs, logs[-1]) if learns else outputs
 
     def _check_outputs(self, asked: Mapping[str, Any], training: bool) -> None:
         """ValueError for what skipping leaves incomplete, whether a keyword asks for it or the configuration.
@@ -192,7 +196,11 @@ def _record(logs: list[RoutingLog], seen: set, key: RouterKey, *args, **kwargs) 
 
 
 class RoutedCausalLM(InitializesRouting):
-    """Mixin for the causal LM: under ``router_pooling="prompt"`` the labels mark where the prompt ends."""
+    """Mixin for the causal LM: labels say where prompts end, and bring a loss that holds the regulariser."""
+
+    def _get_name(self) -> str:
+        """The family's: by this name the Trainer knows a causal LM, whose labels label smoothing has to shift."""
+        return type(self).mod_mixture[1].__name__
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do, though checkpointing and peft ask for it: only reentrant checkpointing needs such inputs.
@@ -214,16 +222,30 @@ class RoutedCausalLM(InitializesRouting):
             "skips for real, or unroute(model) to serve the dense one"
         )
 
-    def forward(self, *args, **inputs):
+    def forward(self, *args, penalty_weight: float | None = None, **inputs):
+        """As of the family. In training ``loss`` has ``λ · weight · penalty``, and the outputs ``mod_penalty``.
+
+        Args:
+            penalty_weight: what share of its step this micro-batch is; by default that of its labels in the Trainer's
+                ``num_items_in_batch``, without one 1. With 0 the caller adds the term.
+        """
         claim_forwards([self.base_model])
-        if self.config.mod_router_pooling == "prompt" and inputs.get("prompt_length") is None:
-            given = {**dict(zip(_parameters(type(self).forward)[1:], args, strict=False)), **inputs}
-            for name in ("labels", "shift_labels"):
-                if given.get(name) is not None:
-                    mask = given.get("attention_mask")
-                    inputs["prompt_length"] = prompt_length_from(given[name], mask, name == "shift_labels")
-                    break
-        return super().forward(*args, **inputs)
+        learns, prompts = self.training and torch.is_grad_enabled(), self.config.mod_router_pooling == "prompt"
+        if not (learns or prompts):
+            return super().forward(*args, **inputs)
+        given = {**dict(zip(_parameters(type(self).forward)[1:], args, strict=False)), **inputs}
+        shifted = given.get("shift_labels") is not None
+        labels = given["shift_labels"] if shifted else given.get("labels")
+        if labels is not None and prompts and given.get("prompt_length") is None:
+            inputs["prompt_length"] = prompt_length_from(labels, given.get("attention_mask"), shifted)
+        outputs = super().forward(*args, **inputs)
+        if not learns:
+            return outputs
+        counted = given.get("num_items_in_batch")
+        if penalty_weight is None and labels is not None and counted is not None:
+            penalty_weight = ((labels if shifted else labels[:, 1:]) != -100).sum() / counted
+        weight = 1.0 if penalty_weight is None else penalty_weight
+        return with_penalty(outputs, routed_base(self), weight, given.get("labels") is not None)
 
 
 @functools.cache

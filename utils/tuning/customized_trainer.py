@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from router_tuning.model import RoutingLog, record_routing
+from router_tuning.model import capacity_penalty, prompt_length_from, record_routing
 from router_tuning.tuning import checkpoints, engine_state
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.engines import check_engine, check_wrapped, enable_fsdp_on_cpu, limit_waiting
@@ -25,9 +25,8 @@ from router_tuning.tuning.routing_statistics import RoutingStatistics
 class RouterTrainer(Trainer):
     """Trains ``L_task + λ·Σ_layers ReLU(capacity_l - target)`` (paper equation 6).
 
-    ``capacity_l`` is the executed share of a micro-batch. Both terms are scaled for gradient accumulation, so that a
-    step's gradient is that of the mean over its tokens (task) and over its micro-batches (penalty), on any number of
-    processes.
+    ``capacity_l`` is the executed share of a micro-batch. A step's gradient is that of the mean over its tokens (task)
+    and over its micro-batches (penalty), on any number of processes and whatever computes the task loss.
 
     Args:
         target_capacity: target of the penalty.
@@ -46,7 +45,8 @@ class RouterTrainer(Trainer):
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.target_capacity, self.gradient_scale = target_capacity, gradient_scale
+        config = self.model.config
+        config.mod_target_capacity, config.mod_gradient_scale = target_capacity, gradient_scale
         self.order, self.settings = order, dict(settings or {})
         self.statistics = RoutingStatistics(self.args.device)
         self._micro = (-1, 0)  # step under way, micro-batches of it seen by this process
@@ -62,11 +62,6 @@ class RouterTrainer(Trainer):
 
     # ---- loss
 
-    def routing_loss(self, log: RoutingLog) -> tuple[Tensor, Tensor]:
-        """``(what is added to the task loss of a micro-batch, the bare penalty for the log)``."""
-        penalty = log.penalty(self.target_capacity)
-        return self.gradient_scale * penalty, penalty.detach()
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -75,17 +70,19 @@ class RouterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         """Task loss of a micro-batch plus its share of the penalty."""
+        if "labels" in inputs:  # which label smoothing takes away
+            labels, mask = inputs["labels"], inputs.get("attention_mask")
+            inputs = {"prompt_length": prompt_length_from(labels, mask), "penalty_weight": 0.0, **inputs}
         with record_routing(model) as log:
-            task, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        added, penalty = self.routing_loss(log)
-        # Without a token count the Trainer itself divides the sum by the accumulation steps afterwards.
-        counted = num_items_in_batch is not None
-        steps = self.current_gradient_accumulation_steps
-        loss = task + (added / steps if counted else added).to(task.device)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.model.training:
-            replicas = self.accelerator.num_processes
-            share = task.detach() / replicas if counted else task.detach() / (steps * replicas)
-            self.statistics.add(log, share, penalty, inputs)
+            # Without a token count the Trainer itself divides the sum by the accumulation steps afterwards.
+            counted = num_items_in_batch is not None
+            steps, replicas = self.current_gradient_accumulation_steps, self.accelerator.num_processes
+            penalty = capacity_penalty(model)
+            self.statistics.add(log, loss.detach() / (replicas if counted else steps * replicas), penalty, inputs)
+            added = self.model.config.mod_gradient_scale * penalty
+            loss = loss + (added / steps if counted else added).to(loss.device)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from router_tuning.model import RoutingLog, record_routing, routed_modules
+from router_tuning.model import RoutingLog, capacity_penalty, record_routing, routed_modules
 from router_tuning.tuning.customized_trainer import RouterTrainer
 
 
@@ -116,7 +116,7 @@ class BudgetTrainer(RouterTrainer):
     """
 
     def __init__(self, *args, price: float, distil: bool, **kwargs) -> None:
-        super().__init__(*args, gradient_scale=price, **kwargs)
+        super().__init__(*args, gradient_scale=0.0, **kwargs)
         self.price, self.distil = Price(price), distil
         self.add_callback(self.price)
 
@@ -149,7 +149,7 @@ class BudgetTrainer(RouterTrainer):
         loss = task + (added / steps if counted else added)
         replicas = self.accelerator.num_processes
         share = task.detach() / replicas if counted else task.detach() / (steps * replicas)
-        self.statistics.add(log, share, log.penalty(self.target_capacity).detach(), inputs)
+        self.statistics.add(log, share, capacity_penalty(model), inputs)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()

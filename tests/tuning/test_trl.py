@@ -1,0 +1,65 @@
+"""Routers under TRL's SFT trainer, which computes its loss outside the model: the regulariser acts all the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import LAYERS
+from tiny_training import dense_answers, freeze_base
+from transformers import AutoTokenizer
+
+from router_tuning.model import record_routing, route
+
+trl = pytest.importorskip("trl")
+
+
+def mean_capacity(parts, folder, scale, peft, **settings):
+    """Mean capacity of the last third of a run that starts from routers at zero, as the trainer sets it up itself."""
+    from datasets import Dataset
+
+    tokenizer = AutoTokenizer.from_pretrained(parts["base"])
+    model = tiny_model(vocab_size=len(tokenizer))
+    ids, _ = random_batch(32, 12)
+    rows = {"input_ids": ids.tolist(), "labels": dense_answers(model, ids).tolist()}
+    route(model, mod_layers=LAYERS, gradient_scale=scale)
+    adapter = None
+    if peft:
+        from peft import LoraConfig
+
+        adapter = LoraConfig(r=2, target_modules=["down_proj"], modules_to_save=["mod_router"], task_type="CAUSAL_LM")
+    else:
+        freeze_base(model)
+    arguments = trl.SFTConfig(
+        output_dir=str(folder), max_steps=36, learning_rate=0.02, lr_scheduler_type="constant", report_to="none",
+        use_cpu=True, save_strategy="no", logging_steps=100, bf16=False, disable_tqdm=True, max_grad_norm=0.0,
+        gradient_checkpointing=False, max_length=None, **{"per_device_train_batch_size": 32, **settings},
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer,
+        peft_config=adapter,
+    )  # fmt: skip
+    with record_routing(trainer.model) as log:
+        trainer.train()
+    capacities = []
+    for records in log.records.values():
+        last = records[len(records) * 2 // 3 :]
+        capacities.append(torch.stack([record.keep.float().mean() for record in last]).mean())
+    return float(torch.stack(capacities).mean())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"label_smoothing_factor": 0.1}, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}],
+    ids=lambda settings: next(iter(settings), "default"),
+)
+def test_capacity_goes_to_the_target(parts, tmp_path, settings):
+    assert mean_capacity(parts, tmp_path, 1.0, peft=False, **settings) == pytest.approx(0.5, abs=0.15)
+
+
+def test_capacity_goes_to_the_target_with_an_adapter(parts, tmp_path):
+    assert mean_capacity(parts, tmp_path, 1.0, peft=True) == pytest.approx(0.5, abs=0.15)
+
+
+def test_without_a_scale_the_routers_stay_open(parts, tmp_path):
+    assert mean_capacity(parts, tmp_path, 0.0, peft=False) > 0.7
