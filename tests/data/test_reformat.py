@@ -120,12 +120,12 @@ def test_kill_9_at_random_points(workers: int, tmp_path: Path, root: Path):
     subprocess.run([*command, str(tmp_path / "calm")], check=True, capture_output=True)
     draw, out, killed = random.Random(workers), tmp_path / "killed", 0
     calm = {name: contents(tmp_path / "calm" / name) for name in names}
-    for _ in range(5):
+    for attempt in range(5):
         process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         begun = time.monotonic()
         while process.poll() is None and not list(out.glob("*/.partial.*")) and time.monotonic() < begun + 20:
             time.sleep(0.002)
-        time.sleep(draw.random() * 0.2)
+        time.sleep(draw.random() * 0.05 * attempt)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         for name in names:

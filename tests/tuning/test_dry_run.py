@@ -79,7 +79,7 @@ def test_steps_count_the_rows_that_are_there(parts, tmp_path):
     settings = {"dry_run": True, "router_dir": None}
     text = dry_run(tiny_tuning.command(parts, tmp_path / "run", **settings))
     assert f"steps        6 of 8 sequences, from {tiny_tuning.ROWS} rows of {parts['data']}" in text
-    with pytest.raises(UserError, match="--mod_n 6 must lie in 1…5"):
+    with pytest.raises(UserError, match="--mod_n 6 must lie in 1…4: the base has 5 layers"):
         dry_run(tiny_tuning.command(parts, tmp_path / "run", mod_layers=None, mod_n=6, **settings))
     assert not (tmp_path / "run").exists()
 
