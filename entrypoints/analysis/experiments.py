@@ -22,7 +22,7 @@ from router_tuning.experiments.plan import Plan, read_plan
 from router_tuning.experiments.report import build
 from router_tuning.experiments.runner import Laboratory
 from router_tuning.tuning.arguments import ROOT
-from router_tuning.tuning.quiet import quieten
+from router_tuning.tuning.console import set_up_logs
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,7 +61,7 @@ def main() -> None:
 
 def run_cells(lab: Laboratory, plan: Plan, only: list[str], alone: bool) -> None:
     """Go through the cells until nothing is left that can run."""
-    quieten(0)
+    set_up_logs(0)
     logging.getLogger().setLevel(logging.WARNING)
     if not alone:
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from router_tuning.errors import cli
 from router_tuning.tuning.command_line import parse_command
+from router_tuning.tuning.console import set_up_logs
 from router_tuning.tuning.dry_run import dry_run
 from router_tuning.tuning.engines import lost_contact
 from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.preparation import Preparation
-from router_tuning.tuning.quiet import quieten
 from router_tuning.tuning.tuning import run_tuning
 
 RANK = int(os.environ.get("RANK", 0))
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Check everything, then tune."""
     interruption = Interruption().install()
-    quieten(RANK)
+    set_up_logs(RANK)
     command = parse_command()
     for note in command.notes:
         logger.info(note)

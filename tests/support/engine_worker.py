@@ -23,9 +23,9 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from router_tuning.tuning.command_line import parse_command
+from router_tuning.tuning.console import set_up_logs
 from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.preparation import Preparation
-from router_tuning.tuning.quiet import quieten
 from router_tuning.tuning.tuning import run_tuning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,7 +63,7 @@ def run(config: str, arguments: list[str]) -> None:
 def main() -> None:
     """Run the plan."""
     rank = int(os.environ["RANK"])
-    quieten(rank)
+    set_up_logs(rank)
     for item in json.loads(Path(sys.argv[1]).read_text()):
         if rank == 0:
             for source, target in item.get("copy", []):

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from router_tuning.errors import UserError
+from router_tuning.files import publish
 from router_tuning.tuning import checkpoints
 from router_tuning.tuning.arguments import DEFAULTS
 from router_tuning.tuning.run_folder import clear_folder
@@ -15,11 +16,13 @@ SETTINGS = {"base": "abc", "granularity": "attn_sequence", "mod_n": 3, "betas": 
 
 
 def write(run, step, settings=SETTINGS):
-    staging = checkpoints.staging_folder(run, step)
-    (staging / "global_step").mkdir(parents=True)
-    (staging / "weights.bin").write_bytes(bytes(range(100)))
-    (staging / "global_step" / "shard.bin").write_bytes(b"shard")
-    return checkpoints.publish(staging, run, step, settings)
+    place = checkpoints.place_of(run, step)
+    with publish(place) as folder:
+        (folder / "global_step").mkdir(parents=True)
+        (folder / "weights.bin").write_bytes(bytes(range(100)))
+        (folder / "global_step" / "shard.bin").write_bytes(b"shard")
+        checkpoints.describe(folder, settings)
+    return place
 
 
 def truncate(path):
@@ -61,16 +64,6 @@ def test_nothing_complete_means_a_fresh_start_with_auto_and_an_error_with_a_name
     with pytest.raises(UserError, match="no such folder"):
         checkpoints.chosen(str(tmp_path / "checkpoint-7"), tmp_path)
     assert checkpoints.chosen(None, tmp_path) == (None, [])
-
-
-def test_what_was_half_written_is_no_checkpoint_and_is_swept(tmp_path):
-    write(tmp_path, 1)
-    staging = checkpoints.staging_folder(tmp_path, 2)
-    staging.mkdir()
-    (staging / "weights.bin").write_bytes(b"half")
-    assert checkpoints.newest_complete(tmp_path)[0].name == "checkpoint-1"
-    checkpoints.sweep(tmp_path)
-    assert not staging.exists() and (tmp_path / "checkpoint-1").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from router_tuning.errors import UserError
+from router_tuning.files import scratch_folder
 from router_tuning.tuning.arguments import DEFAULTS
 
 MANIFEST = "manifest.json"
@@ -19,46 +19,32 @@ FORMAT = 2
 _HASHED_UP_TO = 256 << 20  # bytes; larger files are checked by size alone
 
 
-def staging_folder(run: Path, step: int) -> Path:
-    """Where a checkpoint is written before it gets its name."""
-    return run / f".checkpoint-{step}.partial"
+def place_of(run: Path, step: int) -> Path:
+    """The folder of a checkpoint."""
+    return run / f"checkpoint-{step}"
 
 
-def publish(staging: Path, run: Path, step: int, settings: Mapping[str, Any]) -> Path:
-    """Describe every file of ``staging`` in a manifest, flush all to disk and rename the folder to its place."""
+def describe(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Flush every file of a checkpoint to disk, and list them all in its manifest."""
     files = {}
-    for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         _flush(path)
-        files[path.relative_to(staging).as_posix()] = _describe(path)
-    manifest = {"format": FORMAT, "step": step, "settings": dict(settings), "files": files}
-    (staging / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    _flush(staging / MANIFEST)
-    place = run / f"checkpoint-{step}"
-    remove(place)
-    os.replace(staging, place)
-    _flush(run)
-    return place
+        files[path.relative_to(folder).as_posix()] = _describe(path)
+    manifest = {"format": FORMAT, "settings": dict(settings), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    _flush(folder / MANIFEST)
 
 
 def remove(folder: Path) -> None:
     """Delete a checkpoint; a kill in between leaves a hidden folder, never half a checkpoint."""
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.deleted")
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    with scratch_folder(folder.parent) as scratch:
+        os.replace(folder, scratch / folder.name)
 
 
 def rotate(run: Path, limit: int | None) -> None:
     """Keep the ``limit`` newest checkpoints (None or 0: all)."""
     for _, folder in checkpoints(run)[limit:] if limit else []:
         remove(folder)
-
-
-def sweep(run: Path) -> None:
-    """Delete what a killed run left half-written."""
-    for path in [*run.glob(".checkpoint-*.partial"), *run.glob(".checkpoint-*.deleted")]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from router_tuning.files import publish
 from router_tuning.model import capacity_penalty, prompt_length_from, record_routing
 from router_tuning.tuning import checkpoints, engine_state
 from router_tuning.tuning.batching import StepOrder
+from router_tuning.tuning.console import use_compact_progress
 from router_tuning.tuning.engines import check_engine, check_wrapped, enable_fsdp_on_cpu, limit_waiting
 from router_tuning.tuning.routing_statistics import RoutingStatistics
 
@@ -51,6 +54,7 @@ class RouterTrainer(Trainer):
         self.statistics = RoutingStatistics(self.args.device)
         self._micro = (-1, 0)  # step under way, micro-batches of it seen by this process
         self._read_at = 0
+        use_compact_progress(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's accelerator, checked: what was launched is what runs."""
@@ -125,34 +129,39 @@ class RouterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write what trains, optimizer, schedule, random state and position; the folder appears when all is there."""
-        run, step = Path(self.args.output_dir), self.state.global_step
-        staging = checkpoints.staging_folder(run, step)
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+        place = checkpoints.place_of(Path(self.args.output_dir), self.state.global_step)
         self.store_flos()
-        self.barrier()
-        weights = engine_state.gather_weights(self.model)
-        if self.deepspeed_engine is not None:
-            self.deepspeed_engine.save_checkpoint(str(staging), exclude_frozen_parameters=True)
-        else:
-            moments = engine_state.gather_optimizer(self.model, self.optimizer)
+        with publish(place) if self.args.should_save else nullcontext() as draft:
+            folder = self._shared(draft)
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = engine_state.gather_weights(self.model)
+            if self.deepspeed_engine is not None:
+                self.deepspeed_engine.save_checkpoint(str(folder), exclude_frozen_parameters=True)
+            else:
+                moments = engine_state.gather_optimizer(self.model, self.optimizer)
+                if self.args.should_save:
+                    torch.save(moments, folder / engine_state.OPTIMIZER)
+            self._save_rng_state(str(folder))
+            self._save_scaler(str(folder))
+            self.barrier()
             if self.args.should_save:
-                torch.save(moments, staging / engine_state.OPTIMIZER)
-        self._save_rng_state(str(staging))
-        self._save_scaler(str(staging))
+                save_file(weights, folder / engine_state.WEIGHTS, metadata={"format": "pt"})
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+                for script in folder.glob("zero_to_*.py"):  # they merge whole models, which is not what lies here
+                    script.unlink()
+                self._export_callbacks()
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                checkpoints.describe(folder, self.settings)
         if self.args.should_save:
-            engine_state.write_weights(weights, staging / engine_state.WEIGHTS)
-            torch.save(self.lr_scheduler.state_dict(), staging / SCHEDULER_NAME)
-            for script in staging.glob("zero_to_*.py"):  # they merge whole models, which is not what lies here
-                script.unlink()
-            self._export_callbacks()
-            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+            checkpoints.rotate(place.parent, self.args.save_total_limit)
         self.barrier()
-        if self.args.should_save:
-            checkpoints.publish(staging, run, step, self.settings)
-            checkpoints.rotate(run, self.args.save_total_limit)
-        self.barrier()
+
+    def _shared(self, path: Path | None) -> Path:
+        """The first process's path, on all processes."""
+        paths = [path]
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast_object_list(paths, src=0)
+        return paths[0]
 
     def _export_callbacks(self) -> None:
         stateful = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]

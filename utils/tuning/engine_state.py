@@ -7,12 +7,11 @@ DeepSpeed reads back.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -87,14 +86,6 @@ def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
                 else _scalar(value, group, parameter)
                 for key, value in saved["state"][names[id(parameter)]].items()
             }
-
-
-def write_weights(weights: dict[str, Tensor], file: Path) -> None:
-    """Write gathered weights as safetensors, with the permissions of any other new file (its own are 0600)."""
-    save_file(weights, file, metadata={"format": "pt"})
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -50,7 +50,9 @@ def _build(typed: Mapping[str, Any]) -> TuningArguments:
         with tempfile.TemporaryDirectory() as folder:
             arguments = copy.copy(training)
             arguments.output_dir = folder
-            trainer = Trainer(model=LlamaForCausalLM(_TINY), args=arguments, train_dataset=[{}])
+            trainer = Trainer(
+                model=LlamaForCausalLM(_TINY), args=arguments, train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}]
+            )
             trainer.get_train_dataloader()
             trainer.create_optimizer_and_scheduler(_STEPS)
     return training

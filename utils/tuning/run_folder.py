@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.errors import UserError
-from router_tuning.files import write_text, writing
+from router_tuning.files import scratch_folder, write_text
 from router_tuning.tuning.arguments import ROOT
-from router_tuning.tuning.checkpoints import checkpoints, find_fault, remove, sweep
+from router_tuning.tuning.checkpoints import checkpoints, find_fault, remove
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.routing_statistics import CAPACITY
 
@@ -74,9 +74,8 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 def clear_folder(folder: Path, keep_checkpoints: bool) -> None:
     """Delete what an earlier run left, and what a killed one left half-written; nothing else in the folder."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
+    with scratch_folder(folder):
+        pass  # makes the folder, and empties it of what a killed run left half-written
     for _, path in checkpoints(folder):
         # A damaged one that stayed the newest would count among those that rotation keeps.
         if keep_checkpoints and find_fault(path) is None:

@@ -6,7 +6,6 @@ from router_tuning.tuning.batching import Collator, StepOrder
 from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.interruption import StopOnSignal
 from router_tuning.tuning.job import TunedRun, TuningJob
-from router_tuning.tuning.progress import use_compact_progress
 
 _MEASURED_ROWS = 256
 
@@ -25,7 +24,6 @@ def tune(job: TuningJob) -> TunedRun:
         order=StepOrder(job.data.lengths, training.global_batch_size, training.seed, job.command.data.length_grouping),
         settings=job.settings,
     )
-    use_compact_progress(trainer)
     trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))
     stopped = job.interruption.signal is not None
     return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=stopped)

@@ -24,7 +24,6 @@ from router_tuning.tuning.batching import Collator, StepOrder
 from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.interruption import StopOnSignal
 from router_tuning.tuning.job import TunedRun, TuningJob
-from router_tuning.tuning.progress import use_compact_progress
 from router_tuning.tuning.recipes.budget.policy import FitSettings, fit
 from router_tuning.tuning.recipes.budget.search import Explored, explore
 from router_tuning.tuning.recipes.budget.training import BudgetTrainer, current_settings
@@ -138,7 +137,6 @@ def _train(job: TuningJob) -> TunedRun:
     roots = inverse_roots(job.model, seen, share) if share else {}
     with whitened(job.model, roots) if share else nullcontext():
         trainer = BudgetTrainer(**_shared(job), price=routing.gradient_scale, distil=routing.trains == "routers")
-        use_compact_progress(trainer)
         trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))
     stopped = job.interruption.signal is not None
     return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=stopped)
