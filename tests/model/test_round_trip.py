@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -42,6 +43,27 @@ def test_save_pretrained_and_auto_model_give_the_same_routed_model(family, tmp_p
     for copied in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
         assert torch.equal(logits(copied), logits(model))
         assert copied.config is not again.config and copied.model.config is copied.config
+
+
+def test_a_class_that_knows_nothing_of_routing_refuses_the_weights(tmp_path):
+    routed_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="routed model: pass trust_remote_code=True"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    plain = unroute(AutoModelForCausalLM.from_pretrained(tmp_path))
+    plain.save_pretrained(tmp_path / "dense")
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")) is LlamaForCausalLM
+
+
+def test_other_checkpoints_of_a_family_are_what_they_are_without_this_package(tmp_path):
+    assert type(AutoConfig.for_model("llama")) is LlamaConfig
+    tiny_model("llama").save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is LlamaConfig
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LlamaForCausalLM
+    fields = AutoConfig.from_pretrained(tmp_path).to_dict() | {"auto_map": {"AutoConfig": "theirs.TheirConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    code = "from transformers import LlamaConfig\nclass TheirConfig(LlamaConfig):\n    theirs = True\n"
+    (tmp_path / "theirs.py").write_text(code)
+    assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).theirs, "their own code is preferred"
 
 
 # ---------------------------------------------------------------- what a checkpoint lacks

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from router_tuning.checkpoint.shards import read_rows, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
-from router_tuning.model.configuration_mod import select_layers
+from router_tuning.model.configuration_mod import plain_fields, select_layers
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -35,8 +35,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def dense_config(folder: Path) -> PretrainedConfig:
     """Configuration of the base as its plain family, without routing fields."""
     fields = read_config(folder)
-    kind = str(fields.pop("model_type", None)).removesuffix("_mod")
-    plain = {name: value for name, value in fields.items() if name != "auto_map" and not name.startswith("mod_")}
+    kind = str(fields.get("model_type")).removesuffix("_mod")
+    plain = plain_fields(fields)
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(f"{folder / 'config.json'}: transformers has no causal language model of type {kind!r}")
     try:

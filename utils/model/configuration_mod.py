@@ -188,8 +188,22 @@ def _field_name(name: str) -> str:
     return name if name.startswith("mod_") else f"mod_{name}"
 
 
+GUARD = "transformers_weights"
+"""The field of a configuration that names the file of its weights. In that of a routed model it names none, so that
+classes which know nothing of routing refuse the weights instead of loading them as a dense model's."""
+
+
+def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ``config.json`` without what makes it a routed model's."""
+    ours = ("model_type", "auto_map", GUARD)
+    return {name: value for name, value in fields.items() if name not in ours and not name.startswith("mod_")}
+
+
 class ModFields:
-    """Mixin for a family's configuration: the routing fields; one without ``mod_layers`` is of a dense model."""
+    """Mixin for a family's configuration: the routing fields; one without ``mod_layers`` is of a dense model.
+
+    What it writes names the family's own ``model_type``, by which tokenizers and other tools know what to do.
+    """
 
     mod_layers: Layers | None = None
     mod_granularity: str = "attn_sequence"
@@ -207,6 +221,26 @@ class ModFields:
         name = f"{plain.__name__.removesuffix('Config')}ModConfig"
         names = {"__name__": name, "__qualname__": name, "__module__": __name__}
         return names | {"model_type": f"{plain.model_type}_mod", "_auto_class": "AutoConfig"}
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a file says, of this class's type."""
+        fields, others = super().get_config_dict(*args, **kwargs)
+        return fields | {"model_type": cls.model_type}, others
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        """As of any configuration."""
+        fields = {name: value for name, value in config_dict.items() if name not in ("model_type", GUARD)}
+        return super().from_dict(fields, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds; with routed layers, weights are only for those who can route them."""
+        fields = super().to_diff_dict()
+        if self.mod_layers:
+            fields["model_type"] = self.model_type.removesuffix("_mod")
+            fields[GUARD] = "those of a routed model: pass trust_remote_code=True, or import router_tuning.model"
+        return fields
 
 
 def own_config(model: PreTrainedModel, routed: bool) -> None:

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .configuration_mod import ModConfig, ModFields, own_config
+from .configuration_mod import GUARD, ModConfig, ModFields, own_config
 from .installing import install
 from .mixing import mixed
 from .routed_model import RoutedCausalLM
@@ -61,6 +61,8 @@ class ModPreTrained(RoutedCausalLM):
         Raises:
             ValueError: for a router or skip path that holds values which are not finite.
         """
+        if hasattr(kwargs.get("config"), GUARD):  # read by a class that knows nothing of routing
+            delattr(kwargs["config"], GUARD)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = [name for name, module in model.named_modules() if vars(module).pop("mod_missing", False)]
         if missing:

@@ -1,7 +1,8 @@
-"""transformers' registries: with this package imported, a routed checkpoint of any family loads by its model type."""
+"""transformers' registries: with this package imported, a routed checkpoint of any family loads as what it is."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import (
@@ -14,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_mod import ModFields
@@ -28,25 +30,34 @@ TASKS = (
 )
 
 
-class _Deferred:
-    """The routed configuration of a family, made when it is asked for: families are many, and slow to import."""
+PLAIN = type(CONFIG_MAPPING)(CONFIG_MAPPING_NAMES)
+"""The configurations of transformers itself."""
+
+
+class _Family:
+    """What ``AutoConfig`` finds for a family: its configuration, with routing where the fields name routed layers.
+
+    It is made when it is asked for: families are many, and slow to import.
+    """
 
     model_type: str
 
     def __new__(cls, **fields: Any) -> PretrainedConfig:
-        return cls._resolve()(**fields)
+        return cls._for(fields)(**fields)
 
     @classmethod
-    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._resolve().from_dict(*args, **kwargs)
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
+        return cls._for(config_dict).from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        return cls._resolve().from_pretrained(*args, **kwargs)
+        return cls._for(PretrainedConfig.get_config_dict(*args, **kwargs)[0]).from_pretrained(*args, **kwargs)
 
     @classmethod
-    def _resolve(cls) -> type[PretrainedConfig]:
-        plain = CONFIG_MAPPING[cls.model_type.removesuffix("_mod")]
+    def _for(cls, fields: Mapping[str, Any]) -> type[PretrainedConfig]:
+        plain = PLAIN[cls.model_type.removesuffix("_mod")]
+        if cls.model_type in PLAIN and not fields.get("mod_layers"):
+            return plain
         routed = mixed(ModFields, plain)
         for auto in TASKS:
             if plain in auto._model_mapping:
@@ -63,9 +74,12 @@ def publish(config: type[PretrainedConfig], model: type[PreTrainedModel]) -> Non
 
 
 def defer() -> None:
-    """Make all families known, importing none."""
+    """Make all families known, importing none: by their own names, and by those that routed ones once had.
+
+    A family's own entry seems to be of transformers, or ``AutoConfig`` would prefer it to the code that a checkpoint
+    of somebody else's brings along.
+    """
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        name = f"{family}_mod"
-        AutoConfig.register(
-            name, type(name, (_Deferred,), {"model_type": name, "__module__": __name__}), exist_ok=True
-        )
+        for name, module in ((family, f"transformers.models.{family}"), (f"{family}_mod", __name__)):
+            entry = type(name, (_Family,), {"model_type": name, "__module__": module})
+            AutoConfig.register(name, entry, exist_ok=True)
