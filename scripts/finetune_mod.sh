@@ -17,7 +17,7 @@ KNOBS=(
   MOD_N:mod_n                                  # routed layers; default: half of them
   GRANULARITY:granularity                      # attn_sequence, attn_token, mlp_token, attn_token+mlp_token, …
   ROUTER_ONLY:router_only                      # False: the base trains too
-  RECIPE:recipe                                # paper, budget
+  RECIPE:recipe                                # paper, budget, fisher
   DATA_TYPE:data_type                          # a set under data/reformatted/, or mixed
   MAX_TRAIN_SAMPLES:max_train_samples          # 0: all
   MAX_SEQ_LENGTH:max_seq_length

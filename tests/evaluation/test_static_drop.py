@@ -77,7 +77,8 @@ def test_edges(model, batches):
 
 
 @pytest.mark.parametrize(
-    "content, message", [("{", ":1: no JSON"), ('{"a": 1}', ":1: neither a list of 'messages'"), ("\n", "holds no rows")]
+    "content, message",
+    [("{", ":1: no JSON"), ('{"a": 1}', ":1: neither a list of 'messages'"), ("\n", "holds no rows")],
 )
 def test_bad_rows_are_named(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"

@@ -36,17 +36,24 @@ def base(tmp_path_factory):
     return folder
 
 
-def tune(base, folder, *flags):
+def tune(base, folder, *flags, recipe="budget"):
     argv = ["--model_name_or_path", base, "--train_file", base / "rows.jsonl", "--max_train_samples", 0, "--mod_n", 3]
-    argv += ["--output_dir", folder, "--report_to", "none", "--save_strategy", "no", "--recipe", "budget"]
+    argv += ["--output_dir", folder, "--report_to", "none", "--save_strategy", "no", "--recipe", recipe]
     argv += ["--global_batch_size", 20, *flags]
     return run_tuning(Preparation(parse_command([str(part) for part in argv])), Interruption())
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "attn_token", "attn_token+mlp_token"])
-def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, granularity):
+@pytest.mark.parametrize(
+    ("recipe", "granularity"),
+    [
+        *[("budget", part) for part in ("attn_sequence", "mlp_sequence", "attn_token", "attn_token+mlp_token")],
+        ("fisher", "attn_token"),
+    ],
+)
+def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, recipe, granularity):
     folder = tmp_path / "run"
-    tune(base, folder, "--granularity", granularity, "--target_capacity", 0.4, "--learning_rate", 0.01)
+    flags = ("--granularity", granularity, "--target_capacity", 0.4, "--learning_rate", 0.01)
+    tune(base, folder, *flags, recipe=recipe)
     record = json.loads((folder / "run.json").read_text())
     assert abs(record["reached_capacity"] - 0.4) <= 0.03
     dial = json.loads((folder / "router_config.json").read_text())["dial"]
@@ -63,6 +70,27 @@ def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, gr
         # Token level was calibrated on whole conversations, these are their prompts.
         slack = 0.04 if granularity.endswith("sequence") else 0.15
         assert abs(log.capacity()["total"] - (capacity or 0.4)) <= slack
+
+
+def test_closed_form_stays_as_close_to_the_dense_model_as_training(base, tmp_path):
+    """On rows that neither has seen; attention is worth far more than MLPs here, as closed form finds at once."""
+    dense, tokenizer = LlamaForCausalLM.from_pretrained(base).eval(), build_tokenizer(320, 20)
+    prompts = [
+        render_prompt({"messages": generate(t, n, "train").messages}, tokenizer) for n in range(40, 50) for t in TASKS
+    ]
+    apart = {}
+    for recipe in ("budget", "fisher"):
+        tune(base, tmp_path / recipe, "--granularity", "attn_token+mlp_token", "--target_capacity", 0.4, recipe=recipe)
+        model, found = load_routers(LlamaForCausalLM.from_pretrained(base).eval(), tmp_path / recipe), []
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt")
+            with torch.no_grad():
+                ours, theirs = (m(**inputs, use_cache=False).logits.log_softmax(-1) for m in (model, dense))
+            found.append((theirs.exp() * (theirs - ours)).sum(-1).mean())
+        apart[recipe] = float(torch.stack(found).mean())
+    assert apart["fisher"] < apart["budget"]
+    damage = json.loads((tmp_path / "fisher" / "router_config.json").read_text())["damage"]
+    assert max(v for k, v in damage.items() if "mlp" in k) < min(v for k, v in damage.items() if "attn" in k)
 
 
 def test_recipe_defaults_give_way_to_flags():

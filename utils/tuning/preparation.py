@@ -76,8 +76,9 @@ class Preparation:
     def doubts(self, rows: int) -> list[str]:
         """What makes it unlikely that a run on so many rows learns anything, one line each."""
         training, routing = self.command.training, self.command.routing
-        if routing.recipe == "budget" and set(routing.config().parts.values()) == {"sequence"}:
-            return []  # searched, not trained by steps
+        searched = routing.recipe == "budget" and set(routing.config().parts.values()) == {"sequence"}
+        if searched or routing.recipe == "fisher":
+            return []  # nothing is trained by steps
         steps = steps_of(training, rows)
         found = []
         if not learns_at(training, steps):

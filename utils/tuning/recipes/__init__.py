@@ -9,7 +9,11 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-RECIPES = {"paper": "router_tuning.tuning.recipes.paper", "budget": "router_tuning.tuning.recipes.budget.recipe"}
+RECIPES = {
+    "paper": "router_tuning.tuning.recipes.paper",
+    "budget": "router_tuning.tuning.recipes.budget.recipe",
+    "fisher": "router_tuning.tuning.recipes.budget.fisher",
+}
 """Name on the command line → module."""
 
 RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {

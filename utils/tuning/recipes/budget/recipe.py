@@ -9,7 +9,7 @@ work runs, and in a dial that reaches any other share without training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -88,7 +88,7 @@ def _search_and_fit(job: TuningJob) -> TunedRun:
             "recipe 'budget' at sequence level trains routers on a frozen base: leave out --lora, --router_only"
         )
     model = job.model
-    rows = _drawn(job, SEARCH_INPUTS)
+    rows = drawn_rows(job, SEARCH_INPUTS)
     batches = in_batches([job.data.rows[row] for row in rows], Collator(job.tokenizer), _ROWS)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model.to(job.training.device)
@@ -99,7 +99,7 @@ def _search_and_fit(job: TuningJob) -> TunedRun:
     install_policy(model, policy.weight)
     names = list(routed_modules(model))
     dial = {"capacity": policy.budgets, "logit": dict(zip(names, policy.logit.tolist(), strict=True))}
-    trainer = RouterTrainer(**_shared(job), gradient_scale=job.command.routing.gradient_scale)
+    trainer = RouterTrainer(**trainer_options(job), gradient_scale=job.command.routing.gradient_scale)
     history = [{"step": 0, "inputs": len(rows), "masks": explored.masks.shape[1]}]
     return TunedRun(trainer=trainer, history=history, extra={"dial": dial})
 
@@ -133,16 +133,19 @@ def _train(job: TuningJob) -> TunedRun:
             weight.copy_((INITIAL_WEIGHT * noise).to(weight.device))
     job.model.to(training.device)
     share = current_settings().whiten
-    seen = _inputs(_calibration_rows(job), Collator(job.tokenizer)) if share else []
+    seen = inputs_of(_calibration_rows(job), Collator(job.tokenizer)) if share else []
     roots = inverse_roots(job.model, seen, share) if share else {}
     with whitened(job.model, roots) if share else nullcontext():
-        trainer = BudgetTrainer(**_shared(job), price=routing.gradient_scale, distil=routing.trains == "routers")
+        trainer = BudgetTrainer(
+            **trainer_options(job), price=routing.gradient_scale, distil=routing.trains == "routers"
+        )
         trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))
     stopped = job.interruption.signal is not None
     return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=stopped)
 
 
-def _shared(job: TuningJob) -> dict[str, Any]:
+def trainer_options(job: TuningJob) -> dict[str, Any]:
+    """What a trainer of any kind is made with."""
     training = job.training
     return {
         "model": job.model,
@@ -172,9 +175,14 @@ def is_sequence_level(model: nn.Module) -> bool:
 
 
 def _calibration_rows(job: TuningJob) -> list[dict[str, list[int]]]:
-    rows, tokens = [], 0
     wanted = CALIBRATION_TOKENS * (2 if is_sequence_level(job.model) else 1)
-    for row in reversed(_drawn(job, len(job.data.rows))):
+    return rows_until(job, reversed(drawn_rows(job, len(job.data.rows))), wanted)
+
+
+def rows_until(job: TuningJob, order: Iterable[int], wanted: int) -> list[dict[str, list[int]]]:
+    """Encoded rows in ``order`` until there are ``wanted`` tokens, or no more rows."""
+    rows, tokens = [], 0
+    for row in order:
         rows.append(job.data.rows[row])
         tokens += len(rows[-1]["input_ids"])
         if tokens >= wanted:
@@ -188,11 +196,12 @@ def inputs_to_calibrate_on(rows: Sequence[dict[str, list[int]]], collator: Colla
     At sequence level a decision is taken on the prompt. At token level tokens run that predict a learnt one, and not
     those behind the last of these: counted, they made generation run 0.7 points less than asked for.
     """
-    return _inputs([prompt_of(row) if sequence else predicting_part_of(row) for row in rows], collator)
+    return inputs_of([prompt_of(row) if sequence else predicting_part_of(row) for row in rows], collator)
 
 
-def _inputs(rows: Sequence[dict[str, list[int]]], collator: Collator) -> list[Batch]:
-    batches = in_batches(rows, collator, _CALIBRATION_ROWS)
+def inputs_of(rows: Sequence[dict[str, list[int]]], collator: Collator, size: int = _CALIBRATION_ROWS) -> list[Batch]:
+    """Right-padded batches of ``size`` rows, of what a decoder takes."""
+    batches = in_batches(rows, collator, size)
     return [{"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]} for batch in batches]
 
 
@@ -216,6 +225,7 @@ def in_batches(rows: Sequence[dict[str, list[int]]], collator: Collator, size: i
     return [collator(ordered[start : start + size]) for start in range(0, len(ordered), size)]
 
 
-def _drawn(job: TuningJob, count: int) -> list[int]:
+def drawn_rows(job: TuningJob, count: int) -> list[int]:
+    """So many rows of the training data, by number, drawn without replacement."""
     generator = torch.Generator().manual_seed(job.training.seed)
     return torch.randperm(len(job.data.rows), generator=generator)[:count].tolist()

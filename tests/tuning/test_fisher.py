@@ -1,0 +1,106 @@
+"""``--recipe fisher``: damages are those of a slow reference, the regression finds what it is made for."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_tuning
+import torch
+from tiny_models import random_batch, tiny_model
+from tiny_routed import random_skip_paths, routed_model
+from torch.nn.functional import log_softmax
+
+from router_tuning.errors import UserError
+from router_tuning.model import routed_modules
+from router_tuning.tuning.recipes.budget.damage import fisher_damage
+from router_tuning.tuning.recipes.budget.fisher import fit_router
+
+
+def batches(count=2):
+    pairs = [random_batch(rows=3, tokens=9, seed=seed, padding="right") for seed in range(count)]
+    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in pairs]
+
+
+def one_module_at_a_time(dense, layer, part, path, batch, targets):
+    """``½ (∂ Σ log p(y) / ∂m)²`` of one module of the dense model, and what a router there would see, ``[b, t]``."""
+    mask = batch["attention_mask"].bool()
+    gate, seen = torch.ones(mask.shape, requires_grad=True), []
+    block = dense.model.layers[layer]
+    module = {"attn": block.self_attn, "mlp": block.mlp, "block": block}[part]
+
+    def mix(_, args, kwargs, output):
+        given = args[0] if args else kwargs["hidden_states"]
+        hidden, stays = (block.input_layernorm(given), given) if part == "block" else (given, 0)
+        runs = (output[0] if isinstance(output, tuple) else output) - stays
+        skipped = torch.zeros_like(runs) if path is None else hidden @ path[0] @ path[1] + path[2]
+        seen.append(hidden)
+        mixed = stays + skipped + gate[..., None] * (runs - skipped)
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
+
+    handle = module.register_forward_hook(mix, with_kwargs=True)
+    found = log_softmax(dense(**batch, use_cache=False).logits[mask], -1)
+    handle.remove()
+    (gradient,) = torch.autograd.grad(found.gather(1, targets).sum(), gate)
+    return seen[0].detach(), 0.5 * gradient.square()
+
+
+@pytest.mark.parametrize("granularity", ["attn_token+mlp_token", "block_token"])
+@pytest.mark.parametrize("skip", ["zero", "low_rank"])
+def test_damage_of_all_modules_at_once_is_that_of_each_alone(granularity, skip):
+    dense, model = tiny_model(), routed_model("llama", granularity, skip=skip, skip_rank=3)
+    paths = random_skip_paths(model)
+    before = [model(**batch, use_cache=False).logits for batch in batches()]
+    found, generator = fisher_damage(model, batches(), seed=5), torch.Generator().manual_seed(5)
+    expected = {name: ([], []) for name in found}
+    for batch in batches():
+        mask = batch["attention_mask"].bool()
+        with torch.no_grad():
+            chances = dense(**batch, use_cache=False).logits[mask].softmax(-1)
+        targets = torch.multinomial(chances, 1, generator=generator)
+        decided = mask if skip == "zero" else mask & (mask.cumsum(1) > 1)
+        for name, module in routed_modules(model).items():
+            key = module.mod_layer, module.mod_part
+            hidden, damage = one_module_at_a_time(dense, *key, paths.get(key), batch, targets)
+            expected[name][0].append(hidden[decided])
+            expected[name][1].append(damage[decided])
+    for name, (hidden, damage) in found.items():
+        torch.testing.assert_close(hidden, torch.cat(expected[name][0]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(damage, torch.cat(expected[name][1]), atol=1e-4, rtol=2e-3)
+    for batch, logits in zip(batches(), before, strict=True):
+        assert torch.equal(model(**batch, use_cache=False).logits, logits)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_module_that_does_nothing_has_the_least_damage():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(0.01)
+    model = routed_model(granularity="attn_token+mlp_token", model=model)
+    mean = {name: float(damage.mean()) for name, (_, damage) in fisher_damage(model, batches(6)).items()}
+    least, second = sorted(mean.values())[:2]
+    assert mean["2.mlp"] == least < 0.01 * second
+
+
+@pytest.mark.parametrize("told_apart", [True, False])
+def test_regression_finds_what_damage_depends_on(told_apart):
+    """``d = exp(w·h + b)·χ²``, far from centred; where there is nothing to find, next to nothing is predicted."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.eye(8) + 0.1 * torch.randn(8, 8, generator=generator)
+    hidden = torch.randn(6000, 8, generator=generator) @ mixing + 4
+    weight = torch.linalg.solve(mixing, 0.35 * torch.randn(8, generator=generator)) * told_apart
+    truth = (hidden - 4) @ weight - 5
+    fit = fit_router(hidden, truth.exp() * torch.randn(6000, generator=generator).square())
+    predicted = hidden @ fit.weight + fit.bias
+    assert float(predicted.exp().mean() / truth.exp().mean()) == pytest.approx(1, abs=0.15)
+    if told_apart:
+        assert torch.corrcoef(torch.stack([predicted, truth]))[0, 1] > 0.97 and fit.slope > 0.9
+    else:
+        assert predicted.std() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [({"granularity": "attn_sequence"}, "per token"), ({"granularity": "attn_token", "lora": True}, "frozen base")],
+)
+def test_refuses_what_it_would_not_fit(parts, tmp_path, flags, told):
+    with pytest.raises(UserError, match=told):
+        tiny_tuning.tune(parts, tmp_path / "run", recipe="fisher", router_dir=None, **flags)

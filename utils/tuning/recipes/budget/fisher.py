@@ -1,0 +1,142 @@
+"""The ``fisher`` recipe: token-level routers in closed form, from what skipping would do; no training step.
+
+The damage of skipping a module (:mod:`damage`) is a square with a Gaussian in it, of which only the mean depends on
+the token: a gamma regression with a logarithmic link predicts it from what the router sees. For any budget the best
+choice then skips what has the least expected damage per operation that is saved, so a router's score is the logarithm
+of the one and its threshold, but for a shift common to all, the logarithm of the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from router_tuning.errors import UserError
+from router_tuning.model import routed_modules
+from router_tuning.model.flops import saved_shares
+from router_tuning.tuning.batching import Collator
+from router_tuning.tuning.customized_trainer import RouterTrainer
+from router_tuning.tuning.job import TunedRun, TuningJob
+from router_tuning.tuning.recipes.budget.damage import fisher_damage
+from router_tuning.tuning.recipes.budget.recipe import (
+    drawn_rows,
+    inputs_of,
+    measure,
+    rows_until,
+    trainer_options,
+)
+
+__all__ = ["measure", "tune"]
+
+TOKENS = 24_000
+"""That many tokens are labelled."""
+_ROWS = 4
+_BYTES = 2**31
+"""Routers whose inputs fit here together are labelled in one pass over the tokens."""
+_RIDGE = 5.0  # mean variances; less fits noise: at 1e-3 the divergence on held-out text was three times as large
+_HELD_OUT = 0.2
+_STEPS = (0.5,) * 20 + (0.25,) * 10
+_CLIP = 40.0  # times what is expected: single damages are heavy-tailed
+_CAP = 50.0  # nats: far beyond what second order can say
+_SLOPES = (0.05, 1.2)  # not zero: a router which finds nothing still ranks, so that every share can be reached
+_LIMIT = 15.0  # of threshold logits, beyond which σ has no room for them
+
+
+class RouterFit(NamedTuple):
+    """``log E[d | h] = weight·h + bias``. ``slope``: what of the first fit held on tokens it had not seen."""
+
+    weight: Tensor
+    bias: float
+    slope: float
+
+
+def tune(job: TuningJob) -> TunedRun:
+    """Fit the job's routers in place. Collective: every rank calls, and computes the same.
+
+    Raises:
+        UserError: where not all routers decide per token on a module of their own, or more than routers trains.
+    """
+    _check(job)
+    model = job.model.to(job.training.device)
+    rows = rows_until(job, drawn_rows(job, len(job.data.rows)), TOKENS)
+    batches = inputs_of(rows, Collator(job.tokenizer), _ROWS)
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(job.training.seed)).tolist()
+    batches = [batches[index] for index in order]  # rows of all lengths among those held out
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    modules, fits, damages = routed_modules(model), {}, {}
+    together = max(1, _BYTES // (tokens * model.config.hidden_size * model.dtype.itemsize))
+    for start in range(0, len(modules), together):
+        names = list(modules)[start : start + together]
+        for name, (hidden, damage) in fisher_damage(model, batches, names, job.training.seed).items():
+            fits[name] = fit_router(hidden.to(model.device), damage.to(model.device))
+            damages[name] = float(damage.mean())
+    logit = install_routers(model, fits)
+    trainer = RouterTrainer(**trainer_options(job), gradient_scale=job.command.routing.gradient_scale)
+    dial = {"capacity": [0.5], "logit": {name: [value] for name, value in logit.items()}}
+    return TunedRun(trainer=trainer, history=[], extra={"dial": dial, "damage": damages})
+
+
+def _check(job: TuningJob) -> None:
+    modules = routed_modules(job.model).values()
+    if any(module.mod_level == "sequence" or module.mod_part == "expert" for module in modules):
+        raise UserError(
+            "recipe 'fisher' fits routers that decide per token: --granularity attn_token, mlp_token, block_token"
+        )
+    if job.command.routing.trains != "routers":
+        raise UserError("recipe 'fisher' fits routers on a frozen base: leave out --lora, --router_only")
+    if any(hasattr(parameter, "ds_id") for parameter in job.model.parameters()):
+        raise UserError("recipe 'fisher' needs whole weights on every process: use ZeRO stage 2 or lower")
+
+
+@torch.no_grad()
+def install_routers(model: PreTrainedModel, fits: Mapping[str, RouterFit]) -> dict[str, float]:
+    """Copy the fits into the routers of ``model``; threshold logits by router, which one shift moves to any budget.
+
+    Routers have no bias, so a fit's constant is part of its threshold, beside the logarithm of what skipping saves.
+    """
+    modules, saved = routed_modules(model), saved_shares(model)
+    logit = {name: math.log(saved[name] * len(saved) / sum(saved.values())) - fit.bias for name, fit in fits.items()}
+    scale = min(1.0, _LIMIT / max(1.0, *(abs(value) for value in logit.values())))
+    for name, fit in fits.items():
+        modules[name].mod_router.weight.copy_(scale * fit.weight[None])
+    return {name: scale * value for name, value in logit.items()}
+
+
+@torch.no_grad()
+def fit_router(hidden: Tensor, damage: Tensor) -> RouterFit:
+    """Gamma regression with a logarithmic link of ``damage [n]`` on ``hidden [n, d]``.
+
+    Fisher scoring with the curvature at the start, damped and stopped early; then slope and constant are fitted anew
+    on the first fifth of the tokens, left out before, so that what does not generalise is shrunk.
+    """
+    held = int(len(hidden) * _HELD_OUT)
+    centre = hidden[held:].float().mean(0)
+    damage = damage.clamp(max=_CAP)
+    unseen, x = hidden[:held].float() - centre, hidden[held:].float() - centre
+    curvature = x.T @ x / len(x)
+    curvature.diagonal().add_(_RIDGE * curvature.diagonal().mean())
+    factor = torch.linalg.cholesky(curvature)
+    weight, bias = torch.zeros_like(centre), damage[held:].mean().clamp(min=1e-12).log()
+    for rate in _STEPS:
+        excess = _excess(damage[held:], x @ weight + bias)
+        bias = bias + rate * excess.mean()
+        weight = weight + rate * torch.cholesky_solve((x.T @ (excess - excess.mean()) / len(x))[:, None], factor)[:, 0]
+    z = unseen @ weight
+    middle, spread = z.mean(), z.var().clamp(min=1e-12)
+    z, bias, slope = z - middle, bias + middle, torch.ones_like(bias)
+    for _ in range(60):
+        excess = _excess(damage[:held], slope * z + bias)
+        bias = bias + 0.3 * excess.mean()
+        slope = (slope + 0.3 * (excess * z).mean() / spread).clamp(*_SLOPES)
+    weight = slope * weight
+    return RouterFit(weight, float(bias - slope * middle - centre @ weight), float(slope))
+
+
+def _excess(damage: Tensor, z: Tensor) -> Tensor:
+    """How far damages exceed ``exp(z)``, in units of it."""
+    return (damage * torch.exp(-z)).clamp(max=_CLIP) - 1
