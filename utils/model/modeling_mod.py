@@ -82,10 +82,10 @@ class ModPreTrained(RoutedCausalLM):
             ValueError: where the checkpoint would come back without its routers.
         """
         plain = type(self).mod_mixture[1]
-        if getattr(transformers, plain.__name__, None) is not plain:
+        if getattr(transformers, plain.__name__, None) is not plain or not hasattr(transformers, self._auto_class):
             raise ValueError(
-                f"a routed {plain.__name__} is not saved whole, since its class is none of transformers: save_routers "
-                "keeps what routing added, next to the base"
+                f"a routed {plain.__name__} is not saved whole, since no automatic class of transformers would load it: "
+                "save_routers keeps what routing added, next to the base"
             )
         if getattr(self, "_hf_peft_config_loaded", False):
             raise ValueError(
