@@ -38,11 +38,14 @@ def test_routers_stay_float32_when_loaded_in_half_precision(tmp_path):
     assert {p.dtype for n, p in late.named_parameters() if "mod_router" in n} == {torch.float32}
 
 
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token", "block_sequence"])
-def test_device_map_and_accelerate_hooks_before_and_after_routing(granularity, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "granularity"),
+    [("llama", "attn_sequence"), ("qwen3", "attn_token+mlp_token"), ("llama", "block_sequence")],
+)
+def test_device_map_and_accelerate_hooks_before_and_after_routing(family, granularity, tmp_path):
     from accelerate import cpu_offload, dispatch_model
 
-    model = routed_model("llama", granularity)
+    model = routed_model(family, granularity)
     ids, mask = random_batch(padding="left")
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits
@@ -63,7 +66,7 @@ def test_device_map_and_accelerate_hooks_before_and_after_routing(granularity, t
     check(dispatch_model(copy.deepcopy(model), {"": "cpu"}, force_hooks=True))
     check(cpu_offload(copy.deepcopy(model), "cpu"))
     for hook in (lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True), lambda m: cpu_offload(m, "cpu")):
-        dense = tiny_model("llama")
+        dense = tiny_model(family)
         with torch.no_grad():
             plain = dense(ids).logits
         hook(dense)

@@ -81,6 +81,7 @@ class Logits(torch.nn.Module):
 ONE_GRAPH = {
     "jit": lambda model, ids: torch.jit.trace(model, (ids,)),
     "export": lambda model, ids: torch.export.export(model, (ids,)),
+    "strict export": lambda model, ids: torch.export.export(model, (ids,), strict=True),
     "fullgraph": lambda model, ids: torch.compile(model, backend="eager", fullgraph=True)(ids),
 }
 

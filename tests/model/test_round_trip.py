@@ -10,10 +10,19 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 from tiny_routed import random_skip_paths, routed_model
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from router_tuning.model import ModConfig, is_routed, route, routed_modules, set_thresholds, unroute
 
@@ -43,6 +52,31 @@ def test_save_pretrained_and_auto_model_give_the_same_routed_model(family, tmp_p
     for copied in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
         assert torch.equal(logits(copied), logits(model))
         assert copied.config is not again.config and copied.model.config is copied.config
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_so_do_other_heads(task, tmp_path):
+    auto = getattr(transformers, f"AutoModelFor{task}")
+    plain = auto.from_config(tiny_model("qwen3").config).eval()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = routed_model(model=plain, granularity="attn_token")
+    model.save_pretrained(tmp_path)
+    again = auto.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    ids, _ = random_batch()
+    assert torch.equal(again(ids)[0], model(ids)[0])
+
+
+def test_a_decoder_comes_from_the_checkpoint_of_the_whole(tmp_path):
+    model = routed_model("qwen3", "attn_token")
+    model.save_pretrained(tmp_path)
+    ids, _ = random_batch()
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(ids)[0], model.model(ids)[0])
+    for decoder in (model.model, route(tiny_model("qwen3").model, mod_n=2)):
+        with pytest.raises(ValueError, match="Qwen3Model is not saved alone.*save_routers"):
+            decoder.save_pretrained(tmp_path / "alone")
+    assert not (tmp_path / "alone").exists()
 
 
 def test_a_class_that_knows_nothing_of_routing_refuses_the_weights(tmp_path):
@@ -128,6 +162,17 @@ def test_whatever_is_built_without_a_checkpoint_starts_at_zero():
             assert weight.dtype == torch.float32 and weight.requires_grad and not weight.any() and not weight.is_meta
     lower.load_state_dict({name: value.half() for name, value in built.state_dict().items()}, assign=True)
     assert {weight.dtype for weight in weights(lower)} == {torch.float32}
+
+
+def test_a_missing_router_that_is_offloaded_is_refused(partial, tmp_path):
+    folder, model = partial
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{number}": "disk" if number == 2 else "cpu" for number in range(5)}
+    options = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
+    with pytest.raises(ValueError, match=r"no weights for model\.layers\.2.*offloaded"):
+        AutoModelForCausalLM.from_pretrained(folder, **options)
+    model.save_pretrained(folder)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, **options)), logits(model))
 
 
 def test_a_router_that_is_not_finite_is_refused(tmp_path):

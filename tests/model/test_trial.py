@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from types import MethodType
 
 import pytest
 import torch
 from masked_reference import MaskedReference
 from tiny_models import COMMON, random_batch, tiny_model
 from tiny_routed import LAYERS, routed_model, router_weights
+from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
@@ -136,26 +139,86 @@ def decoder_name(model):
     return model.base_model_prefix
 
 
-class NormedKeys(LlamaAttention):
-    """Keys are normalised within the rotation, as in several research forks."""
-
-    def forward(self, hidden_states, **kwargs):
-        plain = modeling_llama.apply_rotary_pos_emb
-        modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin: plain(q, normalize(k, dim=-1), cos, sin)
-        try:
-            return super().forward(hidden_states, **kwargs)
-        finally:
-            modeling_llama.apply_rotary_pos_emb = plain
+def normed_keys(self, hidden_states, **kwargs):
+    """Attention whose keys are normalised within the rotation, as in several research forks."""
+    plain = modeling_llama.apply_rotary_pos_emb
+    modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin: plain(q, normalize(k, dim=-1), cos, sin)
+    try:
+        return ATTEND(self, hidden_states, **kwargs)
+    finally:
+        modeling_llama.apply_rotary_pos_emb = plain
 
 
-def test_a_familys_name_is_no_proof():
+ATTEND = LlamaAttention.forward
+
+
+class Elsewhere(LlamaAttention):
+    forward = normed_keys
+
+
+class OfAll(nn.Linear):
+    """A projection that looks at all tokens."""
+
+    def forward(self, hidden):
+        return normalize(super().forward(hidden), dim=1)
+
+
+def cumulative(_, args, kwargs):
+    return args, {**kwargs, "hidden_states": kwargs["hidden_states"].cumsum(1)}
+
+
+CHANGES = {
+    "another class": lambda attention, _: setattr(attention, "__class__", Elsewhere),
+    "another forward": lambda attention, _: setattr(attention, "forward", MethodType(normed_keys, attention)),
+    "another forward of the class": lambda _, patch: patch.setattr(LlamaAttention, "forward", normed_keys),
+    "another part": lambda attention, _: setattr(attention.k_proj, "__class__", OfAll),
+    "another activation in its place": lambda a, _: setattr(a, "k_proj", nn.Sequential(a.k_proj, nn.Softmax(1))),
+    "a hook": lambda attention, _: attention.register_forward_pre_hook(cumulative, with_kwargs=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_familys_name_is_no_proof(change, monkeypatch):
     model = tiny_model()
-    assert model.config.model_type == "llama" and type(model).__name__ == "LlamaForCausalLM"
     for layer in model.model.layers:
-        layer.self_attn.__class__ = NormedKeys
-    with pytest.raises(ValueError, match="layer 1 of LlamaForCausalLM .* attention differs"):
+        CHANGES[change](layer.self_attn, monkeypatch)
+    assert model.config.model_type == "llama" and type(model).__name__ == "LlamaForCausalLM"
+    with pytest.raises(ValueError, match="layer [01] of LlamaForCausalLM .* (attention|output) differs"):
         route(model, mod_layers=LAYERS, granularity="attn_token")
-    assert is_routed(route(model, mod_layers=LAYERS, granularity="attn_token", kv_policy="drop"))
+    assert not is_routed(model)
+
+
+@pytest.mark.parametrize("first", ["patch", "route"])
+def test_a_rotation_that_another_library_replaces_is_the_one_that_is_used(first, monkeypatch):
+    def replace():
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *at: plain(q, normalize(k), *at))
+
+    plain, model = modeling_llama.apply_rotary_pos_emb, tiny_model()
+    dense = copy.deepcopy(model)
+    for step in (replace, lambda: routed_model(granularity="attn_token", model=model))[
+        :: 1 if first == "patch" else -1
+    ]:
+        step()
+    ids, mask = random_batch(padding="left")
+    with torch.no_grad():
+        expected = MaskedReference(dense, router_weights(model), {"attn": "token"}).logits(ids, mask)
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize(("family", "granularity", "words", "sizes"), ODD[::3])
+def test_what_a_configuration_or_a_checkpoint_routes_is_tried_too(family, granularity, words, sizes, tmp_path):
+    dense = lookalike(family, **sizes)
+    dense.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text()) | {
+        "mod_layers": [2, 3],
+        "mod_granularity": granularity,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=f"layer . of .* cannot be routed as.*{words}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), attn_implementation="eager").eval()
+    with pytest.raises(ValueError, match="layer . of .* cannot be routed as"):
+        built(random_batch()[0])
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token", "block_token", "mlp_sequence"])

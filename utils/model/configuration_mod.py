@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .mixing import mixed
+from .mixing import mixed, plain_class
 
 GRANULARITIES = (
     "attn_sequence",
@@ -243,12 +243,19 @@ class ModFields:
         return fields
 
 
+def plain_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a configuration in its family's own class, with the routing fields that it has."""
+    config = copy.deepcopy(config)
+    config.__class__ = plain_class(config)
+    return config
+
+
 def own_config(model: PreTrainedModel, routed: bool) -> None:
     """Give ``model`` a configuration that no other model shares, with routing fields or without them."""
     copies: dict[int, Any] = {}
     config = copy.deepcopy(model.config, copies)
     if routed != hasattr(config, "mod_mixture"):  # loaded as remote code, the mixin is another object
-        config.__class__ = mixed(ModFields, type(config)) if routed else config.mod_mixture[1]
+        config.__class__ = mixed(ModFields, type(config)) if routed else plain_class(config)
     for name in [] if routed else list(vars(config)):
         if name.startswith("mod_") or name == "auto_map":
             delattr(config, name)

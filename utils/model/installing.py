@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,7 +15,7 @@ from .routed_experts import RoutedExperts
 from .routed_mlp import RoutedMLP
 from .routed_model import RoutedDecoder
 from .router import ModRouter
-from .seams import decoder_of, find_module
+from .seams import decoder_of, device_of, find_module
 from .skip_path import SkipPath
 
 MIXINS: dict[str, type[Routed]] = {
@@ -37,7 +36,7 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
     for (layer, part), module in targets.items():
         mix_in(module, MIXINS[part])
         experts = module.num_experts if part == "expert" else 1
-        module.mod_router = ModRouter(decoder.config.hidden_size, experts, device=_device_of(module))
+        module.mod_router = ModRouter(decoder.config.hidden_size, experts, device=device_of(module))
         module.mod_skip = skip_path(module, part, config, decoder.config.hidden_size)
         module.mod_layer, module.mod_level, module.mod_kv_policy = layer, parts[part], config.kv_policy
         module.mod_key = layer if len(parts) == 1 else (layer, part)
@@ -74,19 +73,7 @@ def skip_path(module: nn.Module, part: str, config: ModConfig, hidden_size: int)
     """
     if config.skip == "zero" or part == "expert":
         return None
-    return SkipPath(hidden_size, config.skip_rank if config.skip == "low_rank" else 0, _device_of(module))
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where a module runs: with accelerate's offloading its weights lie on the meta device between passes."""
-    device = next(module.parameters()).device
-    if device.type == "meta":
-        for child in module.modules():
-            hook = getattr(child, "_hf_hook", None)
-            for single in getattr(hook, "hooks", [hook]):
-                if getattr(single, "execution_device", None) is not None:
-                    return torch.device(single.execution_device)
-    return device
+    return SkipPath(hidden_size, config.skip_rank if config.skip == "low_rank" else 0, device_of(module))
 
 
 def uninstall(model: PreTrainedModel) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -40,9 +39,10 @@ def project_kv(
     if not traits.rotates:
         return keys, values
     width = traits.rotary_width
+    rotate = traits.family.apply_rotary_pos_emb  # looked up anew: other libraries put a faster one there
     if width is None:
-        return traits.rotary(keys[:, :0], keys, *position_embeddings)[1], values
-    turned = traits.rotary(keys[:, :0, :, :width], keys[..., :width], *position_embeddings)[1]
+        return rotate(keys[:, :0], keys, *position_embeddings)[1], values
+    turned = rotate(keys[:, :0, :, :width], keys[..., :width], *position_embeddings)[1]
     return torch.cat([turned, keys[..., width:]], dim=-1), values
 
 
@@ -65,7 +65,8 @@ def spared_weights(attention: nn.Module) -> tuple[Tensor, ...]:
 class _Traits(NamedTuple):
     """What a family's attention does to keys: fixed by its code and config, and slow to ask for at every token.
 
-    ``norm`` names its norm of keys, which is ``normed_flat`` over all heads at once (OLMo-2, OLMoE) or head by head.
+    ``norm`` names its norm of keys, which is ``normed_flat`` over all heads at once (OLMo-2, OLMoE) or head by head;
+    ``family`` is the modeling file that holds its rotation.
     """
 
     fused: bool
@@ -73,7 +74,7 @@ class _Traits(NamedTuple):
     normed_flat: bool
     clip: float | None
     rotates: bool
-    rotary: Callable[..., tuple[Tensor, Tensor]]
+    family: ModuleType
     rotary_width: int | None
 
 
@@ -82,8 +83,8 @@ def _traits_of(attention: nn.Module) -> _Traits:
     if traits is None:
         norms = [name for name in ("k_norm", "k_layernorm") if getattr(attention, name, None) is not None]
         weight = getattr(attention, norms[0]).weight if norms else None
-        rotary = _rotary_of(type(attention))
-        if rotary is None:
+        family = _family_of(type(attention))
+        if family is None:
             raise ValueError(f"{type(attention).__name__} has no apply_rotary_pos_emb beside it")
         traits = _Traits(
             fused=hasattr(attention, "qkv_proj"),
@@ -91,7 +92,7 @@ def _traits_of(attention: nn.Module) -> _Traits:
             normed_flat=weight is not None and weight.dim() == 1 and weight.numel() != attention.head_dim,
             clip=getattr(getattr(attention, "config", None), "clip_qkv", None),
             rotates=bool(getattr(attention, "use_rope", True)),
-            rotary=rotary,
+            family=family,
             rotary_width=getattr(attention, "rotary_ndims", None),
         )
         _TRAITS[attention] = traits
@@ -115,11 +116,7 @@ def _project(attention: nn.Module, hidden: Tensor, is_fused: bool) -> tuple[Tens
     return keys_values[..., :width], keys_values[..., width:]
 
 
-@functools.cache
-def _rotary_of(attention: type):
-    """The rotary function that the family's own modeling file uses."""
-    for cls in attention.__mro__:
-        found = getattr(sys.modules.get(cls.__module__), "apply_rotary_pos_emb", None)
-        if found is not None:
-            return found
-    return None
+def _family_of(attention: type) -> ModuleType | None:
+    """The modeling file that has the family's rotary function."""
+    files = (sys.modules.get(cls.__module__) for cls in attention.__mro__)
+    return next((file for file in files if hasattr(file, "apply_rotary_pos_emb")), None)

@@ -32,6 +32,11 @@ def mixed(mixin: type, plain: type) -> type:
     return _CLASSES[mixin, plain]
 
 
+def plain_class(instance: Any) -> type:
+    """The class of ``instance`` without the mixin in front of it, if there is one."""
+    return getattr(type(instance), "mod_mixture", (None, type(instance)))[1]
+
+
 def mix_in(module: nn.Module, mixin: type) -> None:
     """Put ``mixin`` in front of the class of ``module``."""
     _become(module, mixed(mixin, type(module)))

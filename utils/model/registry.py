@@ -8,6 +8,7 @@ from typing import Any
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -32,6 +33,20 @@ TASKS = (
 
 PLAIN = type(CONFIG_MAPPING)(CONFIG_MAPPING_NAMES)
 """The configurations of transformers itself."""
+
+
+class _Headless:
+    """What ``AutoModel`` finds for a routed configuration: the decoder of its causal LM, which is routed."""
+
+    config_class = PretrainedConfig
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(*args, **kwargs).base_model
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(config, **kwargs).base_model
 
 
 class _Family:
@@ -68,6 +83,7 @@ class _Family:
 def publish(config: type[PretrainedConfig], model: type[PreTrainedModel]) -> None:
     """Make a routed class known to ``AutoConfig`` and to the automatic class of its task."""
     AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel._model_mapping.register(config, _Headless, exist_ok=True)
     for auto in TASKS:
         if auto.__name__ == model._auto_class:
             auto._model_mapping.register(config, model, exist_ok=True)

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from .cache_mod import HeldDecisions, adopt_layers
 from .call import Forced, RouterKey, RoutingCall, routing_call
 from .configuration_mod import ModConfig
-from .mixing import claim_forwards
+from .mixing import claim_forwards, plain_class
 from .penalty import join_penalty, with_penalty
 from .recording import RoutingLog, routed_base
 from .routed import Routed
@@ -65,10 +65,10 @@ class RoutedDecoder(InitializesRouting):
             ValueError: for inputs whose meaning routing cannot keep (a cache in training, packed sequences or custom
                 4-D masks at sequence level, outputs that lack what is skipped).
         """
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            raise ValueError(NO_GRAPH)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # an exception would be told without its text
             torch._dynamo.graph_break(msg=NO_GRAPH)
+        elif torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise ValueError(NO_GRAPH)
         claim_forwards(self.mod_modules)
         if self.mod_untried:
             try_at_first_use(self)
@@ -126,6 +126,12 @@ class RoutedDecoder(InitializesRouting):
                 **kwargs,
             )
         return join_penalty(self, outputs, logs[-1]) if learns else outputs
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Refused: no automatic class of transformers would load a routed decoder without its head."""
+        raise ValueError(
+            f"a routed {type(self).__name__} is not saved alone: save_pretrained the whole model, or save_routers"
+        )
 
     def _check_outputs(self, asked: Mapping[str, Any], training: bool) -> None:
         """ValueError for what skipping leaves incomplete, whether a keyword asks for it or the configuration.
@@ -200,7 +206,7 @@ class RoutedCausalLM(InitializesRouting):
 
     def _get_name(self) -> str:
         """The family's: by this name the Trainer knows a causal LM, whose labels label smoothing has to shift."""
-        return type(self).mod_mixture[1].__name__
+        return plain_class(self).__name__
 
     def enable_input_require_grads(self) -> None:
         """Nothing to do, though checkpointing and peft ask for it: only reentrant checkpointing needs such inputs.

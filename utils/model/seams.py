@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -36,3 +37,15 @@ def find_module(model: PreTrainedModel, layer: int, part: str, level: str) -> nn
         if level == "token":
             check_packable(attention, layer)
     return module
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module runs: with accelerate's offloading its weights lie on the meta device between passes."""
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        for child in module.modules():
+            hook = getattr(child, "_hf_hook", None)
+            for single in getattr(hook, "hooks", [hook]):
+                if getattr(single, "execution_device", None) is not None:
+                    return torch.device(single.execution_device)
+    return device

@@ -8,19 +8,27 @@ small batch does, in which every routed module runs for some sequences or tokens
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers.activations import ACT2FN
 
+from .mixing import plain_class
 from .recording import force_routing, routed_base
+from .router import AddedByRouting
+from .seams import device_of
 
 _HELD = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
-"""Classes that tests hold at every granularity; a model made of nothing else need not be tried."""
+"""Classes that tests hold at every granularity; a model made of nothing but their code need not be tried."""
+_PLAIN = (nn.ModuleList, nn.Linear, type(ACT2FN["silu"]))
+_LIBRARY = transformers.__path__[0]
 _PROMPT = 4
 """Tokens that fill the cache; one more is decoded."""
 _MASK = ((0, 1, 1, 1, 1), (1, 1, 1, 1, 1), (1, 1, 1, 0, 1))  # padding on either side
@@ -30,11 +38,16 @@ _NAMES = {"attn": "attention", "mlp": "MLP", "expert": "experts", "block": "bloc
 
 def accept(model: PreTrainedModel) -> None:
     """Try a freshly routed model; one without weights (meta device, ZeRO-3's shards) when it first runs with them."""
-    held = type(model) in _HELD and _is_the_librarys(model)
-    if not held and _has_weights(model):
+    postpone(model)
+    decoder = routed_base(model)
+    if decoder.mod_untried and _has_weights(model):
+        decoder.mod_untried = False
         try_out(model)
-    elif not held:
-        routed_base(model).mod_untried = True
+
+
+def postpone(model: PreTrainedModel) -> None:
+    """Have a model tried when it first runs, unless tests hold all that it is made of."""
+    routed_base(model).mod_untried = not (plain_class(model) in _HELD and _is_the_librarys(model))
 
 
 def try_at_first_use(decoder: nn.Module) -> None:
@@ -50,9 +63,25 @@ def try_at_first_use(decoder: nn.Module) -> None:
 
 
 def _is_the_librarys(model: PreTrainedModel) -> bool:
-    """Whether all modules that matter are those of the family's own file, not somebody's in their place."""
-    parts = [part for layer in routed_base(model).layers for part in (layer, layer.self_attn, layer.mlp)]
-    return {type(part).__module__ for part in parts} == {type(model).__module__}
+    """Whether the layers are the family's own code alone: no module, forward or rotation in its place, no hook."""
+    family = sys.modules[plain_class(model).__module__]
+    functions = [family.apply_rotary_pos_emb]
+    for module in routed_base(model).layers.modules():
+        kind, fields = plain_class(module), vars(module)
+        if kind.__module__ == family.__name__:
+            functions.append(kind.forward)
+        elif kind not in _PLAIN and not isinstance(module, AddedByRouting):
+            return False
+        if "forward" in fields or "mod_patch" in fields or module._forward_hooks or module._forward_pre_hooks:
+            return False
+    return all(map(_of_the_library, set(functions)))
+
+
+def _of_the_library(function: Any) -> bool:
+    """Whether a function, and all that it wraps, stands in a file of transformers."""
+    code = getattr(function, "__code__", None)
+    inner = getattr(function, "__wrapped__", None)
+    return code is not None and code.co_filename.startswith(_LIBRARY) and (inner is None or _of_the_library(inner))
 
 
 def _has_weights(model: nn.Module) -> bool:
@@ -108,7 +137,7 @@ class _Trial:
         self.modules: dict[tuple[int, str], nn.Module] = {(m.mod_layer, m.mod_part): m for m in routed}
         self.numbers = {key: number for number, key in enumerate(sorted(self.modules))}
         self.levels = self.decoder.mod_config.parts
-        self.mask = torch.tensor(_MASK, device=self.decoder.get_input_embeddings().weight.device)
+        self.mask = torch.tensor(_MASK, device=device_of(self.decoder.get_input_embeddings()))
         self.past, self.at = 0, (0, "layer")
         self.inputs: dict[int, Tensor] = {}
         self.wanted: dict[tuple[int, str], Tensor] = {}
