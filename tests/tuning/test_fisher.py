@@ -16,14 +16,23 @@ from router_tuning.tuning.recipes.budget.fisher import fit_router
 
 
 def batches(count=2):
-    pairs = [random_batch(rows=3, tokens=9, seed=seed, padding="right") for seed in range(count)]
-    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in pairs]
+    """Loss from the fourth token on, and not on the last two of the first row."""
+    found = []
+    for seed in range(count):
+        ids, mask = random_batch(rows=3, tokens=9, seed=seed, padding="right")
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :3], labels[0, -2:] = -100, -100
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return found
+
+
+def inputs(batch):
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
 def one_module_at_a_time(dense, layer, part, path, batch, targets):
     """``½ (∂ Σ log p(y) / ∂m)²`` of one module of the dense model, and what a router there would see, ``[b, t]``."""
-    mask = batch["attention_mask"].bool()
-    gate, seen = torch.ones(mask.shape, requires_grad=True), []
+    gate, seen = torch.ones(batch["input_ids"].shape, requires_grad=True), []
     block = dense.model.layers[layer]
     module = {"attn": block.self_attn, "mlp": block.mlp, "block": block}[part]
 
@@ -37,7 +46,7 @@ def one_module_at_a_time(dense, layer, part, path, batch, targets):
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
     handle = module.register_forward_hook(mix, with_kwargs=True)
-    found = log_softmax(dense(**batch, use_cache=False).logits[mask], -1)
+    found = log_softmax(dense(**inputs(batch), use_cache=False).logits[:, :-1][batch["labels"][:, 1:] != -100], -1)
     handle.remove()
     (gradient,) = torch.autograd.grad(found.gather(1, targets).sum(), gate)
     return seen[0].detach(), 0.5 * gradient.square()
@@ -48,15 +57,17 @@ def one_module_at_a_time(dense, layer, part, path, batch, targets):
 def test_damage_of_all_modules_at_once_is_that_of_each_alone(granularity, skip):
     dense, model = tiny_model(), routed_model("llama", granularity, skip=skip, skip_rank=3)
     paths = random_skip_paths(model)
-    before = [model(**batch, use_cache=False).logits for batch in batches()]
+    before = [model(**inputs(batch), use_cache=False).logits for batch in batches()]
     found, generator = fisher_damage(model, batches(), seed=5), torch.Generator().manual_seed(5)
     expected = {name: ([], []) for name in found}
     for batch in batches():
-        mask = batch["attention_mask"].bool()
+        learnt = batch["labels"][:, 1:] != -100
         with torch.no_grad():
-            chances = dense(**batch, use_cache=False).logits[mask].softmax(-1)
+            chances = dense(**inputs(batch), use_cache=False).logits[:, :-1][learnt].softmax(-1)
         targets = torch.multinomial(chances, 1, generator=generator)
-        decided = mask if skip == "zero" else mask & (mask.cumsum(1) > 1)
+        decided = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        for row, carries in enumerate(learnt):
+            decided[row, int(skip != "zero") : int(carries.nonzero().max()) + 1] = True
         for name, module in routed_modules(model).items():
             key = module.mod_layer, module.mod_part
             hidden, damage = one_module_at_a_time(dense, *key, paths.get(key), batch, targets)
@@ -66,7 +77,7 @@ def test_damage_of_all_modules_at_once_is_that_of_each_alone(granularity, skip):
         torch.testing.assert_close(hidden, torch.cat(expected[name][0]), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(damage, torch.cat(expected[name][1]), atol=1e-4, rtol=2e-3)
     for batch, logits in zip(batches(), before, strict=True):
-        assert torch.equal(model(**batch, use_cache=False).logits, logits)
+        assert torch.equal(model(**inputs(batch), use_cache=False).logits, logits)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

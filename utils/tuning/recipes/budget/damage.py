@@ -29,13 +29,15 @@ def fisher_damage(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """What token-level routers see, and an unbiased estimate in nats of what skipping each token there would do.
 
-    Every real token predicts; each ``d`` is the harm to its own prediction and to all behind it. Left out are padding
-    and, where there is a skip path, first tokens, which no router decides on. One forward and one backward pass per
-    batch; beside these ``2·d`` bytes (in bf16) are kept per token and router.
+    Each ``d`` is the harm to the token's own prediction and to all behind it, of those predictions that carry loss.
+    Left out are padding, tokens behind the last such prediction and, where there is a skip path, first tokens, which
+    no router decides on. One forward and one backward pass per batch; beside these ``2·d`` bytes (in bf16) are kept
+    per token and router.
 
     Args:
         model: routed, at token level; its routers and thresholds do not matter and stay as they are.
-        batches: ``input_ids`` and ``attention_mask``, right-padded. Activations and logits of one must fit in memory.
+        batches: ``input_ids``, ``attention_mask`` and ``labels`` as for a language model (-100: the token carries no
+            loss), right-padded. Activations and logits of one must fit in memory.
         names: the routers to estimate for, ``"<layer>.<part>"``; None: all.
         seed: of the drawn targets.
 
@@ -53,13 +55,17 @@ def fisher_damage(
         for module in modules.values():
             module.mod_logit = -float("inf")
         for batch in batches:
-            batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            predicts = (batch["labels"].roll(-1, dims=1) != -100).to(model.device)
+            predicts[:, -1] = False
+            matters = predicts.flip(1).cummax(1).values.flip(1)
             with torch.enable_grad():
-                logits = model(**batch, use_cache=False).logits
-            towards = _drawn_gradient(logits.detach(), batch["attention_mask"].bool(), generator)
+                logits = model(**inputs, use_cache=False).logits
+            towards = _drawn_gradient(logits.detach(), predicts, generator)
             gradients = torch.autograd.grad(logits, [seen[name][1] for name in found], towards)
             for (name, kept), gradient in zip(found.items(), gradients, strict=True):
-                hidden, leaf, chosen = seen[name]
+                hidden, _, decided = seen[name]
+                chosen = decided & matters.to(decided.device)
                 damage = 0.5 * (gradient[..., 0][chosen] / _SLOPE).square()
                 kept.append((hidden[chosen].cpu(), damage.cpu()))
             seen.clear()
@@ -87,11 +93,11 @@ def _leaf(name: str, module: Routed, seen: dict[str, tuple[Tensor, Tensor, Tenso
 
 
 @torch.no_grad()
-def _drawn_gradient(logits: Tensor, real: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of ``Σ log p(y)`` over real positions with respect to ``logits [b, t, V]``, ``y`` drawn from ``p``."""
-    chances = logits[real].float().softmax(-1)
+def _drawn_gradient(logits: Tensor, predicts: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of ``Σ log p(y)`` over some positions with respect to ``logits [b, t, V]``, ``y`` drawn from ``p``."""
+    chances = logits[predicts].float().softmax(-1)
     targets = torch.multinomial(chances, 1, generator=generator)
     gradient = torch.zeros_like(logits)
     one = torch.ones_like(targets, dtype=torch.float32)
-    gradient[real] = chances.neg_().scatter_add_(1, targets, one).to(gradient.dtype)
+    gradient[predicts] = chances.neg_().scatter_add_(1, targets, one).to(gradient.dtype)
     return gradient

@@ -25,7 +25,7 @@ from router_tuning.tuning.job import TunedRun, TuningJob
 from router_tuning.tuning.recipes.budget.damage import fisher_damage
 from router_tuning.tuning.recipes.budget.recipe import (
     drawn_rows,
-    inputs_of,
+    in_batches,
     measure,
     rows_until,
     trainer_options,
@@ -64,7 +64,7 @@ def tune(job: TuningJob) -> TunedRun:
     _check(job)
     model = job.model.to(job.training.device)
     rows = rows_until(job, drawn_rows(job, len(job.data.rows)), TOKENS)
-    batches = inputs_of(rows, Collator(job.tokenizer), _ROWS)
+    batches = in_batches(rows, Collator(job.tokenizer), _ROWS)
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(job.training.seed)).tolist()
     batches = [batches[index] for index in order]  # rows of all lengths among those held out
     tokens = sum(len(row["input_ids"]) for row in rows)
