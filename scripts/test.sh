@@ -2,6 +2,7 @@
 # All checks: environment if needed, lint, format, tests. Arguments go to pytest:
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/model -k padding
+#   bash scripts/test.sh -m full                   # the families beyond the four of the default run
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment

@@ -2,9 +2,10 @@
 
     python tests/all_decoders.py [family …] [--json found.json]
 
-Not part of the test run: it takes ten minutes of one core. Each family is routed at every granularity; an accepted
+Not part of the test run: it takes a quarter of an hour of one core. For whoever moves to another release of
+transformers, or changes how keys and values are projected: each family is routed at every granularity; an accepted
 model is compared with the masked dense one on padded batches, whole and through a cache. Exit code 1 if any result is
-wrong or anything but one line of refusal is raised.
+wrong or anything but one line of refusal is raised. What ``--json`` holds already is not tried again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import json
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -164,33 +168,46 @@ def outcome(dense, granularity: str, policy: str) -> str:
         return f"crash: in use: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def try_family(family: str) -> dict[str, str]:
+    """The outcomes of a family, by granularity and policy; in a process of its own, which must not grow."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    try:
+        dense = tiny_decoder(family)
+    except Exception as error:
+        return {"": f"not built: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+    return {f"{granularity} {policy}": outcome(dense, granularity, policy) for granularity, policy in GRANULARITIES}
+
+
 def main() -> int:
     """Try the families named (default: all) and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="model types; default: all that map to a causal LM")
-    parser.add_argument("--json", type=Path, help="write every outcome here")
+    parser.add_argument("--json", type=Path, help="write every outcome here, family by family")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
     found: dict[str, dict[str, str]] = {}
-    for family in args.families or FAMILIES:
-        try:
-            dense = tiny_decoder(family)
-        except Exception as error:
-            found[family] = {"": f"not built: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
-        else:
-            found[family] = {f"{g} {policy}": outcome(dense, g, policy) for g, policy in GRANULARITIES}
-        kinds = Counter(result.split(":")[0].split(" by")[0] for result in found[family].values())
-        print(f"{family:28}", ", ".join(f"{count} {kind}" for kind, count in kinds.items()), flush=True)
-        for case, result in found[family].items():
-            if result.startswith(("wrong", "crash", "not built")):
-                print(f"    {case}: {result}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2))
-    results = [result for cases in found.values() for result in cases.values()]
-    print(Counter(result.split(":")[0].split(" by")[0] for result in results))
+    if args.json and args.json.exists():
+        found = json.loads(args.json.read_text())
+    families = args.families or list(FAMILIES)
+    left = [family for family in families if family not in found]
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=8) as pool:
+        for family, outcomes in zip(left, pool.map(try_family, left), strict=True):
+            found[family] = outcomes
+            if args.json:
+                args.json.write_text(json.dumps(found, indent=2))
+            print(f"{family:28}", _counted(outcomes.values()), flush=True)
+            for case, result in outcomes.items():
+                if result.startswith(("wrong", "crash", "not built")):
+                    print(f"    {case}: {result}", flush=True)
+    results = [result for family in families for result in found[family].values()]
+    print(_counted(results))
     return 1 if any(result.startswith(("wrong", "crash")) for result in results) else 0
+
+
+def _counted(results: Iterable[str]) -> str:
+    kinds = Counter(result.split(":")[0].split(" by")[0] for result in results)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tiny_models import FAMILIES  # noqa: E402
+
+QUICK = ("llama", "gemma3_text", "phi3", "mixtral")
+"""Families of the default run: separate and fused projections, norms and windows, experts."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as ``full`` what is tested on a further family of the matrix."""
+    for item in items:
+        family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+        if family in FAMILIES and family not in QUICK:
+            item.add_marker(pytest.mark.full)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
