@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,34 @@ def write_json(path: Path, content: Any) -> Path:
     return write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def append_json(path: Path, content: Any) -> None:
+    """Append one line of JSON, whole or not at all: beside other processes, on other hosts too, and after a kill."""
+    line = json.dumps(content, separators=(",", ":")).encode() + b"\n"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            _wait_for(file.fileno())
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a killed process may have left half a line
+            file.write(line)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What :func:`append_json` wrote, without a last line that was cut; nothing where there is no file.
+
+    Raises:
+        UserError: for a line that is no JSON, with its number.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    found = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+    return found
+
+
 def _usual_modes(draft: Path, mode: int) -> None:
     """Some libraries make files for their owner alone; files that are linked from elsewhere are not ours to change."""
     for path in (draft, *draft.rglob("*")):
@@ -112,6 +140,14 @@ def _sweep(parent: Path) -> None:
         if lock is not None:
             shutil.rmtree(left, ignore_errors=True)
             _unlock(lock)
+
+
+def _wait_for(handle: int) -> None:
+    """Lock an open file until it is closed, where there are locks."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.lockf(handle, fcntl.LOCK_EX)
 
 
 def _lock(folder: Path, wait: bool = False) -> int | None:

@@ -1,26 +1,26 @@
-"""Run what is missing of an experiment, then build its tables and figures.
+"""Run what is missing of an experiment, then build its tables and its figure.
 
-    python entrypoints/analysis/experiments.py configs/experiments/main.yaml --workers 2
-    python entrypoints/analysis/experiments.py configs/experiments/main.yaml --build_only
-One JSON per cell under figures/experiments/<name>; a cell whose JSON is there is never run again, so the command may
-be stopped and repeated, and several machines may share the folders. Further workers are further processes.
+    python entrypoints/analysis/experiments.py configs/experiments/smollm2.yaml
+    python entrypoints/analysis/experiments.py configs/experiments/smollm2.yaml --only dense static --build_only
+    python entrypoints/analysis/experiments.py configs/experiments/smollm2.yaml --shard 1/2  # elsewhere: 2/2
+One line per cell in figures/experiments/<name>.jsonl; a cell whose line is there is not run again while its settings
+stay, so the command may be killed and repeated. Shards need nothing of each other: the lines of several machines are
+put together with cat. Tables: figures/experiments/<name>.md, and in README.md by update_readme.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import subprocess
-import sys
+import re
 from pathlib import Path
 
-import torch
-from tqdm import tqdm
-
 from router_tuning.errors import UserError, cli
-from router_tuning.experiments.plan import Plan, read_plan
-from router_tuning.experiments.report import build
-from router_tuning.experiments.runner import Laboratory
+from router_tuning.evaluation.figures import quality_figure
+from router_tuning.evaluation.records import difference_table, read_records, summary_table
+from router_tuning.experiments.laboratory import Laboratory, shard
+from router_tuning.experiments.plan import read_plan
+from router_tuning.files import write_text
 from router_tuning.tuning.arguments import ROOT
 from router_tuning.tuning.console import set_up_logs
 
@@ -31,54 +31,42 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("plan", type=Path, help="experiment file, see configs/experiments")
-    parser.add_argument("--base", type=Path, help="checkpoint folder instead of the file's")
     parser.add_argument("--results", type=Path, default=ROOT / "figures" / "experiments", help="folder of results")
     parser.add_argument("--work", type=Path, default=ROOT / "trained_models" / "experiments", help="trained routers")
-    parser.add_argument("--workers", type=int, default=1, help="processes that share the work")
     parser.add_argument("--only", nargs="+", default=[], help="run cells whose name contains one of these")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
-    parser.add_argument("--build_only", action="store_true", help="run nothing; tables and figures of what is there")
+    parser.add_argument("--shard", default="1/1", help="which share of the cells to run, as 2/4")
+    parser.add_argument("--estimate", action="store_true", help="run nothing; say how long it takes")
+    parser.add_argument("--build_only", action="store_true", help="run nothing; tables and figure of what is there")
     args = parser.parse_args()
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers} must be at least 1")
+    number, count = map(int, args.shard.split("/")) if re.fullmatch(r"\d+/\d+", args.shard) else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(f"--shard {args.shard}: write which share of how many, as 2/4")
+    args.shard = number, count
     return args
 
 
 def main() -> None:
     args = parse_args()
     plan = read_plan(args.plan)
-    plan.base = str(args.base or plan.base)
-    plan.seeds = args.seeds or plan.seeds
-    lab = Laboratory(plan, args.results / plan.name, args.work / plan.name)
+    results = args.results / f"{plan.name}.jsonl"
     if not args.build_only:
-        others = [subprocess.Popen([*_command(), "--workers", "1"]) for _ in range(args.workers - 1)]
-        run_cells(lab, plan, args.only, alone=not others)
-        if any(other.wait() for other in others):
-            raise UserError("a worker failed; its message is above. Repeat the command to run what is missing")
-    for path in build(plan, lab.results, ROOT / "figures"):
-        print(path)
-
-
-def run_cells(lab: Laboratory, plan: Plan, only: list[str], alone: bool) -> None:
-    """Go through the cells until nothing is left that can run."""
-    set_up_logs(0)
-    logging.getLogger().setLevel(logging.WARNING)
-    if not alone:
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    cells = [cell for cell in plan.cells() if not only or any(part in cell.name for part in only)]
-    bar = tqdm(total=len(cells), desc=plan.name)
-    while any([lab.run(cell) and not bar.update() for cell in cells]):
-        pass
-    bar.close()
-
-
-def _command() -> list[str]:
-    """This command again, without its number of workers and without building."""
-    argv = sys.argv[1:]
-    if "--workers" in argv:
-        place = argv.index("--workers")
-        argv = argv[:place] + argv[place + 2 :]
-    return [sys.executable, __file__, *argv]
+        set_up_logs(0)
+        logging.getLogger().setLevel(logging.WARNING)
+        lab = Laboratory(plan, results, args.work / plan.name)
+        groups = [
+            [cell for cell in group if not args.only or any(part in cell.name for part in args.only)]
+            for group in shard(plan.groups(), *args.shard)
+        ]
+        print(lab.estimate(groups))
+        if args.estimate:
+            return
+        lab.run(groups)
+    records = read_records(results)
+    tables = [table for table in (summary_table(records), difference_table(records)) if table is not None]
+    print("\n\n".join(table.text() for table in tables))
+    print(write_text(results.with_suffix(".md"), "\n\n".join(table.markdown() for table in tables) + "\n"))
+    if figure := quality_figure(records, results.with_suffix(".svg")):
+        print(figure)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ does).
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from router_tuning.checkpoint.card import model_card
 from router_tuning.checkpoint.export import FORMS, export
 from router_tuning.checkpoint.run_folder import base_of
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.report import COMPARISON, measured
+from router_tuning.evaluation.records import COMPARISON, all_tables, read_records
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,7 +41,8 @@ def main() -> None:
     if not args.run.is_dir():
         raise UserError(f"--run {args.run} is no folder; name the output folder of a tuning run")
     comparison = args.run / COMPARISON
-    scores = measured(json.loads(comparison.read_text(encoding="utf-8"))) if comparison.is_file() else None
+    tables = all_tables(read_records(comparison)) if comparison.is_file() else []
+    scores = "\n\n".join(table.markdown() for table in tables) or None
     card = model_card(args.run, args.form, scores)
     base = None if args.form == "adapter" else base_of(args.run, args.base)
     size = export(args.run, base, args.output, args.form, card, args.overwrite, args.weights == "link")

@@ -22,8 +22,8 @@ from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.rows import labelled_batches, read_rows
-from router_tuning.evaluation.static_drop import answer_loss
 from router_tuning.evaluation.tables import Table
+from router_tuning.evaluation.texts import answer_loss
 from router_tuning.model import record_routing, routed_modules
 
 

@@ -1,9 +1,10 @@
-"""Score a dense base or a tuned run with lm-eval, and note capacity and seconds per task.
+"""Score a dense base or a tuned run with lm-eval, and note what every task cost.
 
-    python entrypoints/evaluate/evaluate_mod.py --base ckpt/tiny-llama-mod --output dense.json
-    python entrypoints/evaluate/evaluate_mod.py --run trained_models/tiny-llama-mod/... --capacity 0.5
+    python entrypoints/evaluate/evaluate_mod.py --base ckpt/tiny-llama-mod --output dense.jsonl
+    python entrypoints/evaluate/evaluate_mod.py --run trained_models/tiny-llama-mod/... --flops 0.9
     python entrypoints/evaluate/evaluate_mod.py --base ckpt/mistral-7b-mod --tasks mod_paper --batch_size 8
 Several GPUs: accelerate launch entrypoints/evaluate/evaluate_mod.py ... (each process takes a share of the documents).
+Writes one record; results_table.py puts records of several files side by side.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from pathlib import Path
 
 from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.harness import evaluate, main_score
 from router_tuning.evaluation.models import load_dense, load_tuned
-from router_tuning.evaluation.tables import Table, with_error
-from router_tuning.files import write_json
+from router_tuning.evaluation.records import task_table
+from router_tuning.evaluation.scoring import Benchmark, score
+from router_tuning.files import write_text
 from router_tuning.tuning.encoding import load_tokenizer
 
 
@@ -28,7 +29,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--run", type=Path, help="folder with router.safetensors; without it the base runs dense")
     parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
-    parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+    dial = parser.add_mutually_exclusive_group()
+    dial.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+    dial.add_argument("--flops", type=float, help="turn it to this share of the decoder's operations")
     parser.add_argument("--tasks", nargs="+", default=["mod_heldout"], help="lm-eval tasks or groups")
     parser.add_argument("--limit", type=int, help="documents per task")
     parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (default: what the task says)")
@@ -39,8 +42,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.run is None and args.base is None:
         raise UserError("name what to score: --run (tuned) or --base (dense)")
-    if args.run is None and args.capacity is not None:
-        raise UserError("--capacity turns the dial of trained routers: name them with --run")
+    if args.run is None and (args.capacity, args.flops) != (None, None):
+        raise UserError("--capacity and --flops turn the dial of trained routers: name them with --run")
     if args.batch_size != "auto" and not args.batch_size.isdigit():
         raise UserError(f"--batch_size {args.batch_size} must be a number or auto")
     return args
@@ -50,29 +53,21 @@ def main() -> None:
     args = parse_args()
     base = base_of(args.run, args.base) if args.run else args.base
     if args.run:
-        model = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype)
+        model = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype, flops=args.flops)
     else:
         model = load_dense(base, args.dtype)
-    result = evaluate(
-        model,
-        tokenizer_of(args.run, base) if args.run else load_tokenizer(base),
-        args.tasks,
-        batch_size=args.batch_size if args.batch_size == "auto" else int(args.batch_size),
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
-        metadata=args.metadata,
-    )
-    if result is None:
+    tokenizer = tokenizer_of(args.run, base) if args.run else load_tokenizer(base)
+    size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
+    benchmark = Benchmark(args.tasks, args.limit, size, args.num_fewshot, args.metadata)
+    budget = args.flops if args.capacity is None else args.capacity
+    cell = {"policy": "routed" if args.run else "dense", "recipe": args.run and args.run.name, "budget": budget}
+    record = score(benchmark, model, model, tokenizer, cell)
+    if record is None:
         return
-    label = "dense" if args.run is None else f"tuned-{args.capacity}" if args.capacity is not None else "tuned"
-    output = args.output or (args.run or Path("runs") / base.name) / "evaluation" / f"{label}.json"
-    write_json(output, {"name": label, "capacity_requested": args.capacity, **result})
-    rows = []
-    for task, scores in result["scores"].items():
-        if best := main_score(scores):
-            capacity = result["meter"].get(task, {}).get("capacity", {}).get("total")
-            rows.append([task, best[0], with_error(best[1], best[2]), capacity])
-    print(Table(["task", "metric", "score", "capacity"], rows).text())
+    label = "dense" if args.run is None else "tuned" if budget is None else f"tuned-{budget:g}"
+    output = args.output or (args.run or Path("runs") / base.name) / "evaluation" / f"{label}.jsonl"
+    write_text(output, json.dumps(record) + "\n")
+    print(task_table([record]).text())
     print(f"results: {output}")
 
 

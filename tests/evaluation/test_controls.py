@@ -1,64 +1,75 @@
-"""Fixed and random masks do what they say; importance finds the module that changes least."""
+"""Controls run what they say, at the operations that they say; modules go in the order of what they cost."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from tiny_models import random_batch
+from tiny_models import random_batch, tiny_model
 from tiny_routed import routed_model
 
-from router_tuning.evaluation import controls
-from router_tuning.evaluation.static_drop import answer_loss
-from router_tuning.model import record_routing
+from router_tuning.evaluation.controls import Removed, random_masks, removal_order, removed
+from router_tuning.evaluation.texts import compare_texts, executed
+from router_tuning.model import force_routing, record_routing, routed_modules
+from router_tuning.model.flops import saved_shares
+from router_tuning.tuning.batching import Collator
 
 
-def batches():
-    ids, mask = random_batch(rows=4, tokens=10, padding="left")
-    labels = ids.clone()
-    labels[:, :7] = -100
-    return [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
+class Pad:
+    pad_token_id = 0
 
 
-def test_fixed_masks_run_what_is_named():
-    model = routed_model("llama", "attn_sequence+mlp_sequence")
-    kept = controls.routers_of(model)[1:3]
-    with controls.fixed(model, kept), record_routing(model) as log, torch.no_grad():
-        model(**{k: v for k, v in batches()[0].items() if k != "labels"}, use_cache=False)
-    assert {key for key, keep in log.decisions.items() if keep.all()} == set(kept)
-    assert all(keep.all() or not keep.any() for keep in log.decisions.values())
+def documents(rows=5, tokens=12):
+    ids, _ = random_batch(rows=rows, tokens=tokens)
+    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids.tolist()]
 
 
-def test_random_masks_have_the_capacity_and_follow_the_seed():
-    model = routed_model("llama", "attn_token")
-    ids, mask = random_batch(rows=64, tokens=30)
-    shares = []
-    for seed in (0, 0, 1):
-        with controls.random_masks(model, 0.3, seed), record_routing(model) as log, torch.no_grad():
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
-        shares.append(log.capacity()["total"])
+@torch.no_grad()
+def ran(model, context, rows=64, tokens=30):
+    ids, mask = random_batch(rows=rows, tokens=tokens)
+    with context, record_routing(model) as log:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return executed(model, log)
+
+
+def test_random_masks_have_each_modules_rate_and_follow_the_seed():
+    model = routed_model("llama", "attn_token+mlp_token")
+    rates = {name: 0.2 + 0.1 * place for place, name in enumerate(routed_modules(model))}
+    shares = [ran(model, random_masks(model, rates, seed))["capacity"] for seed in (0, 0, 1)]
     assert shares[0] == shares[1] != shares[2]
-    assert abs(shares[0] - 0.3) < 0.02
+    assert shares[0] == pytest.approx(rates, abs=0.04)
 
 
-def test_greedy_drops_first_what_costs_least():
-    model = routed_model("llama")
-    data = batches()
-    order = controls.greedy_order(model, data)
-    keys = controls.routers_of(model)
-    losses = {}
-    for key in keys:
-        with controls.fixed(model, [other for other in keys if other != key]):
-            losses[key] = answer_loss(model, data)
-    assert order[0] == min(losses, key=losses.get) and sorted(order) == keys
+def test_removal_goes_by_divergence_per_operation():
+    dense, model = tiny_model("llama"), routed_model("llama", "attn_sequence+mlp_sequence")
+    found, collate = documents(), Collator(Pad())
+    order = removal_order(dense, model, found, collate, candidates=100)
+    saved, gone, left = saved_shares(model), [], 1.0
+    for step in order:  # greedy, one full look at every step
+        kl = {}
+        for name, module in routed_modules(model).items():
+            if name not in gone:
+                keys = {m.mod_key: n not in [*gone, name] for n, m in routed_modules(model).items()}
+                with force_routing(model, keys):
+                    kl[name] = compare_texts(dense, model, found, collate)["kl"]
+                assert module is not None
+        before = order[len(gone) - 1].kl if gone else 0.0
+        best = min(kl, key=lambda name: (kl[name] - before) / saved[name])
+        left -= saved[best]
+        assert step.name == best and step.kl == pytest.approx(kl[best], rel=0.02) and step.share == pytest.approx(left)
+        gone.append(best)
+    assert sorted(gone) == sorted(saved)
+    assert removal_order(dense, model, found, collate, share=order[1].share + 1e-6) == order[:2]
 
 
-def test_cosine_importance_ranks_a_module_that_adds_nothing_first():
-    for granularity, silent in (("attn_sequence", "self_attn.o_proj"), ("mlp_sequence", "mlp.down_proj")):
-        model = routed_model("llama", granularity)
-        layer = model.model.layers[2]
-        torch.nn.init.zeros_(layer.get_submodule(silent).weight)
-        assert controls.cosine_order(model, batches())[0][0] == 2
-
-
-def test_random_fixed_masks_have_the_size():
-    model = routed_model("llama")
-    assert len(controls.random_fixed(model, 2, 0)) == 2
+@pytest.mark.parametrize("share", [1.0, 0.93, 0.72])
+def test_removal_leaves_the_share_that_is_asked_for(share):
+    model = routed_model("llama", "attn_sequence+mlp_sequence")
+    left, order = 1.0, []
+    for name, saved in saved_shares(model).items():
+        left -= saved
+        order.append(Removed(name, 0.0, left))
+    found = ran(model, removed(model, order, share), rows=400, tokens=6)
+    assert found["share"] == pytest.approx(share, abs=0.01)
+    assert sum(0 < value < 1 for value in found["capacity"].values()) == (share < 1)
+    with pytest.raises(ValueError, match="leaves more"):
+        removed(model, order, 0.01)

@@ -1,104 +1,117 @@
-"""What a router has to beat at equal budget: fixed masks found in three ways, and random ones."""
+"""What a router has to beat at equal operations: random decisions, and modules removed for good."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from router_tuning.evaluation.static_drop import Batch, answer_loss
+from router_tuning.evaluation.rows import Document
+from router_tuning.evaluation.texts import batches_of, divergence, predictions, vocabulary
 from router_tuning.model import force_routing, routed_modules
-from router_tuning.model.call import RouterKey
-from router_tuning.model.routed import Routed
-from router_tuning.model.seams import decoder_of
+from router_tuning.model.flops import saved_shares
+from router_tuning.tuning.batching import Collator
 
 
-def routers_of(model: PreTrainedModel) -> list[tuple[int, str]]:
-    """``(layer, part)`` of every router, in the order in which they run."""
-    return [(module.mod_layer, module.mod_part) for module in routed_modules(model).values()]
+class Removed(NamedTuple):
+    """One more module removed: its ``name``, and with all before it the divergence ``kl`` and the ``share`` left."""
+
+    name: str
+    kl: float
+    share: float
 
 
-def fixed(model: PreTrainedModel, kept: Sequence[tuple[int, str]]) -> AbstractContextManager:
-    """Context in which exactly the routers ``kept`` run, for every input."""
-    return force_routing(model, {key: key in set(kept) for key in routers_of(model)})
-
-
-def random_masks(model: PreTrainedModel, capacity: float, seed: int) -> AbstractContextManager:
-    """Context in which every decision (per input, or per token) is drawn: run with probability ``capacity``."""
+def random_masks(model: PreTrainedModel, rates: Mapping[str, float], seed: int) -> AbstractContextManager:
+    """Context in which every decision (per input, or per token) of a module is drawn: run with its rate."""
     generator = torch.Generator().manual_seed(seed)
+    names = _names(model)
 
     def draw(layer: int, part: str, shape: torch.Size, past: int) -> Tensor:
-        return torch.rand(shape, generator=generator) < capacity
+        return torch.rand(shape, generator=generator) < rates[names[layer, part]]
 
     return force_routing(model, draw)
 
 
-def random_fixed(model: PreTrainedModel, count: int, seed: int) -> list[tuple[int, str]]:
-    """``count`` routers drawn at random, to be kept for every input."""
-    keys = routers_of(model)
-    order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    return sorted(keys[index] for index in order)
+def removed(model: PreTrainedModel, order: Sequence[Removed], share: float, seed: int = 0) -> AbstractContextManager:
+    """Context without the first modules of ``order``, so that ``share`` of the decoder's operations is left.
 
+    Each removed module leaves a step; of the last one needed only as many inputs, drawn at random, go without it that
+    the mean over inputs is ``share``. All others always run.
 
-def greedy_order(model: PreTrainedModel, batches: Sequence[Batch]) -> list[tuple[int, str]]:
-    """Routers in the order in which they are dropped when each time the one is dropped whose loss costs least."""
-    kept, dropped = routers_of(model), []
-    for _ in tqdm(range(len(kept)), desc="greedy drop", leave=False):
-        losses = {}
-        for key in kept:
-            with fixed(model, [other for other in kept if other != key]):
-                losses[key] = answer_loss(model, batches)
-        cheapest = min(losses, key=losses.__getitem__)
-        kept.remove(cheapest)
-        dropped.append(cheapest)
-    return dropped
+    Raises:
+        ValueError: if the whole order leaves more.
+    """
+    if share >= 1:
+        return force_routing(model, True)
+    count = next((number for number, step in enumerate(order) if step.share <= share), None)
+    if count is None:
+        raise ValueError(f"removing all {len(order)} modules leaves more than {share} of the decoder's operations")
+    before = order[count - 1].share if count else 1.0
+    rate = (before - share) / (before - order[count].share)
+    gone, last = {step.name for step in order[:count]}, order[count].name
+    generator, names = torch.Generator().manual_seed(seed), _names(model)
+
+    def decide(layer: int, part: str, shape: torch.Size, past: int) -> bool | Tensor:
+        name = names[layer, part]
+        return torch.rand(shape, generator=generator) >= rate if name == last else name not in gone
+
+    return force_routing(model, decide)
 
 
 @torch.no_grad()
-def cosine_order(model: PreTrainedModel, batches: Sequence[Batch]) -> list[tuple[int, str]]:
-    """Routers by the importance of LLM-Drop, least important first: ``1 - cos(x, x + F(norm(x)))`` of the residual.
+def removal_order(
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    documents: Sequence[Document],
+    collate: Collator,
+    share: float = 0.0,
+    candidates: int = 4,
+) -> list[Removed]:
+    """Modules in the order in which they are removed, each time the one with the least divergence per operation saved.
 
-    He et al. 2024, "What Matters in Transformers? Not All Attention is Needed", section 3: one dense pass, mean over
-    real tokens.
+    After one look at each module alone, a step looks again at those few that were cheapest when last looked at.
+
+    Args:
+        dense: what is to be kept to. model: routed, with the skip paths that stand in for removed modules.
+        share: where to stop, as soon as no more of the decoder's operations is left. candidates: looked at per step.
     """
-    total: dict[tuple[int, str], float] = dict.fromkeys(routers_of(model), 0.0)
-    handles, count = [], 0.0
-    state: dict[str, Any] = {}
-    for module in routed_modules(model).values():
-        handles += _watch(module, model, state, total)
-    try:
-        for batch in batches:
-            state["real"] = batch["attention_mask"].bool()
-            count += float(state["real"].sum())
-            with force_routing(model, True):
-                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sorted(total, key=lambda key: total[key] / count)
+    batches = [batch for _, batch in batches_of(documents, collate, vocabulary(model))]
+    references = [predictions(dense, batch).half() for batch in batches]
+    tokens = sum(map(len, references))
+    names, saved = _names(model), saved_shares(model)
+
+    def without(gone: Sequence[str]) -> float:
+        total = 0.0
+        with force_routing(model, lambda layer, part, shape, past: names[layer, part] not in gone):
+            for batch, reference in zip(batches, references, strict=True):
+                total += float(divergence(reference.float(), predictions(model, batch)).sum())
+        return total / tokens
+
+    gone: list[str] = []
+    order: list[Removed] = []
+    kl, left = 0.0, 1.0
+    with tqdm(total=len(saved), desc="removal, one at a time", leave=False) as progress:
+        harm = {}
+        for name in saved:
+            harm[name] = without([name])
+            progress.update()
+    with tqdm(desc="removal, in order", leave=False) as progress:
+        while left > share and harm:
+            cheapest = sorted(harm, key=lambda name: harm[name] / saved[name])[: candidates if gone else 1]
+            if gone:
+                harm |= {name: without([*gone, name]) - kl for name in cheapest}
+            name = min(cheapest, key=lambda name: harm[name] / saved[name])
+            kl, left = kl + harm.pop(name), left - saved[name]
+            gone.append(name)
+            order.append(Removed(name, kl, left))
+            progress.update()
+    return order
 
 
-def _watch(module: Routed, model: PreTrainedModel, state: dict[str, Any], total: dict[RouterKey, float]) -> list[Any]:
-    """Hooks that add a module's importance: residual before (input of the norm in front) against after."""
-    key = (module.mod_layer, module.mod_part)
-    decoder_layer = decoder_of(model).layers[module.mod_layer]
-    held: dict[str, Tensor] = {}
-
-    def before(_: Any, args: tuple, kwargs: dict) -> None:
-        held["x"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-
-    def after(_: Any, args: tuple, output: Any) -> None:
-        update = output[0] if isinstance(output, tuple) else output
-        x = held["x"]
-        y = update if module.mod_part == "block" else x + update
-        change = 1 - cosine_similarity(x.float(), y.float(), dim=-1)
-        total[key] += float(change[state["real"]].sum())
-
-    source = decoder_layer if module.mod_part in ("attn", "block") else decoder_layer.post_attention_layernorm
-    return [source.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+def _names(model: PreTrainedModel) -> dict[tuple[int, str], str]:
+    return {(module.mod_layer, module.mod_part): name for name, module in routed_modules(model).items()}

@@ -1,10 +1,11 @@
-"""What routing saves: floating-point operations, measured seconds, and bytes of keys and values."""
+"""What routing saves: measured seconds, and bytes of keys and values."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from router_tuning.evaluation.texts import executed
 from router_tuning.model import kv_cache_bytes, record_routing
-from router_tuning.model.flops import count_flops
 
 Batch = dict[str, Tensor]
 
@@ -26,6 +27,7 @@ def measure_cost(
     *,
     new_tokens: int = 16,
     repeats: int = 5,
+    under: AbstractContextManager | None = None,
 ) -> dict[str, Any]:
     """Cost of ``routed`` beside ``dense`` on the same prompts.
 
@@ -33,56 +35,47 @@ def measure_cost(
         batches: left-padded prompts, ``{"input_ids": [b, t], "attention_mask": [b, t]}`` each.
         new_tokens: tokens generated per prompt for the decoding time.
         repeats: timed rounds over all batches; both models take turns within every round.
+        under: a context around all of it, such as imposed decisions.
 
-    Returns ``flops_dense``, ``flops_routed``, ``flops_share`` (one forward over all batches), ``kv_bytes_dense``,
-    ``kv_bytes_routed``, ``kv_share`` (keys and values held after it), ``capacity``, and for ``prefill`` and
-    ``generate`` a dict of ``seconds_dense``, ``seconds_routed`` (medians over rounds) and ``time_ratio``.
+    Returns:
+        ``share`` and ``capacity`` on the prompts, ``kv_bytes_dense``, ``kv_bytes_routed``, ``kv_share`` (keys and
+        values held after them), and for ``prefill`` and ``generate`` what :func:`interleaved_times` gives.
     """
     dense.eval(), routed.eval()
-    flops = [sum(count_flops(model, batch) for batch in batches) for model in (dense, routed)]
-    held = [sum(cache_bytes(model, batch) for batch in batches) for model in (dense, routed)]
-    with record_routing(routed) as log:
-        for batch in batches:
-            routed(**batch, use_cache=False)
-    result: dict[str, Any] = {
-        "flops_dense": flops[0],
-        "flops_routed": flops[1],
-        "flops_share": flops[1] / flops[0],
-        "kv_bytes_dense": held[0],
-        "kv_bytes_routed": held[1],
-        "kv_share": held[1] / held[0],
-        "capacity": {str(key): float(share) for key, share in log.capacity().items()},
-        "prompts": sum(len(batch["input_ids"]) for batch in batches),
-        "prompt_tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-    }
-    for name, tokens in (("prefill", 0), ("generate", new_tokens)):
-        result[name] = interleaved_times(dense, routed, batches, tokens, repeats, name)
-    return result
+    with under or nullcontext():
+        with record_routing(routed) as log:
+            held = [sum(cache_bytes(model, batch) for batch in batches) for model in (dense, routed)]
+        return {
+            **executed(routed, log),
+            "kv_bytes_dense": held[0],
+            "kv_bytes_routed": held[1],
+            "kv_share": held[1] / held[0],
+            "prompts": sum(len(batch["input_ids"]) for batch in batches),
+            "prompt_tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
+            "new_tokens": new_tokens,
+            "repeats": repeats,
+            "prefill": interleaved_times(dense, routed, batches, 0, repeats),
+            "generate": interleaved_times(dense, routed, batches, new_tokens, repeats),
+        }
 
 
-@torch.no_grad()
 def cache_bytes(model: PreTrainedModel, batch: Batch) -> int:
     """Bytes of keys and values really held after the prompts of one batch."""
     return kv_cache_bytes(model(**batch, use_cache=True).past_key_values)
 
 
 def interleaved_times(
-    dense: PreTrainedModel,
-    routed: PreTrainedModel,
-    batches: Sequence[Batch],
-    new_tokens: int,
-    repeats: int,
-    name: str,
-) -> dict[str, Any]:
-    """Medians over ``repeats`` rounds in which both models take turns, after one warm-up round of each.
+    dense: PreTrainedModel, routed: PreTrainedModel, batches: Sequence[Batch], new_tokens: int, repeats: int
+) -> dict[str, float]:
+    """``seconds_dense``, ``seconds_routed`` and ``time_ratio``: medians over rounds in which both take turns.
 
-    ``new_tokens`` = 0 times the forward over the prompts, otherwise generation of exactly that many tokens.
-    ``time_ratio`` is the median over rounds of routed / dense, so that a drift of the machine cancels.
+    The ratio is taken within each round, so that a drift of the machine cancels; a first round warms up.
+
+    Args:
+        new_tokens: 0 times the forward over the prompts, else generation of exactly that many tokens.
     """
     rounds: list[tuple[float, float]] = []
-    for number in tqdm(range(repeats + 1), desc=f"time of {name}", leave=False):
+    for number in tqdm(range(repeats + 1), desc=f"time, {new_tokens} new tokens", leave=False):
         pair = [0.0, 0.0]
         order = (0, 1) if number % 2 else (1, 0)
         for batch in batches:
@@ -101,13 +94,8 @@ def _seconds(model: PreTrainedModel, batch: Batch, new_tokens: int) -> float:
     _synchronize(model)
     start = time.perf_counter()
     if new_tokens:
-        model.generate(
-            **batch,
-            do_sample=False,
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            pad_token_id=0,
-        )
+        options = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "pad_token_id": 0}
+        model.generate(**batch, **options)
     else:
         model(**batch, use_cache=True)
     _synchronize(model)

@@ -1,7 +1,8 @@
-"""The two figures of a run: capacity by layer over training, and quality against compute."""
+"""Figures: capacity by layer over training, and quality against operations."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,33 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from router_tuning.evaluation.records import METRICS, Record, grouped  # noqa: E402
+from router_tuning.files import publish  # noqa: E402
 from router_tuning.tuning.routing_statistics import CAPACITY  # noqa: E402
 
 LAYER = f"{CAPACITY}_layer_"
+_LINES = {"routed": "o-", "static": "s--", "random": "x:"}
 
 
 def capacity_figure(log: Sequence[Mapping[str, Any]], path: Path, target: float | None = None) -> Path:
     """Capacity of every router, and of all, over the training steps.
 
-    ``log`` holds dicts with ``step``, ``capacity`` and ``capacity_layer_<router>`` entries; others are ignored.
-    Raises ValueError if no entry has them.
+    Args:
+        log: dicts with ``step``, ``capacity`` and ``capacity_layer_<router>`` entries; others are ignored.
+
+    Raises:
+        ValueError: if no entry has them.
     """
     rows = [row for row in log if "step" in row and any(key.startswith(LAYER) for key in row)]
     if not rows:
         raise ValueError(f"the training log holds no {LAYER}… entries")
     routers = sorted(key for key in rows[0] if key.startswith(LAYER))
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    colours = matplotlib.colormaps["viridis"](_spread(len(routers)))
-    for router, colour in zip(routers, colours, strict=True):
-        axes.plot(*_series(rows, router), color=colour, label=f"layer {router.removeprefix(LAYER)}")
-    axes.plot(*_series(rows, CAPACITY), color="black", linewidth=2, label="all")
+    steps = [row["step"] for row in rows]
+    for place, router in enumerate(routers):
+        colour = matplotlib.colormaps["viridis"](0.9 * place / max(len(routers) - 1, 1))
+        axes.plot(steps, [row.get(router) for row in rows], color=colour, label=f"layer {router.removeprefix(LAYER)}")
+    axes.plot(steps, [row.get(CAPACITY) for row in rows], color="black", linewidth=2, label="all")
     if target is not None:
         axes.axhline(target, color="grey", linestyle=":", label=f"target {target:g}")
     axes.set(xlabel="optimizer step", ylabel="capacity (share run)", ylim=(-0.03, 1.03))
@@ -39,39 +47,38 @@ def capacity_figure(log: Sequence[Mapping[str, Any]], path: Path, target: float 
     return _save(figure, path)
 
 
-def quality_figure(systems: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Score against the share of the dense FLOPs, one mark per system of :func:`results.headline`."""
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    static = sorted((s for s in systems if s["name"].startswith("static")), key=lambda s: s["flops_share"])
-    if static:
-        line = {"marker": "s", "color": "tab:grey", "linestyle": "--", "label": "best static drop"}
-        axes.plot([s["flops_share"] for s in static], [s["score"] for s in static], **line)
-    for name, marker, colour in (("dense", "o", "black"), ("tuned", "*", "tab:red")):
-        for system in (s for s in systems if s["name"] == name):
-            axes.scatter(
-                system["flops_share"], system["score"], marker=marker, color=colour, s=90, label=name, zorder=3
-            )
-    for system in systems:
-        text = f"{system['name']}, capacity {system['capacity']:.2f}"
-        axes.annotate(text, (system["flops_share"], system["score"]), (4, 5), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="share of the dense FLOPs", ylabel=f"average {systems[0]['metric']}")
-    axes.margins(0.18)
-    axes.legend(fontsize=8, loc="lower right")
+def quality_figure(records: Sequence[Record], path: Path) -> Path | None:
+    """Mean score and divergence over the share of operations, a line per policy; None if nothing can be drawn."""
+    groups = grouped(records)
+    values = {metric: {id(g): g.averages(metric) for g in groups} for metric in dict.fromkeys(METRICS.values())}
+    texts = dict.fromkeys(name for record in records for name in record.get("texts", {}))
+    values |= {f"KL, {text} (nats)": {id(g): g.texts(text, "kl") for g in groups} for text in texts}
+    values = {name: found for name, found in values.items() if any(found.values())}
+    if not values:
+        return None
+    figure, axes = plt.subplots(1, len(values), figsize=(4.6 * len(values), 3.6), layout="constrained", squeeze=False)
+    for axis, (name, found) in zip(axes[0], values.items(), strict=True):
+        lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+        for group in groups:
+            if found[id(group)]:
+                share = statistics.fmean(record.get("share", record["capacity"]) for record in group.records)
+                key = (group.cell["policy"], group.label, group.cell.get("granularity") or "")
+                lines.setdefault(key, []).append((share, statistics.fmean(found[id(group)])))
+        for (policy, label, granularity), points in lines.items():
+            if policy == "dense":
+                axis.axhline(points[0][1], color="black", linestyle=":", label=label)
+            else:
+                axis.plot(*zip(*sorted(points), strict=True), _LINES[policy], markersize=4, alpha=0.8,
+                          label=f"{label}: {granularity}")  # fmt: skip
+        axis.set(xlabel="share of the decoder's operations", ylabel=name)
+    axes[0][-1].legend(fontsize=6)
     return _save(figure, path)
 
 
-def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    kept = [row for row in rows if key in row]
-    return [row["step"] for row in kept], [row[key] for row in kept]
-
-
-def _spread(count: int) -> list[float]:
-    return [0.9 * place / max(count - 1, 1) for place in range(count)]
-
-
 def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format=path.suffix.removeprefix("."))
+    # A fixed salt and no date: the same numbers give the same bytes.
+    svg = path.suffix == ".svg"
+    with publish(path) as draft, matplotlib.rc_context({"svg.hashsalt": "router-tuning"}):
+        figure.savefig(draft, dpi=150, metadata={"Date": None} if svg else None)
     plt.close(figure)
-    temporary.replace(path)
     return path

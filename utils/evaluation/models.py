@@ -30,14 +30,23 @@ def load_dense(base: Path, dtype: str = "auto", device: str | None = None) -> Pr
 
 
 def load_tuned(
-    base: Path, run: Path, capacity: float | None = None, dtype: str = "auto", device: str | None = None
+    base: Path,
+    run: Path,
+    capacity: float | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    flops: float | None = None,
 ) -> PreTrainedModel:
     """What a run trained, in evaluation mode: routers on the base, with LoRA where the run has an ``adapter``, or the
-    run's own weights where it trained all of them. ``capacity`` turns the dial that the run stored.
+    run's own weights where it trained all of them.
+
+    Args:
+        capacity: turns the dial that the run stored to this share of the routed modules; flops: instead, to this share
+            of the decoder's operations.
     """
     if (run / MODEL).is_dir():
-        return _load_fully_tuned(run, capacity, dtype, device)
-    model = load_routers(load_dense(base, dtype, device), run, capacity=capacity)
+        return _load_fully_tuned(run, capacity, flops, dtype, device)
+    model = load_routers(load_dense(base, dtype, device), run, capacity=capacity, flops=flops)
     return with_lora(model, run / ADAPTER) if (run / ADAPTER).is_dir() else model.eval()
 
 
@@ -88,11 +97,14 @@ def _check_finite(model: PreTrainedModel, folder: Path) -> None:
                 raise UserError(f"{folder}: the router {name} holds values that are not finite; export it anew")
 
 
-def _load_fully_tuned(run: Path, capacity: float | None, dtype: str, device: str | None) -> PreTrainedModel:
+def _load_fully_tuned(
+    run: Path, capacity: float | None, flops: float | None, dtype: str, device: str | None
+) -> PreTrainedModel:
     """All weights were tuned: ``model/`` holds them with their routers."""
     model = load_export(run / MODEL, dtype, device)
-    if capacity is not None:
-        set_thresholds(model, thresholds_for(read_router_config(run), capacity, run))
+    if capacity is not None or flops is not None:
+        budget, axis = (capacity, "capacity") if flops is None else (flops, "flops")
+        set_thresholds(model, thresholds_for(read_router_config(run), budget, run, axis))
     return model
 
 

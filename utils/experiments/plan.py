@@ -1,8 +1,11 @@
-"""What an experiment file asks for, as a list of cells: each a small job with one JSON as its result."""
+"""What an experiment file asks for, as cells: each a policy at one budget and seed, with one record as its result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+import os
+import re
 from dataclasses import dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -10,136 +13,141 @@ from typing import Any
 
 import yaml
 
-from router_tuning.embedded.sample_tasks import TASKS
 from router_tuning.errors import UserError
+from router_tuning.evaluation.records import cell_name
 from router_tuning.model.configuration_mod import parse_granularity
+from router_tuning.tuning.arguments import ROOT
 
-KINDS = ("dense", "masks", "tune", "score", "random", "static", "cost")
-SCORED = ("heldout", "validation")
-OWN = "own"  # the capacity that a recipe ends at by itself
-MATCH = "match"  # the capacity that the published recipe ends at
+DEFAULTS = {"documents": 64, "max_tokens": 256, "first": 0}
+"""Of a text: how many documents are scored, their tokens, and rows of the file that are passed over."""
+SKIPS = ("zero", "mean", "low_rank")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One job. ``capacity`` is a share, :data:`OWN` or :data:`MATCH`; fields that a kind does not need are None."""
+    """One policy to score. ``budget`` is a share of the decoder's operations, None for what a policy ends at."""
 
-    kind: str
+    policy: str
     recipe: str | None = None
     granularity: str | None = None
     seed: int | None = None
-    capacity: float | str | None = None
+    budget: float | None = None
 
     @property
     def name(self) -> str:
-        """File name without its ending."""
-        parts = [self.kind, self.recipe, self.granularity]
-        parts += [f"seed{self.seed}" if self.seed is not None else None]
-        parts += [f"c{self.capacity:g}" if isinstance(self.capacity, float) else self.capacity]
-        return "__".join(part for part in parts if part is not None)
+        """As in results and on the command line."""
+        return cell_name(vars(self))
 
 
 @dataclass
 class Plan:
-    """An experiment file.
+    """An experiment file. Paths may name environment variables (``${MOD_EVAL_DATA}/…``).
 
     Attributes:
-        name: of the folder of results. base: checkpoint folder, relative to the repository.
-        tasks: of the generator, scored by exact match; text_task: scored by perplexity.
-        train_per_task: rows per task and seed. items, choices, texts: held-out items per task that are scored.
-        search_per_task: training-split items on which static masks are chosen (never trained or scored on).
-        recipes: ``{label: {flag: value}}`` of ``finetune_mod.py``; those with ``recipe: budget`` have a dial.
-        granularities, budgets, seeds: the grid. dial: further budgets, generation only, first seed only.
-        statics: ``{part: method}``, parts of a granularity without their level.
-        training: ``{label: {field: value}}`` of ``budget.training.TrainSettings``, for recipes that try other ones.
-        sources: ``{label: tasks}``, for recipes that train on rows of these tasks alone (as many in all).
-        scored: ``heldout``: the committed items; ``validation``: others, of the training split and never trained on,
-            to choose settings by. costs: whether time is measured.
-        extra: ``[{recipe, granularity}]``, outside the grid, every seed scored at the capacity that it reaches.
+        base: checkpoint folder, relative to the repository. dtype: of its weights.
+        data: training rows, and those that static removal and its skip paths are chosen on.
+        recipes: ``{label: {flag: value}}`` of ``finetune_mod.py``; one with its own ``granularity`` runs at it alone.
+            All but ``recipe: paper`` have a dial and are scored at every budget; that one at what it reaches.
+        granularities, budgets, seeds: the grid; budgets are shares of the decoder's operations.
+        random: whether random decisions at the rates of every routed cell are scored.
+        static: skip paths (``zero``, ``mean``, ``low_rank``) with which modules are removed for good.
+        search_tokens: number of tokens that removal is chosen on. candidates: see ``removal_order``.
+        tasks: lm-eval tasks or groups; documents: of each, None for all; batch_size, num_fewshot.
+        texts: ``{name: {file, documents, max_tokens, first}}``, see :data:`DEFAULTS`.
+        timed: name of a text whose prompts are timed, first seed; timed_prompts: how many; new_tokens, repeats.
     """
 
     name: str
     base: str
-    tasks: list[str]
-    recipes: dict[str, dict[str, Any]]
-    granularities: list[str]
-    budgets: list[float]
-    seeds: list[int]
-    text_task: str = "story"
-    train_per_task: int = 160
-    search_per_task: int = 32
-    items: int = 128
-    choices: int = 64
-    texts: int = 48
-    dial: list[float] = field(default_factory=list)
-    statics: dict[str, str] = field(default_factory=dict)
-    extra: list[dict[str, str]] = field(default_factory=list)
-    grid_recipes: list[str] = field(default_factory=list)
-    training: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sources: dict[str, list[str]] = field(default_factory=dict)
-    scored: str = "heldout"
-    costs: bool = True
+    data: str
+    recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    granularities: list[str] = field(default_factory=list)
+    budgets: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    random: bool = True
+    static: list[str] = field(default_factory=list)
+    search_tokens: int = 2000
+    candidates: int = 4
+    tasks: list[str] = field(default_factory=list)
+    documents: int | None = None
+    batch_size: int = 16
+    num_fewshot: int | None = None
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    timed: str | None = None
+    timed_prompts: int = 16
+    new_tokens: int = 16
+    repeats: int = 5
+    dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        named = [*self.tasks, self.text_task, *(task for tasks in self.sources.values() for task in tasks)]
-        problems = [f"unknown task {task!r}" for task in named if task not in TASKS]
-        for granularity in self.granularities:
+        problems = [f"budget {budget} must lie in (0, 1)" for budget in self.budgets if not 0 < budget < 1]
+        own = [flags["granularity"] for flags in self.recipes.values() if "granularity" in flags]
+        for granularity in dict.fromkeys([*self.granularities, *own]):
             try:
                 parse_granularity(granularity)
             except ValueError as error:
                 problems.append(str(error))
-        problems += [f"budget {b} must lie in (0, 1)" for b in [*self.budgets, *self.dial] if not 0 < b < 1]
-        known = set(self.recipes)
-        named = [*self.grid_recipes, *self.training, *self.sources, *(entry.get("recipe", "") for entry in self.extra)]
-        problems += [f"recipe {name!r} is not described under 'recipes'" for name in named if name not in known]
-        if self.scored not in SCORED:
-            problems.append(f"scored {self.scored!r} is none of {', '.join(SCORED)}")
+        problems += [f"static {kind!r} is none of {', '.join(SKIPS)}" for kind in self.static if kind not in SKIPS]
+        for name, text in self.texts.items():
+            odd = sorted(set(text) - {"file", *DEFAULTS})
+            problems += [f"text {name}: {odd[0]!r} is none of file, {', '.join(DEFAULTS)}"] if odd else []
+            problems += [f"text {name}: names no file"] if "file" not in text else []
+            self.texts[name] = DEFAULTS | text
+            problems += self._trained_on(name)
+        if self.timed is not None and self.timed not in self.texts:
+            problems.append(f"timed {self.timed!r} is none of the texts")
+        if not self.tasks and not self.texts:
+            problems.append("nothing to score on: name tasks or texts")
         if problems:
             raise UserError(f"experiment {self.name}: " + "; ".join(problems))
 
+    def _trained_on(self, name: str) -> list[str]:
+        text = self.texts[name]
+        if text.get("file") != self.data:
+            return []
+        used = [flags.get("max_train_samples", 1000) for flags in self.recipes.values()]
+        if all(0 < rows <= text["first"] for rows in used):
+            return []
+        return [f"text {name}: its rows train recipes; let 'first' pass over the largest max_train_samples"]
+
     def has_dial(self, recipe: str) -> bool:
         """Whether a recipe's runs can be scored at any budget."""
-        return self.recipes[recipe].get("recipe") == "budget"
+        return self.recipes[recipe].get("recipe", "paper") != "paper"
 
-    def cells(self) -> Iterator[Cell]:
-        """All cells, the most telling first: the grid on every seed, then controls, then the dial and costs."""
-        yield Cell("dense")
-        if "attn_sequence" in self.granularities:
-            yield Cell("masks")
-        for seed in self.seeds:
-            yield from self._of_seed(seed)
-        yield from (Cell("static", recipe=method, granularity=part) for part, method in self.statics.items())
-        for entry, seed in product(self.extra, self.seeds):
-            yield Cell("tune", entry["recipe"], entry["granularity"], seed)
-            yield Cell("score", entry["recipe"], entry["granularity"], seed, OWN)
-        yield from self._dial(self.seeds[0])
-        if self.costs:
-            yield from self._costs(self.seeds[0])
+    def groups(self) -> list[list[Cell]]:
+        """Cells that belong together: the dense base; each run, its budgets and controls; each kind of removal."""
+        found = [[Cell("dense")]]
+        for seed, (label, flags) in product(self.seeds, self.recipes.items()):
+            own = flags.get("granularity")
+            for granularity in [own] if own else self.granularities:
+                group = []
+                for budget in self.budgets if self.has_dial(label) else [None]:
+                    group.append(Cell("routed", label, granularity, seed, budget))
+                    if self.random:
+                        group.append(Cell("random", label, granularity, seed, budget))
+                found.append(group)
+        parts = dict.fromkeys(re.findall(r"(\w+)_(?:token|sequence)", "+".join(self.granularities)))
+        for kind in self.static:
+            found.append([Cell("static", kind, "+".join(parts), None, budget) for budget in self.budgets])
+        return found
 
-    def _of_seed(self, seed: int) -> Iterator[Cell]:
-        for granularity in self.granularities:
-            for recipe in self.grid_recipes:
-                yield Cell("tune", recipe, granularity, seed)
-                if not self.has_dial(recipe):
-                    yield Cell("score", recipe, granularity, seed, OWN)
-                    continue
-                yield from (Cell("score", recipe, granularity, seed, budget) for budget in self.budgets)
-                if any(not self.has_dial(other) for other in self.grid_recipes):
-                    yield Cell("score", recipe, granularity, seed, MATCH)
-            yield from (Cell("random", None, granularity, seed, budget) for budget in self.budgets)
+    def fingerprint(self, cell: Cell) -> str:
+        """Changes with every setting that a cell's result depends on."""
+        grid = ("name", "recipes", "granularities", "budgets", "seeds", "random", "static")
+        settings = {name: value for name, value in vars(self).items() if name not in grid}
+        settings["recipe"] = self.recipes.get(cell.recipe or "")
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
-    def _dial(self, seed: int) -> Iterator[Cell]:
-        for granularity in self.granularities:
-            for recipe in filter(self.has_dial, self.grid_recipes):
-                yield from (Cell("score", recipe, granularity, seed, b) for b in self.dial if b not in self.budgets)
+    def path(self, text: str) -> Path:
+        """A path of the file, with environment variables put in; relative ones lie in the repository.
 
-    def _costs(self, seed: int) -> Iterator[Cell]:
-        for budget in self.budgets:
-            for granularity in self.granularities:
-                for recipe in filter(self.has_dial, self.grid_recipes):
-                    yield Cell("cost", recipe, granularity, seed, budget)
-            for part, method in self.statics.items():
-                yield Cell("cost", method, part, None, budget)
+        Raises:
+            UserError: for a variable that is not set.
+        """
+        filled = os.path.expanduser(os.path.expandvars(text))
+        if missing := re.findall(r"\$\{?(\w+)", filled):
+            raise UserError(f"experiment {self.name}: {text}: set the environment variable {missing[0]}")
+        return ROOT / filled
 
 
 def read_plan(path: Path) -> Plan:
@@ -157,6 +165,6 @@ def read_plan(path: Path) -> Plan:
     if unknown:
         raise UserError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     try:
-        return Plan(**content)
-    except TypeError as error:
+        return Plan(**{"name": path.stem, **content})
+    except (TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error}") from None

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.evaluation.dynamics import dynamics
-from router_tuning.evaluation.static_drop import answer_loss
+from router_tuning.evaluation.texts import answer_loss
 from router_tuning.model import RoutingLog, record_routing, routed_modules, set_thresholds
 from router_tuning.tuning.encoding import encode_text, render_prompt
 

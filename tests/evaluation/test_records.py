@@ -1,0 +1,149 @@
+"""Tables say what the records hold, differences are paired, and a line is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from router_tuning.errors import UserError
+from router_tuning.evaluation.figures import capacity_figure, quality_figure
+from router_tuning.evaluation.records import (
+    all_tables,
+    control_table,
+    cost_table,
+    difference_table,
+    read_records,
+    summary_table,
+)
+from router_tuning.evaluation.tables import Table, with_error
+from router_tuning.files import append_json, read_json_lines
+
+TIMES = {"seconds_dense": 2.0, "seconds_routed": 1.0, "time_ratio": 0.51}
+COST = {"share": 0.7, "kv_bytes_dense": 4000, "kv_bytes_routed": 3000, "kv_share": 0.75, "new_tokens": 16}
+
+
+def record(policy, documents, kl=(0.0, 0.0, 0.0), share=1.0, **cell):
+    task = {"metric": "acc", "value": documents.count("1") / len(documents), "stderr": 0.01, "documents": documents}
+    return {
+        "cell": {"policy": policy, **cell},
+        "share": share,
+        "capacity": share,
+        "tasks": {"t": task, "mmlu_law": task, "mmlu_art": task},
+        "texts": {"wiki": {"kl": sum(kl) / 6, "perplexity": 9.0, "documents": {"tokens": [1, 2, 3], "kl": list(kl)}}},
+    }
+
+
+@pytest.fixture
+def records():
+    at = {"budget": 0.7, "granularity": "attn_token"}
+    ours = [
+        record("routed", d, kl, 0.7, recipe="fit", seed=s, **at)
+        for s, d, kl in ((0, "1101", (1, 2, 3)), (1, "1001", (2, 3, 4)))
+    ]
+    ours[0]["cost"] = {**COST, "prefill": TIMES, "generate": TIMES}
+    return [
+        record("static", "0100", (5, 5, 5), 0.7, recipe="zero", granularity="attn", budget=0.7),
+        record("static", "0000", (5, 5, 5), 0.6, recipe="zero", granularity="attn", budget=0.6),
+        *ours,
+        record("random", "1000", (4, 4, 4), 0.7, recipe="fit", seed=0, **at),
+        record("random", "1000", (4, 4, 4), 0.7, recipe="other", seed=0, **at),
+        record("dense", "1111"),
+        {"cell": {"policy": "routed", "recipe": "fit", "budget": 0.1, "seed": 0}, "refused": "out of reach"},
+    ]
+
+
+def rows_of(table):
+    return [dict(zip(table.header, row, strict=True)) for row in table.rows]
+
+
+def test_summary_has_a_row_per_policy_and_budget(records):
+    rows = rows_of(summary_table(records))
+    assert [row["policy"] for row in rows] == [
+        "dense",
+        "static, zero",
+        "static, zero",
+        "fit",
+        "random, fit",
+        "random, other",
+    ]
+    ours = next(row for row in rows if row["policy"] == "fit")
+    assert (
+        ours["choices"] == "0.625 ± 0.177" and ours["KL, wiki"] == "1.250 ± 0.354" and ours["time, prefill"] == "0.510"
+    )
+    assert rows[0]["choices"] == "1.000" and rows[0]["time, prefill"] is None
+
+
+def test_controls_stand_beside_the_policy_that_they_are_of(records):
+    [dense, ours] = rows_of(control_table(records))
+    assert (ours["choices"], ours["random"], ours["static"]) == ("0.625 ± 0.177", "0.250", "0.250")
+    assert dense["policy"] == "dense" and dense["static"] is None
+
+
+def test_differences_are_paired_by_document(records):
+    rows = {row["less"]: row for row in rows_of(difference_table(records))}
+    assert list(rows) == ["dense", "static, zero", "random, fit"], "of the same budget, and of the same routers"
+    gaps = [1 - 0, 0.5 - 1, 0 - 0, 1 - 0]
+    # Two units, t and the subjects of MMLU, of which the second has the same documents twice.
+    error = (statistics.variance(gaps) / 4 + statistics.variance(gaps * 2) / 8) ** 0.5 / 2
+    assert rows["static, zero"]["choices"] == with_error(0.375, error, 4)
+    gaps = [1.5 - 5, 2.5 - 5, 3.5 - 5]
+    mean = sum(gaps) / 6
+    error = (sum((gap - mean * size) ** 2 for gap, size in zip(gaps, (1, 2, 3), strict=True)) * 3 / 2) ** 0.5 / 6
+    assert rows["static, zero"]["KL, wiki"] == with_error(mean, error, 4)
+    assert difference_table(records[-2:]) is None
+
+
+def test_tasks_and_cost_are_tables_too(records):
+    _, _, tasks, cost = all_tables(records[2:3] + records[6:7])
+    assert tasks.rows[0] == ["t", "acc", "0.750 ± 0.010", "1.000 ± 0.010"] and tasks.header[2:] == ["fit 0.7", "dense"]
+    assert cost.rows == cost_table(records[2]).rows
+    assert dict((row[0], row[1:]) for row in cost.rows)["KV cache after the prompts, KB"] == [4.0, 3.0, 0.75]
+
+
+def test_figures_are_written_whole(records, tmp_path):
+    log = [{"step": s, "capacity": 0.5, "capacity_layer_03": 0.4, "capacity_layer_04": 0.6} for s in (1, 2)]
+    for path in (
+        capacity_figure([{"step": 0, "loss": 1.0}, *log], tmp_path / "capacity.png", target=0.5),
+        quality_figure(records, tmp_path / "quality.svg"),
+    ):
+        assert path.stat().st_size > 3000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["capacity.png", "quality.svg"]
+    with pytest.raises(ValueError, match="capacity_layer_"):
+        capacity_figure([{"step": 0, "loss": 1.0}], tmp_path / "x.png")
+    assert quality_figure(records[-1:], tmp_path / "none.svg") is None
+
+
+def append(path, number):
+    append_json(path, {"cell": {"policy": f"p{number}"}, "text": "x" * 5000})
+
+
+def test_lines_of_several_processes_and_of_killed_ones(tmp_path):
+    path = tmp_path / "folder" / "records.jsonl"
+    assert read_json_lines(path) == []
+    with ProcessPoolExecutor(4) as pool:
+        list(pool.map(append, [path] * 24, range(24)))
+    assert {r["cell"]["policy"] for r in read_records(path)} == {f"p{n}" for n in range(24)}
+    path.write_bytes(path.read_bytes()[:-100])  # killed while it wrote
+    assert len(read_records(path)) == 23
+    append(path, 0)
+    assert len(path.read_bytes().splitlines()) == 24 and len(read_records(path)) in (23, 24)
+
+
+def test_files_without_records_are_named(tmp_path):
+    for content, message in (("", "no records"), ("{\n", ":1: not valid JSON"), ("[]\n", ":1: no record")):
+        (tmp_path / "x.jsonl").write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_records(tmp_path / "x.jsonl")
+
+
+def test_three_notations_of_a_table():
+    table = Table(["name", "a_b"], [["x|y", 0.5], ["50%", None]])
+    assert table.text().splitlines() == ["name    a_b", "----  -----", "x|y   0.500", "50%       -"]
+    assert "| x\\|y | 0.500 |" in table.markdown() and "| --- | ---: |" in table.markdown()
+    assert r"a\_b" in table.latex() and r"50\% & - \\" in table.latex()
+    with pytest.raises(ValueError, match="1 cells"):
+        Table(["a", "b"], [["x"]])
+    assert with_error(0.5, None) == "0.500" and json.dumps(with_error(0.5, 0.01, 2)) == '"0.50 \\u00b1 0.01"'

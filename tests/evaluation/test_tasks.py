@@ -1,0 +1,127 @@
+"""Scores in process: stock lm-eval's numbers, whatever the batch, with every document's and the cost beside them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from router_tuning.errors import UserError
+from router_tuning.evaluation.routed_lm import RoutedLM
+from router_tuning.evaluation.tasks import TASK_CONFIGS, evaluate, main_score, requested_tokens
+from router_tuning.model import force_routing, load_routers, record_routing
+from router_tuning.model.recording import routed_base
+
+TASKS = ["mod_copy_gen", "mod_math_mc", "mod_dialogue_mc", "mod_story_text"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return AutoTokenizer.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def routed(base, run):
+    return load_routers(AutoModelForCausalLM.from_pretrained(base), run)
+
+
+@pytest.fixture(scope="module")
+def result(routed, tokenizer):
+    return evaluate(routed, tokenizer, TASKS, batch_size=4, limit=6)["tasks"]
+
+
+def test_scores_and_documents_are_those_of_stock_lm_eval(routed, tokenizer, result):
+    stock = simple_evaluate(
+        model=HFLM(pretrained=routed, tokenizer=tokenizer, batch_size=1),
+        tasks=TASKS,
+        limit=6,
+        task_manager=TaskManager(include_path=str(TASK_CONFIGS), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    for task in TASKS:
+        for metric, value in result[task]["scores"].items():
+            if "stderr" not in metric:
+                assert value == pytest.approx(stock["results"][task][metric], rel=1e-5)
+    samples = sorted(stock["samples"]["mod_math_mc"], key=lambda sample: sample["doc_id"])
+    assert result["mod_math_mc"]["documents"] == "".join(str(int(sample["acc_norm"])) for sample in samples)
+    assert result["mod_math_mc"]["metric"] == "acc_norm" and result["mod_math_mc"]["samples"] == 6
+    assert result["mod_copy_gen"]["version"] == 1.0 and "documents" not in result["mod_story_text"]
+
+
+@pytest.mark.parametrize("batch_size", (1, 16))
+def test_batch_size_changes_no_score(routed, tokenizer, result, batch_size):
+    other = evaluate(routed, tokenizer, TASKS, batch_size=batch_size, limit=6)["tasks"]
+    for task in TASKS:
+        assert other[task]["scores"] == pytest.approx(result[task]["scores"], rel=1e-5)
+        assert other[task]["capacity"] == pytest.approx(result[task]["capacity"])
+
+
+def test_decisions_on_the_prompt_alone_see_no_answer(routed, tokenizer, monkeypatch):
+    """All choices of a question are scored under one decision, that of its prompt, whatever their lengths."""
+    monkeypatch.setattr(routed_base(routed).mod_config, "router_pooling", "prompt")
+    monkeypatch.setattr(routed.config, "mod_router_pooling", "prompt")
+    lm = RoutedLM(pretrained=routed, tokenizer=tokenizer, batch_size=4)
+    prompt = tokenizer("Which?")["input_ids"]
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("ab", "abcd efg", "hi jkl", "zy")]
+    with torch.no_grad(), record_routing(routed) as log:
+        found = [score for score, _ in lm._loglikelihood_tokens([(None, prompt, answer) for answer in answers])]
+        routed(torch.tensor([prompt]))
+    for records in log.records.values():
+        assert all(torch.equal(r.keep, records[-1].keep.expand(len(r.keep))) for r in records)
+    for answer, score in zip(answers, found, strict=True):
+        with torch.no_grad(), force_routing(routed, log.decisions):
+            logits = routed(torch.tensor([prompt + answer]), prompt_length=torch.tensor([len(prompt)])).logits
+        chosen = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert score == pytest.approx(float(chosen.gather(1, torch.tensor(answer)[:, None]).sum()), rel=1e-5)
+
+
+def test_cost_of_a_task_is_what_runs_under_its_context(routed, tokenizer, result):
+    found = result["mod_math_mc"]
+    assert set(found["capacity"]) == {"1.attn", "2.attn", "3.attn"} and found["requests"] == 24
+    asked = []
+
+    def under(task):
+        asked.append(task)
+        return force_routing(routed, {1: True, 2: False, 3: False})
+
+    forced = evaluate(routed, tokenizer, ["mod_math_mc"], limit=2, under=under)["tasks"]["mod_math_mc"]
+    assert forced["capacity"] == {"1.attn": 1.0, "2.attn": 0.0, "3.attn": 0.0} and asked == ["mod_math_mc"]
+    assert forced["share"] < found["share"] < 1
+
+
+@torch.no_grad()
+def test_rolling_text_stands_behind_one_bos(base):
+    """Also where the tokenizer puts one in front of the text by itself."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
+    first = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
+    text = "Ian was a black frog."
+    request = Instance("loglikelihood_rolling", {}, (text,), 0, metadata=("t", 0, 1))
+    lm = RoutedLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+    [found] = lm.loglikelihood_rolling([request], disable_tqdm=True)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    logits = model(ids).logits[0, :-1].log_softmax(-1)
+    assert ids[0].tolist().count(tokenizer.bos_token_id) == 1 and "capacity" not in lm.costs["t"]
+    assert found == pytest.approx(float(logits.gather(1, ids[0, 1:, None]).sum()), rel=1e-5)
+    assert lm.tok_encode(text) == ids[0].tolist(), "and is as before for prompts"
+
+
+def test_unknown_task_is_named(routed, tokenizer):
+    with pytest.raises(UserError, match="mod_heldout_gne.*mod_heldout_gen"):
+        evaluate(routed, tokenizer, ["mod_heldout_gne"])
+
+
+def test_tokens_to_read_are_those_of_prompts_and_choices(tokenizer):
+    one, two = (requested_tokens(["mod_math_mc"], limit, tokenizer) for limit in (1, 2))
+    assert 0 < one < two and requested_tokens([], None, tokenizer) == 0
+
+
+def test_main_score_prefers_what_a_task_is_judged_by():
+    assert main_score({"acc,none": 0.5, "acc_norm,none": 0.6, "acc_norm_stderr,none": 0.1})[2:] == (0.6, 0.1)
+    assert main_score({"word_perplexity,none": 3.0}) == ("word_perplexity", "none", 3.0, None)
+    assert main_score({"alias": 1.0}) is None

@@ -1,0 +1,250 @@
+"""Tables of records: what each policy reaches, and how it differs from the others, paired document by document."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from router_tuning.errors import UserError
+from router_tuning.evaluation.tables import Cell, Table, with_error
+from router_tuning.files import read_json_lines
+
+Record = Mapping[str, Any]
+COMPARISON = "evaluation/comparison.jsonl"
+"""Where a run keeps the records of its comparison, below the run's folder."""
+POLICIES = ("dense", "routed", "random", "static")
+METRICS = {"exact_match": "exact match", "acc_norm": "choices", "acc": "choices", "word_perplexity": "word perplexity"}
+"""What a table calls the metric that a task is judged by."""
+
+
+def read_records(path: Path) -> list[Record]:
+    """Records of a file, the last one of each cell; :class:`UserError` if it holds none."""
+    found = {}
+    for number, record in enumerate(read_json_lines(path), 1):
+        if not isinstance(record, dict) or not isinstance(record.get("cell"), dict):
+            raise UserError(f"{path}:{number}: no record of evaluate_mod.py, compare_run.py or experiments.py")
+        found[cell_name(record["cell"])] = record
+    if not found:
+        raise UserError(f"{path}: no records there; evaluate_mod.py, compare_run.py and experiments.py write some")
+    return list(found.values())
+
+
+def cell_name(cell: Mapping[str, Any]) -> str:
+    """What tells a cell from others, as one word."""
+    parts = [cell["policy"], cell.get("recipe"), cell.get("granularity")]
+    parts += [None if cell.get(key) is None else f"{key}{cell[key]:g}" for key in ("budget", "seed")]
+    return "__".join(str(part) for part in parts if part is not None)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The records of one policy at one budget, one per seed."""
+
+    records: Sequence[Record]
+
+    @property
+    def cell(self) -> Mapping[str, Any]:
+        """Of the first seed."""
+        return self.records[0]["cell"]
+
+    @property
+    def label(self) -> str:
+        """The policy in words."""
+        policy, recipe = self.cell["policy"], self.cell.get("recipe")
+        return (recipe or "routed") if policy == "routed" else policy if recipe is None else f"{policy}, {recipe}"
+
+    def units(self, record: Record) -> dict[str, tuple[str, list[float]]]:
+        """By task (all subjects of MMLU are one): the name of its metric, and its value on every document."""
+        found: dict[str, tuple[str, list[float]]] = {}
+        for name, task in record.get("tasks", {}).items():
+            if task.get("metric") in METRICS:
+                unit = "mmlu" if name.startswith("mmlu_") else name
+                values = task.get("documents", [task["value"]])
+                _, known = found.setdefault(unit, (METRICS[task["metric"]], []))
+                known.extend(map(float, values))
+        return found
+
+    def averages(self, metric: str) -> list[float]:
+        """Mean over the tasks that are judged by a metric, one per seed; seeds without such a task are left out."""
+        found = []
+        for record in self.records:
+            means = [statistics.fmean(values) for name, values in self.units(record).values() if name == metric]
+            found += [statistics.fmean(means)] if means else []
+        return found
+
+    def texts(self, name: str, key: str) -> list[float]:
+        """A value of ``compare_texts``, one per seed."""
+        return [r["texts"][name][key] for r in self.records if key in r.get("texts", {}).get(name, {})]
+
+    def times(self, phase: str) -> list[float]:
+        """Measured time as a share of the dense one, one per seed."""
+        return [record["cost"][phase]["time_ratio"] for record in self.records if "cost" in record]
+
+
+def grouped(records: Sequence[Record]) -> list[Group]:
+    """Records of the same policy and budget together, dense first, then by granularity and from large to small."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        cell = record["cell"]
+        if "refused" not in record:
+            key = tuple(cell.get(name) for name in ("policy", "recipe", "granularity", "budget"))
+            groups.setdefault(key, []).append(record)
+    places = {name: place for place, name in enumerate(dict.fromkeys(key[2] for key in groups))}
+    return [
+        Group(groups[key])
+        for key in sorted(groups, key=lambda k: (k[0] != "dense", places[k[2]], -(k[3] or 0), POLICIES.index(k[0])))
+    ]
+
+
+def all_tables(records: Sequence[Record]) -> list[Table]:
+    """What there is to say of some records: policies, differences, tasks, and what the first timed policy costs."""
+    found = [summary_table(records), difference_table(records), task_table(records)]
+    found += [cost_table(record) for record in records if "cost" in record][:1]
+    return [table for table in found if table is not None]
+
+
+def summary_table(records: Sequence[Record]) -> Table:
+    """A row per policy and budget: operations left, capacity, mean scores (± deviation of seeds), closeness, times."""
+    groups = grouped(records)
+    columns: dict[str, list[Cell]] = {
+        "policy": [group.label for group in groups],
+        "granularity": [group.cell.get("granularity") for group in groups],
+        "budget": [group.cell.get("budget") for group in groups],
+        "FLOPs": [_mean([r["share"] for r in group.records if "share" in r]) for group in groups],
+        "capacity": [_mean([r["capacity"] for r in group.records]) for group in groups],
+    }
+    for metric in dict.fromkeys(METRICS.values()):
+        columns[metric] = [_mean(group.averages(metric)) for group in groups]
+    for text in _text_names(records):
+        columns[f"KL, {text}"] = [_mean(group.texts(text, "kl")) for group in groups]
+        columns[f"ppl, {text}"] = [_mean(group.texts(text, "perplexity")) for group in groups]
+    for phase in ("prefill", "generate"):
+        columns[f"time, {phase}"] = [_mean(group.times(phase)) for group in groups]
+    kept = {name: values for name, values in columns.items() if any(value is not None for value in values)}
+    return Table(list(kept), [list(row) for row in zip(*kept.values(), strict=True)])
+
+
+def control_table(records: Sequence[Record]) -> Table:
+    """The first metric of each routed policy beside its controls: dense, random, every kind of static removal.
+
+    Those at a budget for which no control was scored are left out.
+    """
+    groups = grouped(records)
+    metric = next(m for m in dict.fromkeys(METRICS.values()) if any(group.averages(m) for group in groups))
+    names = dict.fromkeys(group.cell["policy"] for group in groups if group.cell["policy"] in ("random", "static"))
+    rows: list[list[Cell]] = []
+    for ours in (group for group in groups if group.cell["policy"] in ("routed", "dense")):
+        found = {g.cell["policy"]: _mean(g.averages(metric)) for g in groups if _is_control(g.cell, ours.cell)}
+        if ours.cell.get("budget") is None or set(names) & set(found):
+            name = [ours.label, ours.cell.get("granularity"), ours.cell.get("budget")]
+            spent = [_mean([r[key] for r in ours.records if key in r]) for key in ("share", "capacity")]
+            rows.append([*name, *spent, _mean(ours.averages(metric)), *(found.get(name) for name in names)])
+    return Table(["policy", "granularity", "budget", "FLOPs", "capacity", metric, *names], rows)
+
+
+def difference_table(records: Sequence[Record]) -> Table | None:
+    """Each routed policy less each control, ± standard error of the mean over the same documents; None without any.
+
+    Random decisions are those of the same routers, at their rates; static removal is that of the same budget.
+    """
+    groups = grouped(records)
+    metrics = [m for m in dict.fromkeys(METRICS.values()) if any(group.averages(m) for group in groups)]
+    texts, rows = _text_names(records), []
+    for ours in (group for group in groups if group.cell["policy"] == "routed"):
+        for other in groups:
+            if not _is_control(other.cell, ours.cell):
+                continue
+            cells = [task_difference(ours, other, metric) for metric in metrics]
+            cells += [text_difference(ours, other, text) for text in texts]
+            if any(cells):
+                name = [ours.label, ours.cell.get("granularity"), ours.cell.get("budget"), other.label]
+                rows.append([*name, *(cell and with_error(*cell, digits=4) for cell in cells)])
+    header = ["policy", "granularity", "budget", "less", *metrics, *(f"KL, {text}" for text in texts)]
+    return Table(header, rows) if rows else None
+
+
+def _is_control(cell: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
+    parts = {name.split("_")[0] for name in (of.get("granularity") or "").split("+")}
+    if cell["policy"] == "random":
+        same = cell.get("recipe") in (None, of.get("recipe")) and cell.get("granularity") == of.get("granularity")
+    else:
+        same = cell["policy"] == "static" and set((cell.get("granularity") or "").split("+")) == parts
+    return cell["policy"] == "dense" or (same and cell.get("budget") == of.get("budget") is not None)
+
+
+def task_difference(ours: Group, other: Group, metric: str) -> tuple[float, float] | None:
+    """Mean over tasks of the mean difference over documents (of the means over seeds), and its standard error."""
+    means, squares = [], []
+    left, right = ([group.units(record) for record in group.records] for group in (ours, other))
+    for name, (kind, values) in left[0].items():
+        sides = [[units[name][1] for units in side if name in units] for side in (left, right)]
+        if kind != metric or not all(sides) or len(values) < 2 or len({len(v) for side in sides for v in side}) > 1:
+            continue
+        seeds = [[statistics.fmean(column) for column in zip(*side, strict=True)] for side in sides]
+        gaps = [a - b for a, b in zip(*seeds, strict=True)]
+        means.append(statistics.fmean(gaps))
+        squares.append(statistics.variance(gaps) / len(gaps))
+    return (statistics.fmean(means), math.sqrt(sum(squares)) / len(means)) if means else None
+
+
+def text_difference(ours: Group, other: Group, text: str, key: str = "kl") -> tuple[float, float] | None:
+    """Difference of the mean per token, and the standard error of this ratio of sums over documents."""
+    sides = []
+    for group in (ours, other):
+        found = [r["texts"][text]["documents"] for r in group.records if text in r.get("texts", {})]
+        if not found:
+            return None
+        tokens = found[0]["tokens"]
+        sides.append([statistics.fmean(values) for values in zip(*(f[key] for f in found), strict=True)])
+    if len(sides[0]) != len(sides[1]) or len(tokens) < 2:
+        return None
+    gaps = [a - b for a, b in zip(*sides, strict=True)]
+    mean, count = sum(gaps) / sum(tokens), len(tokens)
+    spread = sum((gap - mean * size) ** 2 for gap, size in zip(gaps, tokens, strict=True))
+    return mean, math.sqrt(spread * count / (count - 1)) / sum(tokens)
+
+
+def task_table(records: Sequence[Record], errors: bool = True) -> Table:
+    """A row per task, a column per record: the value of the metric that the task is judged by, ± standard error."""
+    names = list(dict.fromkeys(name for record in records for name in record.get("tasks", {})))
+    rows: list[list[Cell]] = []
+    for name in names:
+        found = [record.get("tasks", {}).get(name, {}) for record in records]
+        metric = next((task["metric"] for task in found if "metric" in task), None)
+        if metric is not None:
+            cells = ["value" in t and with_error(t["value"], t.get("stderr") if errors else None) for t in found]
+            rows.append([name, metric, *(cell or None for cell in cells)])
+    shares = [record["share"] if record.get("tasks") else None for record in records]
+    labels = [_column(record) for record in records]
+    return Table(["task", "metric", *labels], [*rows, ["all", "share of FLOPs", *shares]])
+
+
+def cost_table(record: Record) -> Table:
+    """Operations, seconds and cache of a record's policy beside the dense base."""
+    cost = record["cost"]
+    times = {f"seconds, prompts + {cost['new_tokens']} new tokens": cost["generate"]}
+    rows: list[list[Cell]] = [["operations of the decoder, prompts", 1.0, cost["share"], cost["share"]]]
+    for name, found in {"seconds, prompts": cost["prefill"], **times}.items():
+        rows.append([name, found["seconds_dense"], found["seconds_routed"], found["time_ratio"]])
+    kilobytes = [cost["kv_bytes_dense"] / 1e3, cost["kv_bytes_routed"] / 1e3]
+    rows.append(["KV cache after the prompts, KB", *kilobytes, cost["kv_share"]])
+    return Table(["cost", "dense", "routed", "routed / dense"], rows)
+
+
+def _column(record: Record) -> str:
+    label, budget = Group([record]).label, record["cell"].get("budget")
+    return label if budget is None else f"{label} {budget:.3g}"
+
+
+def _text_names(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record.get("texts", {})))
+
+
+def _mean(values: Sequence[float]) -> Cell:
+    if not values:
+        return None
+    return with_error(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)

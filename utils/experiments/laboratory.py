@@ -1,0 +1,255 @@
+"""Runs the cells of an experiment: trains what is missing, scores it, appends a record each to the plan's file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from router_tuning.errors import UserError
+from router_tuning.evaluation.controls import Removed, random_masks, removal_order, removed
+from router_tuning.evaluation.models import load_dense, load_tuned
+from router_tuning.evaluation.records import Record, cell_name
+from router_tuning.evaluation.rows import Document, prompt_batches, read_documents, read_rows, rendered
+from router_tuning.evaluation.scoring import Benchmark, score
+from router_tuning.evaluation.tasks import requested_tokens
+from router_tuning.evaluation.texts import batches_of, vocabulary
+from router_tuning.experiments.plan import Cell, Plan
+from router_tuning.files import append_json, read_json_lines, write_json
+from router_tuning.model import fit_skip_paths, route
+from router_tuning.model.saving import read_router_config
+from router_tuning.tuning.arguments import ROOT
+from router_tuning.tuning.batching import Collator
+from router_tuning.tuning.encoding import load_tokenizer
+
+FINETUNE = ROOT / "entrypoints" / "finetune" / "finetune_mod.py"
+logger = logging.getLogger(__name__)
+
+
+class OutOfReach(UserError):
+    """A budget that a policy cannot be turned to."""
+
+
+class Laboratory:
+    """The base, the data and the files of a plan.
+
+    Args:
+        results: the plan's JSON-lines file. work: folder of trained routers and of what is found on the way.
+    """
+
+    def __init__(self, plan: Plan, results: Path, work: Path) -> None:
+        self.plan, self.results, self.work = plan, results, work
+
+    def done(self) -> dict[str, Record]:
+        """Records by cell, made with the plan's present settings."""
+        records = {cell_name(record["cell"]): record for record in read_json_lines(self.results)}
+        wanted = {cell.name: self.plan.fingerprint(cell) for group in self.plan.groups() for cell in group}
+        return {name: r for name, r in records.items() if r.get("settings") == wanted.get(name, "")}
+
+    def run(self, groups: Sequence[Sequence[Cell]]) -> None:
+        """Do what is missing of some groups of cells, and say how far it is.
+
+        A cell whose budget its routers cannot reach is recorded as refused, with the reason.
+        """
+        missing = [cell for group in groups for cell in group if cell.name not in self.done()]
+        with tqdm(total=len(missing), desc=self.plan.name, unit="cell") as progress:
+            for cell in missing:
+                progress.set_postfix_str(cell.name)
+                started = time.perf_counter()
+                try:
+                    record = self._score(cell)
+                except OutOfReach as error:
+                    logger.warning("%s: %s", cell.name, error)
+                    record = {"cell": vars(cell), "refused": str(error)}
+                seconds = round(time.perf_counter() - started, 1)
+                append_json(self.results, {**record, "settings": self.plan.fingerprint(cell), "cell_seconds": seconds})
+                progress.update()
+
+    def estimate(self, groups: Sequence[Sequence[Cell]]) -> str:
+        """How long the missing cells may take, from the speed of one batch: scoring, training, static removal."""
+        done = self.done()
+        cells = [cell for group in groups for cell in group if cell.name not in done]
+        if not cells:
+            return "nothing is missing"
+        documents = self._search_documents()
+        started, tokens = time.perf_counter(), 0
+        for _, batch in batches_of(documents, self.collate, vocabulary(self.dense)):
+            self.dense(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            tokens += batch["input_ids"].numel()
+        rate = tokens / (time.perf_counter() - started)
+        plan, benchmark = self.plan, self.benchmark
+        texts = 2 * sum(len(d["input_ids"]) for documents in benchmark.texts.values() for d in documents)
+        asked = requested_tokens(plan.tasks, plan.documents, self.tokenizer, plan.num_fewshot)
+        hours = len(cells) * (texts + asked) / rate / 3600
+        removals = len({cell.recipe for cell in cells if cell.policy == "static"})
+        modules = self.dense.config.get_text_config().num_hidden_layers * 2
+        hours += removals * (modules + plan.candidates * modules / 4) * tokens / rate / 3600
+        runs = {(c.recipe, c.granularity, c.seed) for c in cells if c.policy == "routed"}
+        return (
+            f"{len(cells)} cells at {rate:.0f} tokens a second: about {hours:.2f} hours, beside {len(runs)} tuning "
+            "runs, which tell their own time"
+        )
+
+    # ---- what cells are scored on
+
+    @cached_property
+    def base(self) -> Path:
+        """Folder of the base."""
+        return self.plan.path(self.plan.base)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's."""
+        return load_tokenizer(self.base)
+
+    @cached_property
+    def collate(self) -> Collator:
+        """Pads documents."""
+        return Collator(self.tokenizer)
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        """The base."""
+        return load_dense(self.base, self.plan.dtype)
+
+    @cached_property
+    def benchmark(self) -> Benchmark:
+        """What every cell is scored on."""
+        plan, prompts = self.plan, []
+        texts = {
+            name: read_documents(
+                plan.path(text["file"]), self.tokenizer, text["documents"], text["max_tokens"], text["first"]
+            )
+            for name, text in plan.texts.items()
+        }
+        if plan.timed:
+            rows = read_rows(plan.path(plan.texts[plan.timed]["file"]))[plan.texts[plan.timed]["first"] :]
+            shown = [text for _, text in rendered(rows[: plan.timed_prompts], self.tokenizer)]
+            prompts = prompt_batches(shown, self.tokenizer, plan.batch_size)
+        return Benchmark(
+            tasks=plan.tasks,
+            limit=plan.documents,
+            batch_size=plan.batch_size,
+            num_fewshot=plan.num_fewshot,
+            texts=texts,
+            prompts=prompts,
+            new_tokens=plan.new_tokens,
+            repeats=plan.repeats,
+        )
+
+    def _score(self, cell: Cell) -> Record:
+        model, under = {
+            "dense": self._dense,
+            "routed": self._routed,
+            "random": self._random,
+            "static": self._static,
+        }[cell.policy](cell)
+        timed = cell.policy in ("routed", "static") and cell.seed in (None, self.plan.seeds[0])
+        extra = {"removed": self._order(cell.recipe or "")} if cell.policy == "static" else {}
+        return {**score(self.benchmark, self.dense, model, self.tokenizer, vars(cell), under, timed), **extra}
+
+    # ---- policies
+
+    def _dense(self, _: Cell) -> tuple[PreTrainedModel, None]:
+        return self.dense, None
+
+    def _routed(self, cell: Cell) -> tuple[PreTrainedModel, None]:
+        run = self.trained(cell)
+        lowest = read_router_config(run).get("dial", {}).get("flops", [0.0])[0]
+        if cell.budget is not None and cell.budget < lowest:
+            raise OutOfReach(f"{lowest:.3f} of the decoder's operations is left where its routers skip all")
+        return load_tuned(self.base, run, flops=cell.budget, dtype=self.plan.dtype), None
+
+    def _random(self, cell: Cell) -> tuple[PreTrainedModel, Callable[[str], AbstractContextManager]]:
+        ours = Cell("routed", cell.recipe, cell.granularity, cell.seed, cell.budget)
+        record = self.done().get(ours.name)
+        if record is None or "refused" in record:
+            raise OutOfReach(f"{ours.name}, whose rates it takes, has no scores")
+        parts = {**record.get("tasks", {}), **record.get("texts", {}), "prompts": record.get("cost")}
+        model, _ = self._routed(cell)
+        return model, lambda name: random_masks(model, parts[name]["capacity"], cell.seed or 0)
+
+    def _static(self, cell: Cell) -> tuple[PreTrainedModel, Callable[[str], AbstractContextManager]]:
+        model, order = self._removable(cell.recipe or ""), [Removed(*step) for step in self._order(cell.recipe or "")]
+        if order[-1].share > (cell.budget or 0):
+            raise OutOfReach(f"removing every module leaves {order[-1].share:.3f} of the decoder's operations")
+        return model, lambda name: removed(model, order, cell.budget or 0)
+
+    def trained(self, cell: Cell) -> Path:
+        """Folder of a cell's tuning run, which is made, continued or found there.
+
+        Raises:
+            UserError: if the run fails; what it said stands above.
+        """
+        flags = {"train_file": self.plan.data, "report_to": "none", "dtype": self.plan.dtype, "seed": cell.seed}
+        flags |= self.plan.recipes[cell.recipe or ""] | {"granularity": cell.granularity}
+        name = f"{cell.recipe}__{cell.granularity}__seed{cell.seed}__{_mark([self.plan.base, flags])}"
+        folder = self.work / name
+        if not (folder / "run.json").is_file():
+            flags |= {"model_name_or_path": self.base, "train_file": self.plan.path(flags["train_file"])}
+            flags |= {"output_dir": folder, "resume_from_checkpoint": "auto"}
+            options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+            command = [sys.executable, str(FINETUNE), *options]
+            if subprocess.run(command).returncode:
+                raise UserError(f"tuning failed, see above: {' '.join(command)}")
+        return folder
+
+    @cached_property
+    def _models(self) -> dict[str, PreTrainedModel]:
+        return {}
+
+    def _removable(self, kind: str) -> PreTrainedModel:
+        """The base, routed so that any module can be removed for an input, with skip paths in their places."""
+        if kind not in self._models:
+            parts = {name.split("_")[0] for name in "+".join(self.plan.granularities).split("+")}
+            granularity = "+".join(f"{p}_{'token' if p == 'expert' else 'sequence'}" for p in sorted(parts))
+            dense = load_dense(self.base, self.plan.dtype)
+            layers = list(range(dense.config.get_text_config().num_hidden_layers))
+            model = route(dense, mod_layers=layers, granularity=granularity, router_pooling="prompt").eval()
+            if kind != "zero":
+                found = batches_of(self._search_documents(4), self.collate, vocabulary(model))
+                names = ("input_ids", "attention_mask")
+                fit_skip_paths(model, [{name: batch[name] for name in names} for _, batch in found], kind)
+            self._models[kind] = model
+        return self._models[kind]
+
+    def _search_documents(self, times: int = 1) -> list[Document]:
+        """The first rows of the training data, with so many tokens."""
+        found, tokens = [], 0
+        for document in read_documents(self.plan.path(self.plan.data), self.tokenizer, 1000 * times, 256):
+            if tokens >= times * self.plan.search_tokens:
+                break
+            found.append(document)
+            tokens += len(document["input_ids"])
+        return found
+
+    def _order(self, kind: str) -> list[tuple[str, float, float]]:
+        """Modules in the order of their removal, found once."""
+        plan, documents = self.plan, self._search_documents()
+        chosen_by = [plan.base, plan.granularities, plan.candidates, min(plan.budgets), documents]
+        path = self.work / f"removal__{kind}__{_mark(chosen_by)}.json"
+        if not path.is_file():
+            model = self._removable(kind)
+            order = removal_order(self.dense, model, documents, self.collate, min(plan.budgets), plan.candidates)
+            write_json(path, [tuple(step) for step in order])
+        return [tuple(step) for step in json.loads(path.read_text())]
+
+
+def _mark(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def shard(groups: Sequence[Sequence[Cell]], number: int, count: int) -> Iterator[Sequence[Cell]]:
+    """The share of process ``number`` of ``count``, from 1, on any host: groups go round the processes in turn."""
+    return (group for place, group in enumerate(groups) if place % count == number - 1)
