@@ -65,5 +65,5 @@ def test_numbers_in_blocks_come_from_json_alone(monkeypatch):
     """Changing a JSON changes the README: the test above cannot pass by accident."""
     from router_tuning.experiments import readme
 
-    monkeypatch.setitem(readme.BLOCKS, "base", lambda: "other numbers")
+    monkeypatch.setitem(readme.BLOCKS, "kills", lambda: "other numbers")
     assert readme.render(README) != README

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from router_tuning.checkpoint.run_folder import base_of, data_of, read_run, tokenizer_of
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.models import load_export, load_tuned, weights_folder
-from router_tuning.evaluation.rows import labelled_batches, read_rows, rendered
+from router_tuning.evaluation.rows import encoded, read_rows, rendered
 from router_tuning.files import write_json, write_text
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.provenance import provenance
+from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.viewer.page_picture import PROGRAM, take_picture
 from router_tuning.viewer.routing_page import routing_figure, routing_page
@@ -108,7 +109,7 @@ def main() -> None:
             points = [(f"capacity {c:g}", thresholds_for(config, c, args.run)) for c in DIAL]
         dial_rows = [row for file in files for row in read_rows(file, args.dial_rows, seed=7)]
         length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-        data["dial"] = dial_curve(model, labelled_batches(dial_rows, tokenizer, 32, length, model.device), points)
+        data["dial"] = dial_curve(model, encoded(dial_rows, tokenizer, length), Collator(tokenizer), points)
     history = args.run / "routing_history.json" if args.run else None
     data["training"] = json.loads(history.read_text()) if history and history.is_file() else None
     data["metadata"] = metadata(args, model)

@@ -21,10 +21,11 @@ from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
 from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.models import load_dense, load_tuned
-from router_tuning.evaluation.rows import labelled_batches, read_rows
+from router_tuning.evaluation.rows import encoded, read_rows
 from router_tuning.evaluation.tables import Table
 from router_tuning.evaluation.texts import answer_loss
 from router_tuning.model import record_routing, routed_modules
+from router_tuning.tuning.batching import Collator
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,9 +60,9 @@ def main() -> None:
     rows = [row for file in files for row in read_rows(file, args.rows_per_file)]
     model = load_tuned(base, args.run, dtype=args.dtype)
     length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-    batches = labelled_batches(rows, tokenizer, 16, length, model.device)
+    measured_on = encoded(rows, tokenizer, length), Collator(tokenizer)
     with torch.no_grad(), record_routing(model) as log:
-        routed_loss = answer_loss(model, batches)
+        routed_loss = answer_loss(model, *measured_on)
     shares = log.capacity()
     capacity = {name: float(shares[module.mod_key]) for name, module in routed_modules(model).items()}
     dropped = args.drop or seldom_used(capacity, args.max_use)
@@ -71,8 +72,8 @@ def main() -> None:
             f"no module runs for at most {args.max_use:g} of the rows ({used}): raise --max_use, or use --drop"
         )
     frozen = freeze(model, dropped)
-    losses = {"dense": answer_loss(load_dense(base, args.dtype), batches), "routed": routed_loss}
-    losses["frozen"] = answer_loss(model, batches)
+    losses = {"dense": answer_loss(load_dense(base, args.dtype), *measured_on), "routed": routed_loss}
+    losses["frozen"] = answer_loss(model, *measured_on)
     table = Table(["model", "loss on the answers (nats per token)"], list(losses.items()), digits=4)
     what = [f"layers {', '.join(map(str, frozen.removed))} removed"] if frozen.removed else []
     what += [f"{', '.join(frozen.silenced)} silenced"] if frozen.silenced else []

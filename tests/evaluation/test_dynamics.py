@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from router_tuning.evaluation.dynamics import dynamics
+from router_tuning.viewer.dynamics import dynamics
 
 
 def test_a_static_policy_has_no_entropy():

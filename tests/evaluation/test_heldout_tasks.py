@@ -12,7 +12,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 
 from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS
-from router_tuning.evaluation.harness import TASK_CONFIGS
+from router_tuning.evaluation.tasks import TASK_CONFIGS
 
 HELDOUT = TASK_CONFIGS / "heldout"
 

@@ -17,8 +17,8 @@ from lm_eval.tasks import TaskManager
 from paper_rows import write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from router_tuning.evaluation.harness import TASK_CONFIGS, evaluate
 from router_tuning.evaluation.models import load_dense
+from router_tuning.evaluation.tasks import TASK_CONFIGS, evaluate
 
 PAPER = TASK_CONFIGS / "paper"
 SHOTS = {
@@ -60,6 +60,15 @@ def write(folder, split, rows):
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_zero_shot_tasks_are_those_of_the_paper_without_examples():
+    paper, zero = (
+        yaml.load((PAPER / name).read_text().replace("!function", ""), Loader=yaml.SafeLoader)["task"]
+        for name in ("paper.yaml", "zero_shot.yaml")
+    )
+    by_name = {member.get("task"): member for member in paper}
+    assert len(zero) == 7 and all(member == {**by_name[member["task"]], "num_fewshot": 0} for member in zero)
+
+
 def test_tasks_and_shots_are_those_of_the_paper(sources):
     config = yaml.load((PAPER / "paper.yaml").read_text().replace("!function", ""), Loader=yaml.SafeLoader)
     found = {member.get("task", member.get("group")): member["num_fewshot"] for member in config["task"]}
@@ -92,7 +101,8 @@ def test_dense_scores_equal_stock_lm_eval_on_the_unrouted_base(base, eval_data, 
     """The stock side asks for lm-eval's own tasks by their names, and gets the same rows where it asks the hub."""
     metadata, limit = {"data_root": str(eval_data)}, int(os.environ.get("MOD_EVAL_LIMIT", 1))
     tokenizer = AutoTokenizer.from_pretrained(base)
-    ours = evaluate(load_dense(base), tokenizer, ["mod_paper"], limit=limit, metadata=metadata)
+    found = evaluate(load_dense(base), tokenizer, ["mod_paper"], limit=limit, metadata=metadata)
+    ours = found["tasks"]
     asked = []
 
     def from_the_hub(path, name=None, **_):
@@ -109,11 +119,11 @@ def test_dense_scores_equal_stock_lm_eval_on_the_unrouted_base(base, eval_data, 
     stock = simple_evaluate(
         model=lm, tasks=list(loaded.values()), limit=limit, task_manager=manager, bootstrap_iters=0
     )
-    assert set(asked) == set(SHOTS) and len(loaded) == 8 + 57 and set(ours["samples"]) == set(loaded)
+    assert set(asked) == set(SHOTS) and len(loaded) == 8 + 57 and set(ours) == set(loaded)
     for name in loaded:
-        for key, value in ours["scores"][name].items():
+        for key, value in ours[name]["scores"].items():
             if "stderr" not in key:
                 assert value == pytest.approx(stock["results"][name][key], nan_ok=True), (name, key)
-    sizes = {name: ours["samples"][name] for name in loaded if name.startswith("mmlu_")}
+    sizes = {name: ours[name]["samples"] for name in loaded if name.startswith("mmlu_")}
     mean = sum(stock["results"][name]["acc,none"] * size for name, size in sizes.items()) / sum(sizes.values())
-    assert ours["scores"]["mmlu"]["acc,none"] == pytest.approx(mean)
+    assert found["groups"]["mmlu"]["acc,none"] == pytest.approx(mean)

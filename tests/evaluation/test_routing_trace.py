@@ -9,8 +9,9 @@ import torch
 from tiny_checkpoint import write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from router_tuning.evaluation.rows import labelled_batches
+from router_tuning.evaluation.rows import encoded
 from router_tuning.model import load_routers, record_routing
+from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import render_prompt
 from router_tuning.viewer.routing_page import routing_figure, routing_page
 from router_tuning.viewer.routing_trace import capacities, collect, dial_curve, threshold_sweep, trace_prompt
@@ -91,9 +92,9 @@ def test_capacities_by_position_and_phase():
 
 
 def test_dial_reaches_all_and_nothing_and_is_put_back(sequence_model, tokenizer):
-    batches = labelled_batches(ROWS, tokenizer, 2, 128)
+    documents = encoded(ROWS, tokenizer, 128)
     before = sequence_model.config.mod_threshold
-    curve = dial_curve(sequence_model, batches, [("none", 1.0), ("all", 0.0), ("own", before)])
+    curve = dial_curve(sequence_model, documents, Collator(tokenizer), [("none", 1.0), ("all", 0.0), ("own", before)])
     assert curve[0]["capacity"] == 0 and curve[-1] == {"label": "all", "capacity": 1.0, "loss": curve[-1]["loss"]}
     assert sequence_model.config.mod_threshold == before and len({point["loss"] for point in curve}) == 3
 

@@ -11,7 +11,7 @@ from tiny_checkpoint import write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.errors import UserError
-from router_tuning.evaluation.rows import CONTEXT, labelled_batches, prompt_batches, read_documents, read_rows
+from router_tuning.evaluation.rows import CONTEXT, encoded, prompt_batches, read_documents, read_rows
 from router_tuning.evaluation.texts import answer_loss, compare_texts
 from router_tuning.model import flops_share, load_routers
 from router_tuning.tuning.batching import Collator
@@ -79,7 +79,7 @@ def test_answer_loss_is_the_mean_over_answer_tokens(base, tokenizer, root, docum
         for row in read_rows(root / f"data/sample/heldout/{name}.jsonl")[:count]
     ]
     loss = math.log(compare_texts(dense, dense, documents, Collator(tokenizer))["perplexity"])
-    assert answer_loss(dense, labelled_batches(rows, tokenizer, 3, 200)) == pytest.approx(loss, rel=1e-5)
+    assert answer_loss(dense, encoded(rows, tokenizer, 200), Collator(tokenizer)) == pytest.approx(loss, rel=1e-5)
 
 
 def test_plain_text_becomes_windows_first_ones_first(tokenizer, tmp_path):

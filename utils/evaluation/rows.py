@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,37 +124,10 @@ def prompt_batches(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, device: torch.device | str = "cpu"
 ) -> list[dict[str, Tensor]]:
     """Left-padded batches ``{"input_ids": [b, t], "attention_mask": [b, t]}`` of rendered prompts, shortest first."""
-    ids = sorted((encode_text(text, tokenizer) for text in prompts), key=len)
-    return [_pad(group, device) for group in _groups(ids, batch_size)]
-
-
-def labelled_batches(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    max_length: int,
-    device: torch.device | str = "cpu",
-) -> list[dict[str, Tensor]]:
-    """Left-padded batches with ``labels [b, t]`` (-100 where no answer is scored), shortest first."""
-    items = sorted(encoded(rows, tokenizer, max_length), key=lambda item: len(item["input_ids"]))
+    ordered = sorted(prompts, key=lambda text: len(encode_text(text, tokenizer)))
+    options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
     batches = []
-    for group in _groups(items, batch_size):
-        batch = _pad([item["input_ids"] for item in group], device)
-        labels = _pad([item["labels"] for item in group], device, IGNORE_INDEX)["input_ids"]
-        batches.append({**batch, "labels": labels})
+    for start in range(0, len(ordered), batch_size):
+        batch = tokenizer(ordered[start : start + batch_size], **options)
+        batches.append({name: batch[name].to(device) for name in ("input_ids", "attention_mask")})
     return batches
-
-
-def _groups(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _pad(sequences: Sequence[list[int]], device: torch.device | str, value: int = 0) -> dict[str, Tensor]:
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), value, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        ids[row, width - len(sequence) :] = torch.tensor(sequence)
-        mask[row, width - len(sequence) :] = 1
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

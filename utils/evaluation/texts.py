@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from router_tuning.evaluation.rows import Document
@@ -105,15 +105,14 @@ def vocabulary(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
 
 
-@torch.no_grad()
-def answer_loss(model: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    """Mean cross-entropy in nats of the labelled tokens of ``input_ids, attention_mask, labels [b, t]``."""
+def answer_loss(model: PreTrainedModel, documents: Sequence[Document], collate: Collator) -> float:
+    """Mean cross-entropy in nats of the labelled tokens of documents."""
     total, count = 0.0, 0
-    for batch in batches:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        target = batch["labels"][:, 1:]
-        total += cross_entropy(logits[:, :-1][target != -100].float(), target[target != -100], reduction="sum").item()
-        count += int((target != -100).sum())
+    for _, batch in batches_of(documents, collate, vocabulary(model)):
+        found, target = predictions(model, batch), batch["labels"][:, 1:]
+        target = target[target != -100].to(found.device)
+        total -= float(found.gather(1, target[:, None]).sum())
+        count += len(target)
     return total / count
 
 

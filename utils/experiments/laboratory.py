@@ -198,7 +198,7 @@ class Laboratory:
         folder = self.work / name
         if not (folder / "run.json").is_file():
             flags |= {"model_name_or_path": self.base, "train_file": self.plan.path(flags["train_file"])}
-            flags |= {"output_dir": folder, "resume_from_checkpoint": "auto"}
+            flags |= {"output_dir": folder} | ({"resume_from_checkpoint": "auto"} if folder.exists() else {})
             options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
             command = [sys.executable, str(FINETUNE), *options]
             if subprocess.run(command).returncode:

@@ -11,10 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router_tuning.evaluation.dynamics import dynamics
+from router_tuning.evaluation.rows import Document
 from router_tuning.evaluation.texts import answer_loss
 from router_tuning.model import RoutingLog, record_routing, routed_modules, set_thresholds
+from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import encode_text, render_prompt
+from router_tuning.viewer.dynamics import dynamics
 
 POSITION_BINS = 10
 
@@ -130,7 +132,8 @@ def capacities(prompts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> di
 @torch.no_grad()
 def dial_curve(
     model: PreTrainedModel,
-    batches: Sequence[dict[str, Tensor]],
+    documents: Sequence[Document],
+    collate: Collator,
     points: Sequence[tuple[str, float | dict[str, float]]],
 ) -> list[dict[str, Any]]:
     """Capacity reached and answer loss (nats per token) at every setting of the thresholds.
@@ -142,7 +145,7 @@ def dial_curve(
         for label, thresholds in tqdm(points, desc="budget dial", unit="setting"):
             set_thresholds(model, thresholds)
             with record_routing(model) as log:
-                loss = answer_loss(model, batches)
+                loss = answer_loss(model, documents, collate)
             curve.append({"label": label, "capacity": float(log.capacity()["total"]), "loss": loss})
     finally:
         set_thresholds(model, before)

@@ -18,8 +18,7 @@ def dynamics(decisions: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]
     """How decisions vary over inputs and tasks.
 
     Args:
-        decisions: ``{task: rows of 0/1 per router}``, as :func:`~router_tuning.experiments.score.score_generation`
-            gives them at sequence level.
+        decisions: ``{task: rows of 0/1 per router}`` of a model that decides per sequence.
 
     Returns ``routers`` (per router: share kept, ``entropy`` of the decision over inputs in bits,
     ``information`` about the task in bits), ``mask_entropy`` and ``task_information`` of the whole mask,
