@@ -76,7 +76,7 @@ class Group:
             found += [statistics.fmean(means)] if means else []
         return found
 
-    def texts(self, name: str, key: str) -> list[float]:
+    def texts(self, name: str, key: str) -> list[Any]:
         """A value of ``compare_texts``, one per seed."""
         return [r["texts"][name][key] for r in self.records if key in r.get("texts", {}).get(name, {})]
 
@@ -195,7 +195,7 @@ def text_difference(ours: Group, other: Group, text: str, key: str = "kl") -> tu
     """Difference of the mean per token, and the standard error of this ratio of sums over documents."""
     sides = []
     for group in (ours, other):
-        found = [r["texts"][text]["documents"] for r in group.records if text in r.get("texts", {})]
+        found = group.texts(text, "documents")
         if not found:
             return None
         tokens = found[0]["tokens"]
