@@ -71,7 +71,7 @@ def quality_figure(records: Sequence[Record], path: Path) -> Path | None:
                 axis.plot(*zip(*sorted(points), strict=True), _LINES[policy], markersize=4, alpha=0.8,
                           label=f"{label}: {granularity}")  # fmt: skip
         axis.set(xlabel="share of the decoder's operations", ylabel=name)
-    axes[0][-1].legend(fontsize=6)
+    axes[0][-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _save(figure, path)
 
 
