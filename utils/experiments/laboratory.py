@@ -50,6 +50,7 @@ class Laboratory:
 
     def __init__(self, plan: Plan, results: Path, work: Path) -> None:
         self.plan, self.results, self.work = plan, results, work
+        self._removables: dict[str, PreTrainedModel] = {}
 
     def done(self) -> dict[str, Record]:
         """Records by cell, made with the plan's present settings."""
@@ -205,13 +206,9 @@ class Laboratory:
                 raise UserError(f"tuning failed, see above: {' '.join(command)}")
         return folder
 
-    @cached_property
-    def _models(self) -> dict[str, PreTrainedModel]:
-        return {}
-
     def _removable(self, kind: str) -> PreTrainedModel:
         """The base, routed so that any module can be removed for an input, with skip paths in their places."""
-        if kind not in self._models:
+        if kind not in self._removables:
             parts = {name.split("_")[0] for name in "+".join(self.plan.granularities).split("+")}
             granularity = "+".join(f"{p}_{'token' if p == 'expert' else 'sequence'}" for p in sorted(parts))
             dense = load_dense(self.base, self.plan.dtype)
@@ -221,8 +218,8 @@ class Laboratory:
                 found = batches_of(self._search_documents(4), self.collate, vocabulary(model))
                 names = ("input_ids", "attention_mask")
                 fit_skip_paths(model, [{name: batch[name] for name in names} for _, batch in found], kind)
-            self._models[kind] = model
-        return self._models[kind]
+            self._removables[kind] = model
+        return self._removables[kind]
 
     def _search_documents(self, times: int = 1) -> list[Document]:
         """The first rows of the training data, with so many tokens."""
