@@ -17,7 +17,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,13 +27,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
-from masked_reference import MaskedReference  # noqa: E402
 from tiny_models import random_batch  # noqa: E402
-from tiny_routed import LAYERS, router_weights, split_inputs  # noqa: E402
+from tiny_routed import with_reference  # noqa: E402
 
-from router_tuning.model import record_routing, route  # noqa: E402
-from router_tuning.model.configuration_mod import parse_granularity  # noqa: E402
-from router_tuning.model.seams import decoder_of  # noqa: E402
+from router_tuning.model import record_routing  # noqa: E402
 
 GRANULARITIES = [
     ("attn_sequence", "keep"),
@@ -148,10 +144,11 @@ def compare(model, reference, sequence: bool) -> str:
 
 def outcome(dense, granularity: str, policy: str) -> str:
     """``equal``, ``refused: …``, ``wrong …`` or ``crash: …`` of a dense model at one granularity."""
-    model, reference = copy.deepcopy(dense), copy.deepcopy(dense)
+    model = copy.deepcopy(dense)
     before = {name: type(module) for name, module in model.named_modules()}
     try:
-        route(model, mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+        with torch.no_grad():
+            model, reference = with_reference(granularity=granularity, policy=policy, model=model)
     except ValueError as error:
         whole = {name: type(module) for name, module in model.named_modules()} == before
         line = str(error)
@@ -160,10 +157,7 @@ def outcome(dense, granularity: str, policy: str) -> str:
         return f"crash: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     try:
         with torch.no_grad():
-            split_inputs(model)
-            reference.model = decoder_of(reference)
-            masked = MaskedReference(reference, router_weights(model), parse_granularity(granularity), policy)
-            return compare(model, masked, "sequence" in granularity)
+            return compare(model, reference, "sequence" in granularity)
     except Exception as error:
         return f"crash: in use: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
@@ -191,8 +185,8 @@ def main() -> int:
         found = json.loads(args.json.read_text())
     families = args.families or list(FAMILIES)
     left = [family for family in families if family not in found]
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=8) as pool:
-        for family, outcomes in zip(left, pool.map(try_family, left), strict=True):
+    with get_context("spawn").Pool(1, maxtasksperchild=8) as pool:
+        for family, outcomes in zip(left, pool.imap(try_family, left), strict=True):
             found[family] = outcomes
             if args.json:
                 args.json.write_text(json.dumps(found, indent=2))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_checkpoint import LAYERS, write_base, write_run
 from tiny_models import random_batch, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
+from router_tuning.checkpoint.freeze import freeze
 from router_tuning.errors import UserError
 from router_tuning.model import force_routing, is_routed, route, routed_modules
 
@@ -63,10 +63,6 @@ def test_a_skip_path_is_kept_where_the_checkpoint_has_a_place_for_it(family, ski
         torch.testing.assert_close(given[0], path.bias.expand_as(given[0]))
 
 
-def test_what_is_dropped():
-    assert seldom_used({"1.attn": 0.0, "2.attn": 0.02, "3.attn": 0.021}, 0.02) == ["1.attn", "2.attn"]
-
-
 def test_refusals(tmp_path):
     model = route(tiny_model(), mod_layers=[1])
     with pytest.raises(UserError, match=r"9\.attn.*1\.attn"):
@@ -75,16 +71,6 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="single experts"):
         freeze(experts, ["1.expert"])
     assert is_routed(model) and is_routed(experts), "a refusal changes nothing"
-
-
-def test_written_folder(tmp_path):
-    base = write_base(tmp_path / "base")
-    model = route(AutoModelForCausalLM.from_pretrained(base), mod_layers=[1])
-    freeze(model, ["1.attn"])
-    write_frozen(model, AutoTokenizer.from_pretrained(base), tmp_path / "frozen", "{}\n", "card")
-    assert AutoTokenizer.from_pretrained(tmp_path / "frozen")("A") == AutoTokenizer.from_pretrained(base)("A")
-    with pytest.raises(UserError, match="--overwrite"):
-        write_frozen(model, AutoTokenizer.from_pretrained(base), tmp_path / "frozen", "{}\n", "card")
 
 
 def test_command_measures_the_loss(tmp_path, root):

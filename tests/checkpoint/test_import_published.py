@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -84,9 +82,3 @@ def test_pickles_and_combined_granularities_are_refused(tmp_path, published, bas
         import_published(tmp_path / "pytorch_model.bin", base, tmp_path / "run")
     with pytest.raises(UserError, match="one router per layer"):
         import_published(published[0], base, tmp_path / "run", granularity="attn_token+mlp_token")
-
-
-def test_origin_is_recorded(tmp_path, published, base):
-    import_published(published[0], base, tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "router_config.json").read_text())
-    assert config["imported_from"] == "published" and config["base"]["name_or_path"] == "base"

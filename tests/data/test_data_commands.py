@@ -92,15 +92,6 @@ def test_too_many_rejects_exit_1(tmp_path: Path, root: Path):
     assert done.returncode == 0 and "complete before" in done.stdout and "not_json 1" in done.stdout
 
 
-def test_a_source_elsewhere(tmp_path: Path, root: Path):
-    place = write_rows(tmp_path / "mine" / "some", sample_rows("alpaca", 4), ".parquet")
-    done = run(
-        root, "reformat_datasets.py", "--source", f"alpaca={place}", "--datasets", "alpaca", "--save_path", tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(read_jsonl(tmp_path / "alpaca" / "data.jsonl")) == 4
-
-
 @pytest.mark.parametrize("entry", ["reformat_datasets.py", "mix_datasets.py", "preview_data.py"])
 def test_help_is_there(entry: str, root: Path):
     done = run(root, entry, "--help")

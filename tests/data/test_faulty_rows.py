@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from pathlib import Path
@@ -12,7 +11,6 @@ import xxhash
 from raw_data import GOOD, NO_LIMIT, files_in, outcome_of, read_jsonl, sample_rows, write_rows
 
 from router_tuning.data import reformat
-from router_tuning.data.reformat import Settings
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".arrow", ".json"])
@@ -68,15 +66,6 @@ def test_bad_lines_are_counted_with_their_place(line: bytes, reason: str, tmp_pa
     assert report["sources"] == [{"file": "rows.jsonl", "bytes": path.stat().st_size, "xxh3_128": digest}]
 
 
-@pytest.mark.parametrize(("line", "reason"), [*BAD[2:3], *BAD[4:7], *BAD[8:]])
-def test_bad_elements_of_an_array_are_counted_with_their_place(line: bytes, reason: str, tmp_path: Path, convert):
-    path = tmp_path / "rows.json"
-    path.write_bytes(b"[\n" + b",\n".join([GOOD, line, GOOD]) + b"\n]")
-    folder = convert("alpaca", path, **NO_LIMIT)
-    assert [row["id"] for row in read_jsonl(folder / "data.jsonl")] == ["alpaca_0", "alpaca_2"]
-    assert [(row["line"], row["reason"]) for row in read_jsonl(folder / "rejects.jsonl")] == [(3, reason)]
-
-
 @pytest.mark.parametrize("line", [GOOD[:-9], GOOD + GOOD, b"", GOOD.replace(b": ", b" "), b'{"a": "\\x"}'])
 def test_an_array_that_is_no_json_is_one_line_with_its_place(line: bytes, tmp_path: Path):
     path = tmp_path / "rows.json"
@@ -122,14 +111,6 @@ def test_a_row_too_large_is_one_in_every_container(ending: str, tmp_path: Path, 
     assert (reject["id"], reject["reason"]) == ("alpaca_1", "row_too_large")
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b" \n", gzip.compress(b"", mtime=0), b"[\n]\n"])
-def test_no_row_is_an_error(content: bytes, tmp_path: Path):
-    (tmp_path / "rows").write_bytes(content)
-    outcome = outcome_of("alpaca", tmp_path / "rows", tmp_path / "out")
-    assert "no row" in outcome.error or "is empty" in outcome.error
-    assert files_in(tmp_path / "out") <= {"rejects.jsonl"}
-
-
 def test_limits(tmp_path: Path):
     """One faulty row in 100 is borne by default, two are not; blank turns are no faults; --strict bears nothing."""
 
@@ -151,9 +132,3 @@ def test_limits(tmp_path: Path):
     write_rows(tmp_path / "rows", [{"instruction": "i", "output": " "}] * 3, ".jsonl")
     nothing = outcome_of("alpaca", tmp_path / "rows.jsonl", tmp_path / "new")
     assert "none of 3 rows" in nothing.error and files_in(tmp_path / "new") == {"rejects.jsonl"}
-
-
-def test_settings_are_checked():
-    for bad in ({"workers": 0}, {"max_reject_rate": 1.5}, {"max_reject_rate": -0.1}):
-        with pytest.raises(ValueError, match=f"--{next(iter(bad))}"):
-            Settings(**bad)

@@ -19,7 +19,6 @@ from router_tuning.embedded.sample_tasks import (
     Item,
     final_answer,
     generate,
-    split_of,
 )
 from router_tuning.embedded.sample_tasks_worlds import facts
 from router_tuning.errors import UserError
@@ -163,11 +162,6 @@ def test_every_held_out_fact_is_taught_in_other_words():
     taught = {prompt(generate("fact", seed, "train")) for seed in range(4000)}
     asked = {prompt(generate("fact", seed, "heldout")) for seed in range(2000)}
     assert len(facts()) == len(asked) == 150 and len(taught) == 450
-
-
-def test_share_of_held_out_keys():
-    share = sum(split_of(f"key {number}") == "heldout" for number in range(8000)) / 8000
-    assert abs(share - 1 / 8) < 0.02
 
 
 def test_items_do_not_depend_on_the_process():

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from masked_reference import MaskedReference
 from tiny_models import random_batch, tiny_model
-from tiny_routed import LAYERS, routed_model, router_weights
+from tiny_routed import LAYERS, routed_model, with_reference
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache
 
 from router_tuning.model import force_routing, kv_cache_bytes, route
 from router_tuning.model.cache_mod import RowCacheLayer
-from router_tuning.model.configuration_mod import parse_granularity
 
 ROWS, PROMPT, STEPS = 3, 7, 3
 TOTAL = PROMPT + STEPS
@@ -105,30 +101,7 @@ def test_bytes_follow_selected_repeated_and_cropped_rows():
     assert kv_cache_bytes(cache) == 0
 
 
-def test_an_unrouted_cache_is_counted_as_it_is():
-    cache = decode(tiny_model(), random_batch(ROWS, TOTAL)[0])
-    assert kv_cache_bytes(cache) == 2 * HEADS * WIDTH * 4 * DEPTH * ROWS * TOTAL
-    assert kv_cache_bytes(DynamicCache()) == 0
-
-
 # ---------------------------------------------------------------- the life of a cache
-
-
-@pytest.mark.parametrize(
-    ("granularity", "policy"), [("attn_sequence", "keep"), ("mlp_sequence", "keep"), ("block_token", "drop")]
-)
-def test_a_reset_cache_is_a_new_one(granularity, policy):
-    model = routed_model("llama", granularity, kv_policy=policy)
-    first, second = random_batch(3, TOTAL, seed=1)[0], random_batch(2, TOTAL, seed=2)[0]
-    cache = decode(model, first)
-    cache.reset()
-    assert cache.get_seq_length() == 0
-    decode(model, second, cache)
-    fresh = decode(model, second)
-    with torch.no_grad():
-        expected = model(second[:, :2], past_key_values=fresh).logits
-        assert torch.equal(model(second[:, :2], past_key_values=cache).logits, expected)
-    assert kv_cache_bytes(cache) == kv_cache_bytes(fresh)
 
 
 def test_a_cache_without_config_works_too():
@@ -176,7 +149,8 @@ def test_a_cache_of_another_routing_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("granularity", "policy"), [("attn_sequence", "keep"), ("mlp_sequence", "keep"), ("block_token", "drop")]
+    ("granularity", "policy"),
+    [("attn_sequence", "keep"), ("mlp_sequence", "keep"), ("attn_token", "keep"), ("block_token", "drop")],
 )
 @pytest.mark.parametrize("kind", ["static", "quantized", "not a cache"])
 def test_other_caches_are_refused_in_one_line(granularity, policy, kind):
@@ -199,19 +173,6 @@ def foreign_layer():
     from transformers.cache_utils import DynamicLayer
 
     return type("QuantizedLayer", (DynamicLayer,), {})()
-
-
-def test_generate_with_a_static_cache_is_refused_at_sequence_level():
-    model = routed_model()
-    with pytest.raises(ValueError, match="DynamicCache|2-D attention mask"):
-        model.generate(random_batch()[0], max_new_tokens=2, cache_implementation="static", disable_compile=True)
-
-
-@pytest.mark.parametrize("granularity", ["attn_token", "attn_token+mlp_token"])
-def test_a_static_cache_is_refused_wherever_attention_is_routed(granularity):
-    model = routed_model("llama", granularity)
-    with pytest.raises(ValueError, match="DynamicCache"), torch.no_grad():
-        model(random_batch()[0], past_key_values=StaticCache(config=model.config, max_cache_len=32))
 
 
 def test_a_static_cache_serves_routed_mlps():
@@ -251,9 +212,7 @@ def test_packed_sequences_are_refused_at_sequence_level(granularity):
 )
 def test_packed_sequences_are_right_at_token_level(granularity, policy):
     ids, positions = packed_batch()
-    dense = tiny_model()
-    model = routed_model(granularity=granularity, model=copy.deepcopy(dense), kv_policy=policy)
-    reference = MaskedReference(dense, router_weights(model), parse_granularity(granularity), policy)
+    model, reference = with_reference("llama", granularity, policy)
     with torch.no_grad():
         packed = model(ids, position_ids=positions, use_cache=False).logits
         apart = [model(part, use_cache=False).logits for part in (ids[:, :5], ids[:, 5:])]

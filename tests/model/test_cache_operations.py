@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 
@@ -10,12 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from masked_reference import MaskedReference
-from tiny_models import COMMON, tiny_model
-from tiny_routed import routed_model, router_weights
+from tiny_models import COMMON
+from tiny_routed import with_reference
 from transformers import DynamicCache
-
-from router_tuning.model.configuration_mod import parse_granularity
 
 CASES = [
     ("attn_sequence", "keep"),
@@ -45,11 +41,7 @@ OPERATIONS = st.one_of(
 STARTS = st.tuples(st.integers(1, 3), st.integers(1, 9), st.sampled_from([None, "left"]))
 
 
-@functools.cache
-def pair(family, granularity, policy):
-    dense = tiny_model(family)
-    model = routed_model(granularity=granularity, model=copy.deepcopy(dense), kv_policy=policy)
-    return model, MaskedReference(dense, router_weights(model), parse_granularity(granularity), policy)
+pair = functools.cache(with_reference)
 
 
 class Conversation:

@@ -137,16 +137,6 @@ def test_scores_are_float32_under_autocast():
     assert torch.allclose(half, hidden.bfloat16().float() @ module.mod_router.weight.T, atol=1e-6)
 
 
-def test_keeping_all_is_the_dense_model_in_half_precision_too():
-    ids, mask = random_batch(padding="left")
-    for dtype in HALF:
-        dense = tiny_model().to(dtype)
-        expected = run(dense, ids, mask)
-        for granularity in ("attn_sequence", "attn_token", "mlp_token", "block_sequence"):
-            model = route(copy.deepcopy(dense), mod_layers=LAYERS, granularity=granularity)
-            assert torch.equal(run(model, ids, mask)[mask.bool()], expected[mask.bool()])
-
-
 # ---------------------------------------------------------------- flex attention
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 
 import pytest
 import torch
-from masked_reference import MaskedReference
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
-from tiny_routed import random_skip_paths, routed_model, router_weights
+from tiny_routed import with_reference
 
-from router_tuning.model import packed_queries, record_routing, route, routed_modules
-from router_tuning.model.configuration_mod import parse_granularity
+from router_tuning.model import packed_queries, record_routing
+from router_tuning.model.seams import decoder_of
 
 TOLERANCE = 1e-4
 CASES = [
@@ -43,30 +41,7 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 
 @functools.cache
 def pair(family, granularity, policy, skip, attn):
-    """A routed model whose routers split the test inputs, with skip paths that matter, and its reference."""
-    model = tiny_model(family, attn)
-    dense = copy.deepcopy(model)
-    route(model, mod_layers=[1, 2, 3], granularity=granularity, kv_policy=policy, skip=skip, skip_rank=3)
-    paths = random_skip_paths(model)
-    balance(model)
-    weights = {(m.mod_layer, m.mod_part): m.mod_router.weight.detach() for m in routed_modules(model).values()}
-    return model, MaskedReference(dense, weights, parse_granularity(granularity), policy, paths=paths)
-
-
-@torch.no_grad()
-def balance(model):
-    """Random router directions, orthogonal to the mean feature: about half of rows and tokens on either side."""
-    ids, mask = random_batch(rows=6)
-    for module in routed_modules(model).values():
-        captured = []
-        handle = module.mod_router.register_forward_pre_hook(lambda _, args, to=captured: to.append(args[0]))
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
-        handle.remove()
-        features = captured[0].float().flatten(0, -2)
-        generator = torch.Generator().manual_seed(module.mod_layer)
-        weight = torch.randn(module.mod_router.weight.shape, generator=generator)
-        mean = features.mean(0)
-        module.mod_router.weight.copy_(weight - (weight @ mean)[:, None] * mean / mean.dot(mean).clamp(min=1e-6))
+    return with_reference(family, granularity, policy, attn, skip=skip)
 
 
 def close(actual, expected, real):
@@ -147,14 +122,12 @@ def test_attention_need_not_be_causal(family, attn, seen, granularity, policy, c
     if chunks:
         monkeypatch.setattr(packed_queries, "_WORTH", 4)
         monkeypatch.setattr(packed_queries, "_LEAST", 2)
-    model = tiny_model(family, attn, **({"use_bidirectional_attention": True} if "config" in seen else {}))
-    dense = copy.deepcopy(model)
-    routed_model(granularity=granularity, model=model, kv_policy=policy)
-    for switched in (model, dense) if "switch" in seen else ():
+    dense = tiny_model(family, attn, **({"use_bidirectional_attention": True} if "config" in seen else {}))
+    model, reference = with_reference(granularity=granularity, policy=policy, model=dense)
+    for switched in (model, reference.model) if "switch" in seen else ():
         switched.config.is_causal = False
-        for layer in switched.model.layers:
+        for layer in decoder_of(switched).layers:
             layer.self_attn.is_causal = False
-    reference = MaskedReference(dense, router_weights(model), parse_granularity(granularity), policy)
     ids, padded = random_batch(padding="left")
     inputs = {"is_causal": False} if "keyword" in seen else {}
     masks = [_prefix(float if "additive" in seen else bool)] if "prefix" in seen else [None, padded][: 2 - len(inputs)]

@@ -92,18 +92,6 @@ def test_operations_of_a_forward_pass(granularity, policy, share, use_cache):
 
 
 @pytest.mark.parametrize("share", CAPACITIES)
-def test_combined_granularities_save_both(share):
-    model = route(tiny_model(), mod_layers=LAYERS, granularity="attn_token+mlp_token")
-    kept = masks("attn_token", share)
-    forced = {(layer, part): mask for layer, mask in kept.items() for part in ("attn", "mlp")}
-    with force_routing(model, forced):
-        measured = counted(model, input_ids=random_batch(ROWS, TOKENS)[0])
-    expected = ROWS * TOKENS * 2 * HIDDEN * VOCAB + (DEPTH - len(LAYERS)) * whole_layer()
-    expected += len(LAYERS) * expected_layer("block_token", "keep", share)
-    assert measured == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize("share", CAPACITIES)
 def test_experts_run_for_the_assignments_that_are_kept(share):
     family, assignments = "mixtral", 2 * ROWS * TOKENS
     dense = tiny_model(family)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from masked_reference import MaskedReference
 from tiny_models import random_batch, tiny_model
-from tiny_routed import routed_model, router_weights
+from tiny_routed import routed_model, with_reference
 
-from router_tuning.model import kv_cache_bytes, record_routing
-from router_tuning.model.configuration_mod import parse_granularity
+from router_tuning.model import record_routing
 
 CASES = [
     ("attn_sequence", "keep"),
@@ -24,12 +21,6 @@ CASES = [
     ("attn_sequence+mlp_token", "keep"),
 ]
 GREEDY = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
-
-
-def pair(family, granularity, policy):
-    dense = tiny_model(family)
-    model = routed_model(granularity=granularity, model=copy.deepcopy(dense), kv_policy=policy)
-    return model, MaskedReference(dense, router_weights(model), parse_granularity(granularity), policy)
 
 
 def recomputed(reference, prompt, sequences, granularity):
@@ -44,7 +35,7 @@ def recomputed(reference, prompt, sequences, granularity):
 
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 def test_interleaved_generations_do_not_disturb_each_other(granularity, policy):
-    model, _ = pair("llama", granularity, policy)
+    model, _ = with_reference("llama", granularity, policy)
     prompts = [random_batch(2, 7, seed=1)[0], random_batch(1, 5, seed=2)[0], random_batch(3, 6, seed=3)[0]]
 
     @torch.no_grad()  # as a decorator: a block around yield would be left in another order than entered, and stay on
@@ -64,7 +55,7 @@ def test_interleaved_generations_do_not_disturb_each_other(granularity, policy):
 
 @pytest.mark.parametrize(("granularity", "policy"), [("attn_sequence", "keep"), ("attn_token", "drop")])
 def test_generations_in_threads_do_not_disturb_each_other(granularity, policy):
-    model, _ = pair("llama", granularity, policy)
+    model, _ = with_reference("llama", granularity, policy)
     prompts = [random_batch(1 + seed % 3, 5 + seed, seed=seed)[0] for seed in range(6)]
     alone = [model.generate(ids, **GREEDY) for ids in prompts]
     with ThreadPoolExecutor(3) as pool:
@@ -76,7 +67,7 @@ def test_generations_in_threads_do_not_disturb_each_other(granularity, policy):
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 def test_a_conversation_continues_on_its_cache(family, granularity, policy):
-    model, reference = pair(family, granularity, policy)
+    model, reference = with_reference(family, granularity, policy)
     prompt, question = random_batch(2, 8, seed=4)[0], random_batch(2, 4, seed=5)[0]
     first = model.generate(prompt, **GREEDY, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, question], 1)
@@ -90,7 +81,7 @@ def test_a_conversation_continues_on_its_cache(family, granularity, policy):
 
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 def test_sampling_with_several_returned_sequences(granularity, policy):
-    model, reference = pair("llama", granularity, policy)
+    model, reference = with_reference("llama", granularity, policy)
     prompt = random_batch(2, 8)[0]
     options = dict(do_sample=True, num_return_sequences=3, min_new_tokens=6, max_new_tokens=6)
     options |= dict(return_dict_in_generate=True, output_logits=True)
@@ -107,7 +98,7 @@ def test_sampling_with_several_returned_sequences(granularity, policy):
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 @pytest.mark.parametrize("helper", ["itself, dense", "another", "prompt look-up", "its first layers"])
 def test_assisted_decoding_gives_the_text_of_plain_decoding(family, granularity, policy, helper):
-    model, _ = pair(family, granularity, policy)
+    model, _ = with_reference(family, granularity, policy)
     for seed in range(2):
         prompt = random_batch(1, 7, seed=seed)[0]
         prompt = torch.cat([prompt, prompt[:, :3]], 1)  # something that a look-up finds
@@ -135,7 +126,7 @@ def test_a_routed_model_may_assist():
 
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 def test_without_a_cache_every_pass_decides_on_what_it_sees(granularity, policy):
-    model, reference = pair("llama", granularity, policy)
+    model, reference = with_reference("llama", granularity, policy)
     prompt = random_batch(2, 6)[0]
     out = model.generate(prompt, use_cache=False, **GREEDY, return_dict_in_generate=True, output_logits=True)
     for step, logits in enumerate(out.logits):
@@ -145,22 +136,7 @@ def test_without_a_cache_every_pass_decides_on_what_it_sees(granularity, policy)
 
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 def test_embeddings_as_prompt_give_the_same_text(granularity, policy):
-    model, _ = pair("llama", granularity, policy)
+    model, _ = with_reference("llama", granularity, policy)
     prompt = random_batch(2, 6)[0]
     embedded = model.generate(inputs_embeds=model.get_input_embeddings()(prompt).detach(), **GREEDY)
     assert torch.equal(embedded, model.generate(prompt, **GREEDY)[:, 6:])
-
-
-@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
-def test_chunked_prefill_of_generate(granularity):
-    model, _ = pair("llama", granularity, "drop")
-    prompt = random_batch(2, 11)[0]
-    assert torch.equal(model.generate(prompt, prefill_chunk_size=4, **GREEDY), model.generate(prompt, **GREEDY))
-
-
-def test_generation_stores_less():
-    model, _ = pair("llama", "attn_token", "drop")
-    prompt = random_batch(2, 8)[0]
-    kept = model.generate(prompt, **GREEDY, return_dict_in_generate=True)
-    dense = tiny_model().generate(prompt, **GREEDY, return_dict_in_generate=True)
-    assert kv_cache_bytes(kept.past_key_values) < kv_cache_bytes(dense.past_key_values)

@@ -97,14 +97,6 @@ def test_whatever_computes_the_loss_it_counts_once(granularity, loss):
     same(gradients(model), expected(granularity=granularity)[0], tolerance=1e-5)
 
 
-def test_the_public_function_is_for_losses_of_ones_own():
-    ids, mask = random_batch(6, padding="right")
-    model = regularised(scale=0.0)
-    loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
-    (loss + SCALE * capacity_penalty(model)).backward()
-    same(gradients(model), expected()[0], tolerance=1e-5)
-
-
 def test_micro_batches_weigh_as_their_tokens_do_where_the_trainer_counts_them():
     ids, mask = random_batch(6, padding="right")
     labels, model = labels_of(ids, mask), regularised()

@@ -7,7 +7,7 @@ import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import LAYERS, routed_model
 
-from router_tuning.model import prompt_length_from, record_routing
+from router_tuning.model import prompt_length_from, record_routing, route
 
 SEQUENCE = ["attn_sequence", "mlp_sequence", "block_sequence", "attn_sequence+mlp_sequence"]
 
@@ -217,8 +217,6 @@ def test_a_boundary_of_another_shape_is_refused(value):
 
 
 def test_threshold_is_inclusive_and_zero_routers_keep_everything():
-    from router_tuning.model import route
-
     model = route(tiny_model(), mod_layers=LAYERS, threshold=0.5)
     assert decisions(model, random_batch()[0])[1].all()
     model = route(tiny_model(), mod_layers=LAYERS, threshold=0.5001)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -27,10 +29,11 @@ def forward(model, **kwargs):
         ("attn_sequence", LAYERS, (ROWS,)),
         ("mlp_token", LAYERS, (ROWS, TOKENS)),
         ("attn_token+mlp_token", [(n, part) for n in LAYERS for part in ("attn", "mlp")], (ROWS, TOKENS)),
+        ("expert_token", LAYERS, (ROWS * TOKENS, 2)),  # per assignment
     ],
 )
 def test_keys_shapes_and_types(granularity, keys, shape):
-    model = routed_model("llama", granularity)
+    model = routed_model("mixtral", granularity)
     with record_routing(model) as log:
         forward(model)
     assert list(log.decisions) == keys and set(log.capacity()) == {"total", *keys}
@@ -41,16 +44,7 @@ def test_keys_shapes_and_types(granularity, keys, shape):
     assert log.capacity()["total"] == pytest.approx(sum(log.capacity()[key] for key in keys) / len(keys))
 
 
-def test_experts_are_logged_per_assignment():
-    model = routed_model("mixtral", "expert_token")
-    with record_routing(model) as log:
-        forward(model)
-    for layer in LAYERS:
-        assert log.decisions[layer].shape == (ROWS * TOKENS, 2)
-        assert log.records[layer][0].experts.shape == (ROWS * TOKENS, 2)
-
-
-def test_blocks_nest_and_end():
+def test_blocks_nest_and_end_also_by_an_error():
     model = routed_model()
     with record_routing(model) as outer:
         forward(model)
@@ -59,18 +53,6 @@ def test_blocks_nest_and_end():
         forward(model)
     forward(model)
     assert [len(log.records[1]) for log in (outer, inner)] == [3, 1]
-    assert not model.model.mod_logs
-
-
-def test_blocks_may_end_in_any_order_and_by_an_error():
-    model = routed_model()
-    first, second = record_routing(model), record_routing(model)
-    log = first.__enter__()
-    late = second.__enter__()
-    first.__exit__(None, None, None)
-    forward(model)
-    second.__exit__(None, None, None)
-    assert len(late.records[1]) == 1 and not log.records
     with pytest.raises(RuntimeError), record_routing(model):
         raise RuntimeError
     assert not model.model.mod_logs
@@ -86,15 +68,6 @@ def test_capacity_of_several_passes_is_weighted_by_their_size():
     assert log.capacity() == {"total": 0.75, 1: 0.75, 2: 0.75, 3: 0.75}
 
 
-def test_padding_is_no_capacity():
-    model = route(tiny_model(), mod_layers=LAYERS, granularity="attn_token")
-    ids, mask = random_batch(padding="left")
-    with record_routing(model) as log, torch.no_grad():
-        model(ids, attention_mask=mask)
-    assert log.capacity()["total"] == 1.0
-    assert torch.equal(log.decisions[1], mask.bool())
-
-
 @pytest.mark.parametrize(("granularity", "shape"), [("attn_sequence", (2,)), ("attn_token", (2, 7 + 4))])
 def test_generation_is_logged_whole(granularity, shape):
     model = routed_model("llama", granularity)
@@ -104,13 +77,6 @@ def test_generation_is_logged_whole(granularity, shape):
     assert log.decisions[1].shape == shape
     passes = 1 if granularity == "attn_sequence" else 5
     assert all(len(records) == passes for records in log.records.values()), "a held decision is logged once"
-
-
-def test_nothing_is_recorded_without_a_pass():
-    model = routed_model()
-    with record_routing(model) as log:
-        pass
-    assert log.decisions == {} and log.capacity() == {"total": 1.0} and log.capacity_tensors() == {}
 
 
 def test_recording_changes_nothing_and_keeps_no_graph_in_evaluation():
@@ -162,27 +128,25 @@ def test_parts_are_named_where_several_are_routed():
     assert 0 < log.decisions[1, "attn"].float().mean() < 1
 
 
-def test_rows_are_spread_over_tokens():
-    model = routed_model("llama", "attn_token")
-    with force_routing(model, {1: torch.tensor([True, False, True])}), record_routing(model) as log:
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token"])
+@pytest.mark.parametrize(
+    ("keep", "rows"),
+    [
+        (torch.tensor(False), [0, 0, 0]),
+        (np.bool_(True), [1, 1, 1]),
+        ({1: np.False_, 2: torch.tensor(False), 3: False}, [0, 0, 0]),
+        (torch.tensor([True, False, True]), [1, 0, 1]),  # at token level, spread over the tokens
+        ([True, False, False], [1, 0, 0]),
+    ],
+)
+def test_masks_of_any_kind_serve_all_layers(keep, rows, granularity):
+    model = routed_model("llama", granularity)
+    with force_routing(model, keep), record_routing(model) as log:
         forward(model)
-    assert log.decisions[1].all(1).tolist() == [True, False, True] and not log.decisions[1][1].any()
-
-
-def test_scalars_of_any_kind_are_true_and_false():
-    model = routed_model("llama", "attn_token")
-    for keep in (torch.tensor(False), np.bool_(False), {1: np.False_, 2: torch.tensor(False), 3: False}):
-        with force_routing(model, keep), record_routing(model) as log:
-            forward(model)
-        assert log.capacity()["total"] == 0.0
-
-
-def test_one_tensor_serves_all_layers_and_lists_do_too():
-    model = routed_model()
-    for keep in (torch.tensor([True, False, False]), [True, False, False]):
-        with force_routing(model, keep), record_routing(model) as log:
-            forward(model)
-        assert all(decision.tolist() == [True, False, False] for decision in log.decisions.values())
+    for decision in log.decisions.values():
+        assert torch.equal(
+            decision.view(ROWS, -1), torch.tensor(rows).bool()[:, None].expand(ROWS, decision[0].numel())
+        )
 
 
 def test_a_callable_is_asked_for_every_decision():
@@ -212,12 +176,14 @@ def test_one_mask_serves_a_whole_generation():
     assert torch.equal(whole, out[:, 6:])
 
 
-def test_forced_decisions_never_keep_padding():
-    model = routed_model("llama", "attn_token")
+@pytest.mark.parametrize("forced", [False, True])
+def test_padding_is_never_kept_and_is_no_capacity(forced):
+    model = routed_model("llama", "attn_token") if forced else route(tiny_model(), mod_n=3, granularity="attn_token")
     ids, mask = random_batch(padding="left")
-    with force_routing(model, True), record_routing(model) as log, torch.no_grad():
+    imposed = force_routing(model, True) if forced else nullcontext()
+    with imposed, record_routing(model) as log, torch.no_grad():
         model(ids, attention_mask=mask)
-    assert torch.equal(log.decisions[1], mask.bool())
+    assert torch.equal(log.decisions[1], mask.bool()) and log.capacity()["total"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from router_tuning.model import (
     force_routing,
     is_routed,
     load_routers,
+    record_routing,
     route,
     routed_modules,
     save_routers,
@@ -46,6 +47,8 @@ def test_mod_layers_override_mod_n():
     model = route(tiny_model(), mod_n=1, mod_layers=[4, 0])
     assert [key.split(".")[0] for key in routed_modules(model)] == ["0", "4"]
     assert model.config.mod_layers == [0, 4]
+    both = route(tiny_model(), mod_layers={"mlp": [1, 2], "attn": [2, 1]}, granularity="attn_token+mlp_token")
+    assert both.config.mod_layers == [1, 2], "equal lists are one"
 
 
 BY_PART = {"attn": [0, 3], "mlp": [1, 3, 4]}
@@ -100,11 +103,6 @@ def test_impossible_layers_by_part_are_refused(layers, message):
         route(tiny_model(), mod_layers=layers, granularity="attn_token+mlp_token")
 
 
-def test_equal_layers_by_part_are_one_list():
-    model = route(tiny_model(), mod_layers={"mlp": [1, 2], "attn": [2, 1]}, granularity="attn_token+mlp_token")
-    assert model.config.mod_layers == [1, 2]
-
-
 @pytest.mark.parametrize("n", [5, 6, 0, -1])
 def test_mod_n_outside_the_model_names_both_numbers(n):
     with pytest.raises(ValueError, match=rf"mod_n {n} .*5 layers"):
@@ -122,11 +120,6 @@ def test_impossible_mod_layers_are_refused(layers):
 def test_the_number_of_layers_must_be_named():
     with pytest.raises(ValueError, match="mod_n.*mod_layers"):
         route(tiny_model())
-
-
-def test_granularities_parse():
-    assert parse_granularity("attn_sequence") == {"attn": "sequence"}
-    assert parse_granularity("attn_token+mlp_sequence") == {"attn": "token", "mlp": "sequence"}
 
 
 @pytest.mark.parametrize(
@@ -182,8 +175,6 @@ def test_a_bad_argument_is_refused_and_leaves_the_model_dense(field, value):
 
 def test_thresholds_per_router():
     model = route(tiny_model(), mod_layers=LAYERS, threshold={"1.attn": 0.1, "2.attn": 0.5, "3.attn": 0.9})
-    from router_tuning.model import record_routing
-
     with torch.no_grad(), record_routing(model) as log:
         model(random_batch()[0])
     assert log.capacity() == {"total": pytest.approx(2 / 3), 1: 1.0, 2: 1.0, 3: 0.0}

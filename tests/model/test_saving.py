@@ -243,12 +243,6 @@ def test_a_model_routed_otherwise_is_refused(field, routing, saved):
     load_routers(unroute(model), folder)
 
 
-def test_routers_of_another_seed_of_the_base_are_refused(saved):
-    folder, _ = saved
-    with pytest.raises(UserError, match="other weights"):
-        load_routers(tiny_model("llama", seed=1), folder)
-
-
 # ---------------------------------------------------------------- peft
 
 

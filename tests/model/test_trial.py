@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from types import MethodType
 
 import pytest
 import torch
-from masked_reference import MaskedReference
 from tiny_models import COMMON, random_batch, tiny_model
-from tiny_routed import LAYERS, routed_model, router_weights
+from tiny_routed import LAYERS, with_reference
 from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,8 +17,6 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from router_tuning.model import is_routed, route
-from router_tuning.model.configuration_mod import parse_granularity
-from router_tuning.model.seams import decoder_of
 
 
 @pytest.mark.parametrize(
@@ -111,11 +107,8 @@ def test_what_only_looks_alike_is_refused_and_left_as_it_was(family, granularity
 )
 def test_a_family_that_no_matrix_holds_is_exact_where_it_is_accepted(family, granularity, policy):
     model = lookalike(family)
-    dense = copy.deepcopy(model)
-    routed_model(granularity=granularity, model=model, kv_policy=policy, mod_layers=[2, 3])
+    model, reference = with_reference(granularity=granularity, policy=policy, model=model, mod_layers=[2, 3])
     ids, mask = random_batch(padding="left")
-    dense.model = decoder_of(dense)
-    reference = MaskedReference(dense, router_weights(model), parse_granularity(granularity), policy)
     with torch.no_grad():
         difference = model(ids, attention_mask=mask, use_cache=False).logits - reference.logits(ids, mask)
     assert difference[mask.bool()].abs().max() < 1e-4
@@ -193,15 +186,15 @@ def test_a_rotation_that_another_library_replaces_is_the_one_that_is_used(first,
     def replace():
         monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *at: plain(q, normalize(k), *at))
 
-    plain, model = modeling_llama.apply_rotary_pos_emb, tiny_model()
-    dense = copy.deepcopy(model)
-    for step in (replace, lambda: routed_model(granularity="attn_token", model=model))[
-        :: 1 if first == "patch" else -1
-    ]:
-        step()
+    plain = modeling_llama.apply_rotary_pos_emb
+    if first == "patch":
+        replace()
+    model, reference = with_reference(granularity="attn_token")
+    if first == "route":
+        replace()
     ids, mask = random_batch(padding="left")
     with torch.no_grad():
-        expected = MaskedReference(dense, router_weights(model), {"attn": "token"}).logits(ids, mask)
+        expected = reference.logits(ids, mask)
         torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
 
 

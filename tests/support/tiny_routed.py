@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from masked_reference import MaskedReference
 from tiny_models import random_batch, tiny_model
 
 from router_tuning.model import route, routed_modules
+from router_tuning.model.configuration_mod import parse_granularity
+from router_tuning.model.seams import decoder_of
 
 LAYERS = [1, 2, 3]
 PLAIN = (
@@ -35,6 +40,18 @@ def routed_model(
     route(model, granularity=granularity, **{"mod_layers": LAYERS, **options})
     split_inputs(model, seed)
     return model
+
+
+def with_reference(family="llama", granularity="attn_sequence", policy="keep", attn="sdpa", model=None, **options):
+    """A routed model whose routers split the test inputs, with skip paths that matter, and what it must equal."""
+    model = tiny_model(family, attn) if model is None else model
+    dense = copy.deepcopy(model)
+    route(model, granularity=granularity, kv_policy=policy, **{"mod_layers": LAYERS, "skip_rank": 3, **options})
+    paths = random_skip_paths(model)
+    split_inputs(model)
+    dense.model = decoder_of(dense)
+    parts = parse_granularity(granularity)
+    return model, MaskedReference(dense, router_weights(model), parts, policy, paths=paths)
 
 
 @torch.no_grad()
