@@ -62,12 +62,10 @@ def main() -> None:
     shown = [text for _, text in rendered(asked, tokenizer)]
     benchmark = Benchmark(
         tasks=args.tasks,
-        limit=args.limit,
-        batch_size=args.batch_size,
+        evaluation={"limit": args.limit, "batch_size": args.batch_size},
         texts={"answers": encoded(asked, tokenizer, length)},
         prompts=prompt_batches(shown, tokenizer, args.batch_size, dense.device),
-        new_tokens=args.new_tokens,
-        repeats=args.repeats,
+        timing={"new_tokens": args.new_tokens, "repeats": args.repeats},
     )
     recipe, seed = read_run(args.run).get("arguments", {}).get("recipe", "routed"), 0
     cell = {"recipe": recipe, "budget": args.capacity}

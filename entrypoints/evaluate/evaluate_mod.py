@@ -58,7 +58,8 @@ def main() -> None:
         model = load_dense(base, args.dtype)
     tokenizer = tokenizer_of(args.run, base) if args.run else load_tokenizer(base)
     size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
-    benchmark = Benchmark(args.tasks, args.limit, size, args.num_fewshot, args.metadata)
+    options = {"batch_size": size, "limit": args.limit, "num_fewshot": args.num_fewshot, "metadata": args.metadata}
+    benchmark = Benchmark(args.tasks, options)
     budget = args.flops if args.capacity is None else args.capacity
     cell = {"policy": "routed" if args.run else "dense", "recipe": args.run and args.run.name, "budget": budget}
     record = score(benchmark, model, model, tokenizer, cell)

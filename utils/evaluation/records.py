@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +82,9 @@ class Group:
         """A value of ``compare_texts``, one per seed."""
         return [r["texts"][name][key] for r in self.records if key in r.get("texts", {}).get(name, {})]
 
-    def times(self, phase: str) -> list[float]:
-        """Measured time as a share of the dense one, one per seed."""
-        return [record["cost"][phase]["time_ratio"] for record in self.records if "cost" in record]
+    def costs(self, *keys: str) -> list[float]:
+        """A value of ``measure_cost``, one per seed."""
+        return [reduce(getitem, keys, record["cost"]) for record in self.records if "cost" in record]
 
 
 def grouped(records: Sequence[Record]) -> list[Group]:
@@ -108,7 +110,10 @@ def all_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def summary_table(records: Sequence[Record]) -> Table:
-    """A row per policy and budget: operations left, capacity, mean scores (± deviation of seeds), closeness, times."""
+    """A row per policy and budget: operations left, mean scores (± deviation of seeds), closeness, times and cache.
+
+    Times and bytes of keys and values are shares of the dense base's.
+    """
     groups = grouped(records)
     columns: dict[str, list[Cell]] = {
         "policy": [group.label for group in groups],
@@ -123,7 +128,8 @@ def summary_table(records: Sequence[Record]) -> Table:
         columns[f"KL, {text}"] = [_mean(group.texts(text, "kl")) for group in groups]
         columns[f"ppl, {text}"] = [_mean(group.texts(text, "perplexity")) for group in groups]
     for phase in ("prefill", "generate"):
-        columns[f"time, {phase}"] = [_mean(group.times(phase)) for group in groups]
+        columns[f"time, {phase}"] = [_mean(group.costs(phase, "time_ratio")) for group in groups]
+    columns["KV bytes"] = [_mean(group.costs("kv_share")) for group in groups]
     kept = {name: values for name, values in columns.items() if any(value is not None for value in values)}
     return Table(list(kept), [list(row) for row in zip(*kept.values(), strict=True)])
 

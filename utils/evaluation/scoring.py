@@ -29,21 +29,16 @@ class Benchmark:
     """What policies are scored on.
 
     Attributes:
-        tasks: lm-eval tasks or groups; limit: documents of each, None for all; batch_size, num_fewshot, metadata: see
-            :func:`~router_tuning.evaluation.tasks.evaluate`.
+        tasks: lm-eval tasks or groups. evaluation: options of :func:`~router_tuning.evaluation.tasks.evaluate`.
         texts: documents by name.
-        prompts: left-padded prompts for times and cache; new_tokens, repeats: see ``measure_cost``.
+        prompts: left-padded prompts for times and cache. timing: options of ``measure_cost``.
     """
 
     tasks: Sequence[str] = ()
-    limit: int | None = None
-    batch_size: int | str = 16
-    num_fewshot: int | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     texts: Mapping[str, Sequence[Document]] = field(default_factory=dict)
     prompts: Sequence[dict[str, Tensor]] = ()
-    new_tokens: int = 16
-    repeats: int = 5
+    timing: Mapping[str, Any] = field(default_factory=dict)
 
 
 def score(
@@ -69,16 +64,7 @@ def score(
     under = under or (lambda name: nullcontext())
     record: Record = {"cell": dict(cell), "share": 1.0, "capacity": 1.0}
     if benchmark.tasks:
-        found = evaluate(
-            model,
-            tokenizer,
-            benchmark.tasks,
-            batch_size=benchmark.batch_size,
-            limit=benchmark.limit,
-            num_fewshot=benchmark.num_fewshot,
-            metadata=benchmark.metadata,
-            under=under,
-        )
+        found = evaluate(model, tokenizer, benchmark.tasks, under=under, **benchmark.evaluation)
         if found is None:
             return None
         record |= found
@@ -90,8 +76,7 @@ def score(
         record["texts"] = texts
     routed = is_routed(model)
     if benchmark.prompts and timed and routed:
-        options = {"new_tokens": benchmark.new_tokens, "repeats": benchmark.repeats, "under": under("prompts")}
-        record["cost"] = measure_cost(dense, model, benchmark.prompts, **options)
+        record["cost"] = measure_cost(dense, model, benchmark.prompts, under=under("prompts"), **benchmark.timing)
     parts = [*record.get("tasks", {}).values(), *texts.values()] or [record.get("cost", {})]
     if routed:
         record["share"] = statistics.fmean(part["share"] for part in parts)

@@ -138,16 +138,9 @@ class Laboratory:
             rows = read_rows(plan.path(plan.texts[plan.timed]["file"]))[plan.texts[plan.timed]["first"] :]
             shown = [text for _, text in rendered(rows[: plan.timed_prompts], self.tokenizer)]
             prompts = prompt_batches(shown, self.tokenizer, plan.batch_size)
-        return Benchmark(
-            tasks=plan.tasks,
-            limit=plan.documents,
-            batch_size=plan.batch_size,
-            num_fewshot=plan.num_fewshot,
-            texts=texts,
-            prompts=prompts,
-            new_tokens=plan.new_tokens,
-            repeats=plan.repeats,
-        )
+        evaluation = {"limit": plan.documents, "batch_size": plan.batch_size, "num_fewshot": plan.num_fewshot}
+        timing = {"new_tokens": plan.new_tokens, "repeats": plan.repeats}
+        return Benchmark(plan.tasks, evaluation, texts, prompts, timing)
 
     def _score(self, cell: Cell) -> Record:
         model, under = {
