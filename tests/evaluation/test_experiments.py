@@ -54,6 +54,8 @@ def plan_file(tmp_path, base, monkeypatch):
 def test_every_cell_runs_once_at_equal_operations(command, plan_file, tmp_path, capsys):
     path = plan_file()
     where = ["--results", tmp_path / "results", "--work", tmp_path / "work"]
+    assert command("analysis/experiments.py", path, *where, "--only", "random") == 2
+    assert "routed__fisher" in capsys.readouterr().err
     assert command("analysis/experiments.py", path, *where) == 0
     assert "11 cells" in (said := capsys.readouterr().out) and "static, low_rank" in said
     results = tmp_path / "results/small.jsonl"

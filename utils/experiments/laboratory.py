@@ -24,7 +24,7 @@ from router_tuning.evaluation.records import Record, cell_name
 from router_tuning.evaluation.rows import Document, prompt_batches, read_documents, read_rows, rendered
 from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.evaluation.tasks import requested_tokens
-from router_tuning.evaluation.texts import batches_of, vocabulary
+from router_tuning.evaluation.texts import answer_loss, batches_of, vocabulary
 from router_tuning.experiments.plan import Cell, Plan
 from router_tuning.files import append_json, read_json_lines, write_json
 from router_tuning.model import fit_skip_paths, route
@@ -63,10 +63,12 @@ class Laboratory:
 
         A cell whose budget its routers cannot reach is recorded as refused, with the reason.
         """
-        missing = [cell for group in groups for cell in group if cell.name not in self.done()]
+        missing = self.missing(groups)
         with tqdm(total=len(missing), desc=self.plan.name, unit="cell") as progress:
             for cell in missing:
                 progress.set_postfix_str(cell.name)
+                if cell.name in self.done():  # another process was faster
+                    continue
                 started = time.perf_counter()
                 try:
                     record = self._score(cell)
@@ -77,30 +79,30 @@ class Laboratory:
                 append_json(self.results, {**record, "settings": self.plan.fingerprint(cell), "cell_seconds": seconds})
                 progress.update()
 
-    def estimate(self, groups: Sequence[Sequence[Cell]]) -> str:
-        """How long the missing cells may take, from the speed of one batch: scoring, training, static removal."""
+    def missing(self, groups: Sequence[Sequence[Cell]]) -> list[Cell]:
+        """Cells of some groups that are not done, in their order."""
         done = self.done()
-        cells = [cell for group in groups for cell in group if cell.name not in done]
+        return [cell for group in groups for cell in group if cell.name not in done]
+
+    def estimate(self, groups: Sequence[Sequence[Cell]]) -> str:
+        """How long the missing cells may take: the tokens that they read, at the speed of a few."""
+        cells, plan = self.missing(groups), self.plan
         if not cells:
             return "nothing is missing"
-        documents = self._search_documents()
-        started, tokens = time.perf_counter(), 0
-        for _, batch in batches_of(documents, self.collate, vocabulary(self.dense)):
-            self.dense(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-            tokens += batch["input_ids"].numel()
-        rate = tokens / (time.perf_counter() - started)
-        plan, benchmark = self.plan, self.benchmark
-        texts = 2 * sum(len(d["input_ids"]) for documents in benchmark.texts.values() for d in documents)
-        asked = requested_tokens(plan.tasks, plan.documents, self.tokenizer, plan.num_fewshot)
-        hours = len(cells) * (texts + asked) / rate / 3600
-        removals = len({cell.recipe for cell in cells if cell.policy == "static"})
-        modules = self.dense.config.get_text_config().num_hidden_layers * 2
-        hours += removals * (modules + plan.candidates * modules / 4) * tokens / rate / 3600
-        runs = {(c.recipe, c.granularity, c.seed) for c in cells if c.policy == "routed"}
-        return (
-            f"{len(cells)} cells at {rate:.0f} tokens a second: about {hours:.2f} hours, beside {len(runs)} tuning "
-            "runs, which tell their own time"
-        )
+        search = self._search_documents()
+        started, probed = time.perf_counter(), sum(len(document["input_ids"]) for document in search)
+        answer_loss(self.dense, search, self.collate)
+        rate = probed / (time.perf_counter() - started)
+        texts = [document for documents in self.benchmark.texts.values() for document in documents]
+        tokens = requested_tokens(plan.tasks, plan.documents, self.tokenizer, plan.num_fewshot)
+        tokens = len(cells) * (tokens + 2 * sum(len(document["input_ids"]) for document in texts))
+        modules = 2 * self.dense.config.get_text_config().num_hidden_layers
+        looks = modules * (1 + plan.candidates // 4)
+        tokens += probed * looks * len({cell.recipe for cell in cells if cell.policy == "static"})
+        runs = len({(cell.recipe, cell.granularity, cell.seed) for cell in cells if cell.policy == "routed"})
+        hours = tokens / rate / 3600
+        told = f"{len(cells)} cells at {rate:.0f} tokens a second: about {hours:.2f} hours"
+        return f"{told}, beside {runs} tuning runs, which tell their own time"
 
     # ---- what cells are scored on
 
@@ -168,8 +170,12 @@ class Laboratory:
     def _random(self, cell: Cell) -> tuple[PreTrainedModel, Callable[[str], AbstractContextManager]]:
         ours = Cell("routed", cell.recipe, cell.granularity, cell.seed, cell.budget)
         record = self.done().get(ours.name)
-        if record is None or "refused" in record:
-            raise OutOfReach(f"{ours.name}, whose rates it takes, has no scores")
+        if record is None:
+            raise UserError(
+                f"{cell.name} takes the rates of {ours.name}, which has not run yet: leave it in with --only"
+            )
+        if "refused" in record:
+            raise OutOfReach(record["refused"])
         parts = {**record.get("tasks", {}), **record.get("texts", {}), "prompts": record.get("cost")}
         model, _ = self._routed(cell)
         return model, lambda name: random_masks(model, parts[name]["capacity"], cell.seed or 0)
