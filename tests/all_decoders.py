@@ -74,13 +74,17 @@ SIZES: dict[str, object] = {
     **dict(dropout=0.0, attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, hidden_dropout=0.0),
 }
 SPECIAL: dict[str, dict[str, object]] = {
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 48}},
+    "bailing_hybrid": {"num_expert_group": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 48},
+    },
     "gpt_neo": {"attention_types": [[["global", "local", "global", "local", "global"], 1]]},
     "zaya": {"num_experts_per_tok": 1},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2 + ["full_attention"]},
     "longcat_flash": {"expert_ffn_hidden_size": 24, "zero_expert_num": 2},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
 }
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "activation_sparsity_pattern")
 
