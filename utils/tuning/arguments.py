@@ -247,6 +247,8 @@ class TuningArguments(TrainingArguments):
                 f"--eval_strategy {self.eval_strategy.value}: tuning has no evaluation set; "
                 "score the result with entrypoints/evaluate"
             )
+        if self.eval_on_start:
+            found.append("--eval_on_start True: tuning has no evaluation set; score it with entrypoints/evaluate")
         if self.load_best_model_at_end or self.save_strategy == "best":
             found.append(
                 "--load_best_model_at_end and --save_strategy best need an evaluation set, which tuning has not"
@@ -259,6 +261,13 @@ class TuningArguments(TrainingArguments):
             )
         if self.auto_find_batch_size:
             found.append("--auto_find_batch_size would change what a step learns; see --dry_run for the memory")
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            found.append("--gradient_checkpointing_kwargs use_reentrant: routers would get no gradient; leave it out")
+        if self.deepspeed and "RANK" not in os.environ and not self.dry_run:
+            found.append(
+                "--deepspeed needs a launcher: CONFIG_FILE=configs/accelerate/deepspeed_zero2.yaml "
+                "bash scripts/finetune_mod.sh, or torchrun"
+            )
         if self.push_to_hub:
             found.append("--push_to_hub: export the run first, then upload the export")
         return found
