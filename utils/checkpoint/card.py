@@ -11,19 +11,9 @@ from router_tuning.model.saving import read_router_config
 from router_tuning.tuning.command_line import launch_command
 
 KNOBS = (
-    "recipe",
-    "chat_template",
-    "learning_rate",
-    "num_train_epochs",
-    "max_train_samples",
-    "max_seq_length",
-    "global_batch_size",
-    "weight_decay",
-    "target_capacity",
-    "gradient_scale",
-    "router_only",
-    "seed",
-)
+    "recipe chat_template learning_rate num_train_epochs max_train_samples max_seq_length global_batch_size "
+    "weight_decay target_capacity gradient_scale router_only seed"
+).split()
 USAGE = {
     "adapter": (
         "```python\nfrom router_tuning.model import load_routers  # the Router-Tuning repository\n\n"

@@ -27,14 +27,8 @@ HOLDS = {"routers": ("full", "adapter"), "routers and LoRA": ("peft", "merged"),
 """Which forms of an export hold what a run trained."""
 FORMS = ("full", "adapter", "peft", "merged")
 BASE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-    "generation_config.json",
-)
+    "tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt chat_template* generation_config.json"
+).split()
 
 
 def export(

@@ -25,30 +25,14 @@ from router_tuning.files import scratch_folder, write_json, writing
 RECORD = "base.json"
 """What this command brought into a folder: source, revision, files."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-OTHER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
+OTHER_FILES = tuple(
+    "tokenizer_config.json special_tokens_map.json merges.txt added_tokens.json chat_template.jinja "
+    "generation_config.json".split()
 )
 ARCHITECTURE = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "hidden_activation",
-    "rms_norm_eps",
-    "sliding_window",
-    "layer_types",
-    "tie_word_embeddings",
-    "rope_parameters",
-)
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "hidden_act hidden_activation rms_norm_eps sliding_window layer_types tie_word_embeddings rope_parameters"
+).split()
 
 
 @dataclass(frozen=True)

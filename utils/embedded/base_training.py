@@ -17,43 +17,12 @@ SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant
 WORDS = r"\n| ?[A-Z]?[a-z]+|[A-Z]|[0-9]|[^\w\s]+ ?|[ \t]+(?=[ \t])|\s"
 """Pieces that BPE may merge within: words in lower case; capitals, digits and line ends always stand alone."""
 
+_TASKS = "copy reverse sort lookup count max add fact compare math code dialogue story".split()
+_EASY = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.7, 0.7, 1.0, 0.7, 0.2)
+_HARD = (0.3, 0.3, 0.4, 2.0, 2.0, 0.5, 1.0, 0.5, 0.8, 2.0, 1.0, 1.5, 0.3)
 CURRICULUM: tuple[tuple[int, dict[str, float]], ...] = (
-    (
-        0,
-        {
-            "copy": 1.0,
-            "reverse": 1.0,
-            "sort": 1.0,
-            "lookup": 1.0,
-            "count": 1.0,
-            "max": 1.0,
-            "add": 1.0,
-            "fact": 1.0,
-            "compare": 0.7,
-            "math": 0.7,
-            "code": 1.0,
-            "dialogue": 0.7,
-            "story": 0.2,
-        },
-    ),
-    (
-        2496,
-        {
-            "copy": 0.3,
-            "reverse": 0.3,
-            "sort": 0.4,
-            "lookup": 2.0,
-            "count": 2.0,
-            "max": 0.5,
-            "add": 1.0,
-            "fact": 0.5,
-            "compare": 0.8,
-            "math": 2.0,
-            "code": 1.0,
-            "dialogue": 1.5,
-            "story": 0.3,
-        },
-    ),
+    (0, dict(zip(_TASKS, _EASY, strict=True))),
+    (2496, dict(zip(_TASKS, _HARD, strict=True))),
 )
 """``(first batch, share of each task)``: once the easy tasks are learnt, most items are of those that are not."""
 PLAIN_SHARE = 0.5
