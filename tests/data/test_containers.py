@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import struct
 from pathlib import Path
 
@@ -105,6 +107,11 @@ def test_packed_in_several_parts(pack, ending: str, tmp_path: Path):
         (zstd(b"[]") + b"more", "damaged"),
         (zstd(b"[]")[:-1], "truncated"),
         (zstd(b"[]") + SKIPPED[:-1], "truncated"),
+        (bz2.compress(b"[]"), "a bzip2 file"),
+        (lzma.compress(b"[]"), "a xz file"),
+        (b"PK\x03\x04[]", "a zip file"),
+        (gzip.compress(bytes(257) + b"ustar", mtime=0), "a tar file"),
+        (gzip.compress(zstd(b"[]"), mtime=0), "a doubly compressed file"),
     ],
 )
 def test_files_without_rows_are_one_line_that_names_them(content: bytes, message: str, tmp_path: Path):

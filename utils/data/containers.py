@@ -24,6 +24,17 @@ COMPRESSIONS = {rb"\x1f\x8b": "gzip", rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x1
 """How compressed files begin; those of zstandard also with a frame to skip, as all that pzstd makes do."""
 
 TABLES = {b"PAR1": PARQUET, b"ARROW1": ARROW, b"\xff\xff\xff\xff": ARROW}
+FOREIGN = {
+    rb"BZh[1-9]1AY": "bzip2",
+    rb"\xfd7zXZ": "xz",
+    rb"PK\x03\x04": "zip",
+    rb"(?s).{257}ustar": "tar",
+    rb"FEA1": "Feather 1",
+    rb"SQLite format": "SQLite",
+    rb"\x1f\x8b|\x28\xb5\x2f\xfd": "doubly compressed",
+}
+"""How files begin that are not read, and would be taken for text."""
+
 _WIDE = re.compile(rb"\xff\xfe|\xfe\xff|[\[{\s]\0|\0[\[{\s]")
 
 
@@ -67,6 +78,8 @@ def recognise(path: Path) -> Container:
     table = next((layout for magic, layout in TABLES.items() if head.startswith(magic)), None)
     if table and compression:
         raise UserError(f"{path} is a compressed {table} file; decompress it first")
+    if foreign := next((name for magic, name in FOREIGN.items() if re.match(magic, head)), None):
+        raise UserError(f"{path} is a {foreign} file, which is not read here; unpack or convert it first")
     if not table and _WIDE.match(head):
         raise UserError(f"{path} is UTF-16; convert it to UTF-8 first")
     text = head.removeprefix(BOM).lstrip(SPACE)
