@@ -15,9 +15,12 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # samples, attn_sequence, routers only, learning rate 1e-5, one epoch, 2,048 tokens, target 0.5).
 KNOBS=(
   MOD_N:mod_n                                  # routed layers; default: half of them
+  MOD_LAYERS:mod_layers                        # which: 4,6,8, attn:4,6+mlp:7,8, or auto: by measured importance
   GRANULARITY:granularity                      # attn_sequence, attn_token, mlp_token, attn_token+mlp_token, …
+  SKIP:skip                                    # what skipped tokens get: zero, mean, low_rank (budget's default)
+  SKIP_RANK:skip_rank                          # of low_rank, 32
   ROUTER_ONLY:router_only                      # False: the base trains too
-  RECIPE:recipe                                # paper, budget, fisher
+  RECIPE:recipe                                # paper, budget
   DATA_TYPE:data_type                          # a set under data/reformatted/, or mixed
   MAX_TRAIN_SAMPLES:max_train_samples          # 0: all
   MAX_SEQ_LENGTH:max_seq_length

@@ -12,11 +12,11 @@ from router_tuning.embedded.base_training import build_tokenizer
 from router_tuning.embedded.sample_tasks import generate
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, record_routing
+from router_tuning.tuning.calibration import predicting_part_of, prompt_of
 from router_tuning.tuning.command_line import parse_command
 from router_tuning.tuning.encoding import render_prompt
 from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.preparation import Preparation
-from router_tuning.tuning.recipes.budget.recipe import predicting_part_of, prompt_of
 from router_tuning.tuning.tuning import run_tuning
 
 TASKS = ("copy", "max", "count")
@@ -36,24 +36,20 @@ def base(tmp_path_factory):
     return folder
 
 
-def tune(base, folder, *flags, recipe="budget"):
+def tune(base, folder, *flags):
     argv = ["--model_name_or_path", base, "--train_file", base / "rows.jsonl", "--max_train_samples", 0, "--mod_n", 3]
-    argv += ["--output_dir", folder, "--report_to", "none", "--save_strategy", "no", "--recipe", recipe]
+    argv += ["--output_dir", folder, "--report_to", "none", "--save_strategy", "no", "--recipe", "budget"]
     argv += ["--global_batch_size", 20, *flags]
     return run_tuning(Preparation(parse_command([str(part) for part in argv])), Interruption())
 
 
 @pytest.mark.parametrize(
-    ("recipe", "granularity"),
-    [
-        *[("budget", part) for part in ("attn_sequence", "mlp_sequence", "attn_token", "attn_token+mlp_token")],
-        ("fisher", "attn_token"),
-    ],
+    ("granularity", "epochs"),
+    [("attn_sequence", 3), ("mlp_sequence", 3), ("attn_token", 3), ("attn_token+mlp_token", 3), ("attn_token", 0)],
 )
-def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, recipe, granularity):
+def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, granularity, epochs):
     folder = tmp_path / "run"
-    flags = ("--granularity", granularity, "--target_capacity", 0.4, "--learning_rate", 0.01)
-    tune(base, folder, *flags, recipe=recipe)
+    tune(base, folder, "--granularity", granularity, "--target_capacity", 0.4, "--num_train_epochs", epochs)
     record = json.loads((folder / "run.json").read_text())
     assert abs(record["reached_capacity"] - 0.4) <= 0.03
     dial = json.loads((folder / "router_config.json").read_text())["dial"]
@@ -72,38 +68,51 @@ def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, re
         assert abs(log.capacity()["total"] - (capacity or 0.4)) <= slack
 
 
-def test_closed_form_stays_as_close_to_the_dense_model_as_training(base, tmp_path):
-    """On rows that neither has seen; attention is worth far more than MLPs here, as closed form finds at once."""
+def test_training_brings_routers_closer_to_the_dense_model(base, tmp_path):
+    """On rows that none has seen; attention is worth far more than MLPs here, as closed form finds at once."""
     dense, tokenizer = LlamaForCausalLM.from_pretrained(base).eval(), build_tokenizer(320, 20)
     prompts = [
         render_prompt({"messages": generate(t, n, "train").messages}, tokenizer) for n in range(40, 50) for t in TASKS
     ]
     apart = {}
-    for recipe in ("budget", "fisher"):
-        tune(base, tmp_path / recipe, "--granularity", "attn_token+mlp_token", "--target_capacity", 0.4, recipe=recipe)
-        model, found = load_routers(LlamaForCausalLM.from_pretrained(base).eval(), tmp_path / recipe), []
+    for epochs in (0, 3):
+        flags = ("--granularity", "attn_token+mlp_token", "--target_capacity", 0.4, "--num_train_epochs", epochs)
+        tune(base, tmp_path / str(epochs), *flags)
+        model, found = load_routers(LlamaForCausalLM.from_pretrained(base).eval(), tmp_path / str(epochs)), []
         for prompt in prompts:
             inputs = tokenizer(prompt, return_tensors="pt")
             with torch.no_grad():
                 ours, theirs = (m(**inputs, use_cache=False).logits.log_softmax(-1) for m in (model, dense))
             found.append((theirs.exp() * (theirs - ours)).sum(-1).mean())
-        apart[recipe] = float(torch.stack(found).mean())
-    assert apart["fisher"] < apart["budget"]
-    damage = json.loads((tmp_path / "fisher" / "router_config.json").read_text())["damage"]
+        apart[epochs] = float(torch.stack(found).mean())
+    assert apart[3] < apart[0]
+    damage = json.loads((tmp_path / "0" / "router_config.json").read_text())["damage"]
     assert max(v for k, v in damage.items() if "mlp" in k) < min(v for k, v in damage.items() if "attn" in k)
 
 
 def test_recipe_defaults_give_way_to_flags():
     plain, ours = parse_command([]), parse_command(["--recipe", "budget"])
     assert (plain.training.learning_rate, plain.routing.router_pooling) == (1e-5, "sequence")
-    assert (ours.training.learning_rate, ours.routing.router_pooling) == (1e-2, "prompt")
+    assert (plain.routing.skip, ours.routing.skip) == ("zero", "low_rank")
+    assert (ours.training.learning_rate, ours.routing.router_pooling) == (0.05, "prompt")
     given = parse_command(["--recipe=budget", "--learning_rate", "0.5", "--router_pooling", "sequence"])
     assert (given.training.learning_rate, given.routing.router_pooling) == (0.5, "sequence")
+    assert parse_command(["--recipe", "budget", "--granularity", "expert_token"]).routing.skip == "zero"
 
 
-def test_sequence_level_refuses_what_it_would_not_train(base, tmp_path):
-    with pytest.raises(UserError, match="trains routers on a frozen base"):
-        tune(base, tmp_path / "run", "--lora", "true")
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--lora", "true"], "trains routers on a frozen base"),
+        (["--granularity", "attn_token", "--lora", "true", "--num_train_epochs", 0], "the run has no step"),
+        (["--recipe", "paper", "--label_tokens", 9], "--label_tokens is a setting of --recipe budget"),
+        (["--skip_rank", 33], "--skip_rank 33 must be at most the base's hidden size, 32"),
+        (["--lowest_budget", 0.8], "--lowest_budget 0.8 and --highest_budget 0.75"),
+    ],
+)
+def test_what_it_would_not_do_is_refused(base, tmp_path, flags, told):
+    with pytest.raises(UserError, match=told):
+        tune(base, tmp_path / "run", *flags)
 
 
 def test_prompt_ends_where_loss_begins():

@@ -16,7 +16,7 @@ import tiny_tuning
 import torch
 from safetensors.torch import load_file
 
-from router_tuning.tuning.arguments import NEUTRAL
+from router_tuning.tuning.checkpoints import NEUTRAL
 from router_tuning.tuning.command_line import VARIABLES, launch_command, parse_command
 
 ROOT = Path(__file__).resolve().parents[2]

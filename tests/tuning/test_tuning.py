@@ -265,3 +265,37 @@ def test_a_bfloat16_base_keeps_float32_routers(parts, tmp_path):
 def test_results_are_listed_where_they_are_cleared(finished):
     written = {path.name for path in finished.iterdir() if not path.name.startswith("checkpoint-")}
     assert written <= set(RESULTS)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "budget"])
+def test_skip_paths_are_fitted_before_training_saved_and_resumed(parts, tmp_path, recipe, monkeypatch):
+    settings = {"recipe": recipe, "granularity": "attn_token", "router_dir": None, "skip_rank": 4}
+    settings |= {"skip": "low_rank"} if recipe == "paper" else {}  # budget's default
+    tuned = tiny_tuning.tune(parts, tmp_path / "whole", **settings)
+    saved = load_file(tmp_path / "whole" / "router.safetensors")
+    assert sum("mod_skip.down" in name for name in saved) == len(tiny_checkpoint.LAYERS)
+    explained = json.loads((tmp_path / "whole" / "run.json").read_text())["skip_explained"]
+    assert set(explained) == {"1.attn", "2.attn", "3.attn"} and all(0.05 < share < 1 for share in explained.values())
+    base = AutoModelForCausalLM.from_pretrained(parts["base"], dtype=torch.float32)
+    assert torch.equal(logits(load_routers(base, tmp_path / "whole"), parts), logits(tuned.model.eval(), parts))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
+    monkeypatch.setattr("router_tuning.tuning.tuning.fit_paths", None)
+    tiny_tuning.tune(parts, tmp_path / "run", resume_from_checkpoint="auto", **settings)
+    again = load_file(tmp_path / "run" / "router.safetensors")
+    assert set(again) == set(saved) and all(torch.equal(again[name], value) for name, value in saved.items())
+
+
+def test_layers_chosen_by_a_run_are_a_plain_list_in_all_it_leaves(parts, tmp_path, monkeypatch):
+    settings = {"granularity": "attn_token+mlp_token", "router_dir": None, "mod_layers": "auto", "mod_n": 2}
+    tiny_tuning.tune(parts, tmp_path / "whole", **settings)
+    listed = json.loads((tmp_path / "whole" / "run.json").read_text())["arguments"]["mod_layers"]
+    layers = json.loads((tmp_path / "whole" / "router_config.json").read_text())["mod_layers"]
+    assert listed == "+".join(f"{part}:{','.join(map(str, layers[part]))}" for part in ("attn", "mlp"))
+    assert sum(map(len, layers.values())) == 4 and 0 not in layers["mlp"]
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
+    monkeypatch.setattr("router_tuning.tuning.tuning.choose", None)
+    tiny_tuning.tune(parts, tmp_path / "run", resume_from_checkpoint="auto", **settings)
+    further = {"router_dir": tmp_path / "whole", "max_steps": 1}
+    tiny_tuning.tune(parts, tmp_path / "further", **{**settings, **further})
+    for name in ("run", "further"):
+        assert json.loads((tmp_path / name / "router_config.json").read_text())["mod_layers"] == layers

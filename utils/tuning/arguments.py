@@ -15,6 +15,7 @@ from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
 from router_tuning.tuning.encoding import TEMPLATES
 from router_tuning.tuning.engines import settings_without_gpu
+from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,7 +67,7 @@ class RoutingArguments:
     mod_n: int | None = field(default=None, metadata={"help": "routed layers, deepest but one; default: half"})
     mod_layers: str | None = field(
         default=None,
-        metadata={"help": "routed layers by index, as 4,6,8 or attn:4,6+mlp:7,8; overrides mod_n"},
+        metadata={"help": "routed layers: 4,6,8, or attn:4,6+mlp:7,8, or auto (measured; mod_n a part on average)"},
     )
     granularity: str = field(default="attn_sequence", metadata={"help": "what a router decides on; combine with +"})
     threshold: float = field(default=0.5, metadata={"help": "τ of the decision score ≥ τ"})
@@ -76,6 +77,9 @@ class RoutingArguments:
     kv_policy: str = field(
         default="keep", metadata={"help": "token level: whether skipped tokens offer keys: keep, drop"}
     )
+    skip: str = field(default="zero", metadata={"help": "what a skipped token gets: zero, mean, low_rank"})
+    skip_rank: int = field(default=32, metadata={"help": "rank of low_rank"})
+    train_skip: bool = field(default=False, metadata={"help": "skip paths train with the routers"})
     target_capacity: float = field(default=0.5, metadata={"help": "share of the routed work that should run"})
     gradient_scale: float = field(default=1.0, metadata={"help": "λ of λ·Σ ReLU(capacity - target)"})
     router_only: bool = field(default=True, metadata={"help": "False trains the base too (full MoD tuning)"})
@@ -88,8 +92,8 @@ class RoutingArguments:
     lora_target_modules: str = field(default="all-linear", metadata={"help": "comma-separated names, or all-linear"})
 
     def layers(self) -> list[int] | dict[str, list[int]] | None:
-        """``mod_layers`` as numbers, by part where it names parts."""
-        if self.mod_layers is None:
+        """``mod_layers`` as numbers, by part where it names parts; None for ``auto``."""
+        if self.mod_layers in (None, "auto"):
             return None
         if ":" not in self.mod_layers:
             return [int(layer) for layer in self.mod_layers.split(",")]
@@ -105,6 +109,8 @@ class RoutingArguments:
             threshold=self.threshold,
             router_pooling=self.router_pooling,
             kv_policy=self.kv_policy,
+            skip=self.skip,
+            skip_rank=self.skip_rank,
             target_capacity=self.target_capacity,
             gradient_scale=self.gradient_scale,
         )
@@ -120,14 +126,26 @@ class RoutingArguments:
         try:
             self.layers()
         except ValueError:
-            found.append(f"--mod_layers {self.mod_layers}: write indices as 4,6,8, or as attn:4,6+mlp:7,8 by part")
-        for name in ("granularity", "threshold", "router_pooling", "kv_policy", "target_capacity"):
+            found.append(f"--mod_layers {self.mod_layers}: write auto, or 4,6,8, or by part attn:4,6+mlp:7,8")
+        for name in (
+            "granularity",
+            "threshold",
+            "router_pooling",
+            "kv_policy",
+            "skip",
+            "skip_rank",
+            "target_capacity",
+        ):
             try:
                 ModConfig(**{name: getattr(self, name)})
             except ValueError as error:
                 found.append(f"--{error}")
+        if self.mod_layers == "auto" and "expert" in self.granularity:
+            found.append(f"--mod_layers auto chooses attention, MLPs or blocks, not {self.granularity}: list layers")
         if self.mod_n is not None and self.mod_n < 1:
             found.append(f"--mod_n {self.mod_n} must be at least 1")
+        if self.train_skip and self.skip == "zero":
+            found.append("--train_skip trains skip paths and --skip zero leaves nothing: give --skip low_rank or mean")
         if self.lora and not self.router_only:
             found.append("--lora trains adapters on a frozen base and --router_only False trains the base: give one")
         if self.lora_r < 1 or self.lora_alpha < 1:
@@ -135,6 +153,11 @@ class RoutingArguments:
         if not 0 <= self.lora_dropout < 1:
             found.append(f"--lora_dropout {self.lora_dropout} must lie in [0, 1)")
         return found
+
+
+def layers_text(layers: Mapping[str, list[int]]) -> str:
+    """Layers by part as ``--mod_layers`` takes them: ``attn:4,6+mlp:7,8``; of all parts under the name ``""``."""
+    return "+".join(f"{part}:{','.join(map(str, layers[part]))}".lstrip(":") for part in layers)
 
 
 @dataclass
@@ -273,36 +296,17 @@ class TuningArguments(TrainingArguments):
         return found
 
 
-PARTS = (ModelArguments, RoutingArguments, DataArguments, TuningArguments)
+PARTS = (ModelArguments, RoutingArguments, BudgetArguments, DataArguments, TuningArguments)
 DEFAULTS: dict[str, Any] = {
     f.name: f.default if f.default_factory is MISSING else f.default_factory() for part in PARTS for f in fields(part)
 }
 """Value of every argument that is not given."""
 
-ORIGINS = frozenset(
-    "folder_name model_name_or_path model_revision trust_remote_code tokenizer_name router_dir data_type train_file "
-    "max_train_samples".split()
-)
-"""Arguments that say where something comes from: runs share its content, not its place."""
-
-_WITHOUT_INFLUENCE = ("logging_", "log_", "save_", "hub_", "trackio_", "dataloader_", "ddp_", "eval_", "do_")
-NEUTRAL = frozenset(name for name in DEFAULTS if name.startswith(_WITHOUT_INFLUENCE)) | frozenset(
-    "output_dir overwrite_output_dir resume_from_checkpoint dry_run check_inputs num_processes accelerate_config "
-    "cache_dir token preprocessing_num_workers attn_implementation report_to run_name project push_to_hub "
-    "disable_tqdm debug skip_memory_metrics include_num_input_tokens_seen torch_empty_cache_steps use_cache "
-    "enable_jit_checkpoint gradient_accumulation_steps activation_checkpointing activation_checkpointing_kwargs "
-    "gradient_checkpointing gradient_checkpointing_kwargs use_cpu local_rank fsdp fsdp_config deepspeed "
-    "parallelism_config accelerator_config per_device_eval_batch_size bf16_full_eval fp16_full_eval".split()
-)
-"""Arguments that do not change what is learnt. Every other, and every new one, has to be that of a run to continue it.
-
-The number of forward passes of a step is not among the others: the global batch is.
-"""
-
-
 _AT_LEAST = {
-    1: "global_batch_size per_device_train_batch_size gradient_accumulation_steps preprocessing_num_workers".split(),
+    1: "global_batch_size per_device_train_batch_size gradient_accumulation_steps preprocessing_num_workers "
+    "label_tokens calibration_tokens search_inputs search_masks".split(),
     0: "learning_rate weight_decay warmup_steps max_grad_norm num_train_epochs label_smoothing_factor gradient_scale "
+    "multiplier_rate path_rate other_rate "
     "seed logging_steps save_steps save_total_limit".split(),
 }
 

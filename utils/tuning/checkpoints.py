@@ -16,6 +16,25 @@ from router_tuning.tuning.arguments import DEFAULTS
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+ORIGINS = frozenset(
+    "folder_name model_name_or_path model_revision trust_remote_code tokenizer_name router_dir data_type train_file "
+    "max_train_samples".split()
+)
+"""Arguments that say where something comes from: runs share its content, not its place."""
+
+_WITHOUT_INFLUENCE = ("logging_", "log_", "save_", "hub_", "trackio_", "dataloader_", "ddp_", "eval_", "do_")
+NEUTRAL = frozenset(name for name in DEFAULTS if name.startswith(_WITHOUT_INFLUENCE)) | frozenset(
+    "output_dir overwrite_output_dir resume_from_checkpoint dry_run check_inputs num_processes accelerate_config "
+    "cache_dir token preprocessing_num_workers attn_implementation report_to run_name project push_to_hub "
+    "disable_tqdm debug skip_memory_metrics include_num_input_tokens_seen torch_empty_cache_steps use_cache "
+    "enable_jit_checkpoint gradient_accumulation_steps activation_checkpointing activation_checkpointing_kwargs "
+    "gradient_checkpointing gradient_checkpointing_kwargs use_cpu local_rank fsdp fsdp_config deepspeed "
+    "parallelism_config accelerator_config per_device_eval_batch_size bf16_full_eval fp16_full_eval".split()
+)
+"""Arguments that do not change what is learnt. Every other, and every new one, has to be that of a run to continue it.
+
+The number of forward passes of a step is not among the others: the global batch is.
+"""
 _HASHED_UP_TO = 256 << 20  # bytes; larger files are checked by size alone
 
 
@@ -89,13 +108,18 @@ def find_fault(folder: Path) -> str | None:
     return None
 
 
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint."""
+    return json.loads((folder / MANIFEST).read_text())["settings"]
+
+
 def check_settings(folder: Path, settings: Mapping[str, Any], unknown: Sequence[str] = ()) -> None:
     """UserError that names every value in which this run differs from the one that wrote the checkpoint.
 
     Args:
         unknown: settings that are not known yet.
     """
-    saved = json.loads((folder / MANIFEST).read_text())["settings"]
+    saved = settings_of(folder)
     here = json.loads(json.dumps(settings, default=str))
     differing = differences(saved, here | {name: saved.get(name) for name in unknown})
     if differing:

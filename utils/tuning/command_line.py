@@ -21,7 +21,6 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_availa
 from router_tuning.errors import UserError
 from router_tuning.tuning.arguments import (
     DEFAULTS,
-    NEUTRAL,
     PARTS,
     DataArguments,
     ModelArguments,
@@ -29,8 +28,10 @@ from router_tuning.tuning.arguments import (
     TuningArguments,
     out_of_range,
 )
+from router_tuning.tuning.checkpoints import NEUTRAL
 from router_tuning.tuning.engines import keep_schedule
-from router_tuning.tuning.recipes import RECIPE_DEFAULTS, RECIPES
+from router_tuning.tuning.recipes import RECIPES, recipe_defaults
+from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 from router_tuning.tuning.rehearsal import tried
 
 RENAMED = {
@@ -71,7 +72,10 @@ VARIABLES = {
     "folder_name": "FOLDER_NAME",
     "model_name_or_path": "MODEL_NAME_OR_PATH",
     "mod_n": "MOD_N",
+    "mod_layers": "MOD_LAYERS",
     "granularity": "GRANULARITY",
+    "skip": "SKIP",
+    "skip_rank": "SKIP_RANK",
     "router_only": "ROUTER_ONLY",
     "recipe": "RECIPE",
     "data_type": "DATA_TYPE",
@@ -105,6 +109,7 @@ class Command:
 
     model: ModelArguments
     routing: RoutingArguments
+    budget: BudgetArguments
     data: DataArguments
     training: TuningArguments
     typed: dict[str, Any]
@@ -112,7 +117,7 @@ class Command:
 
     def values(self) -> dict[str, Any]:
         """All arguments as plain values, for the record of the run; secrets are left out."""
-        parts = (self.model, self.routing, self.data)
+        parts = (self.model, self.routing, self.budget, self.data)
         flat = {name: value for part in parts for name, value in dataclasses.asdict(part).items()} | self.typed
         # How a step is cut follows from the number of processes.
         flat |= {"global_batch_size": self.training.global_batch_size, "gradient_accumulation_steps": None}
@@ -169,22 +174,23 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     """
     argv, notes = modernise(sys.argv[1:] if argv is None else list(argv))
     parser = _Parser(PARTS, allow_abbrev=False, description="Tune the routers of a Mixture-of-Depths model.")
-    parser.set_defaults(**RECIPE_DEFAULTS.get(_recipe_in(argv), {}))
+    parser.set_defaults(**recipe_defaults(*_given(argv, "recipe", "granularity")))
     namespace, unknown = parser.parse_known_args(argv)
     values = vars(namespace)
     for name in (*_PATHS, *_PATHS_OR_NAMES):
         values[name] = _absolute(values[name], name in _PATHS)
     problems = [*parser.found, *_unknown(unknown, values)]
-    model, routing, data = (
-        part(**{f.name: values.pop(f.name) for f in dataclasses.fields(part) if f.init}) for part in PARTS[:3]
-    )
-    for part in (model, routing, data):
+    parts = [part(**{f.name: values.pop(f.name) for f in dataclasses.fields(part) if f.init}) for part in PARTS[:-1]]
+    for part in parts:
         problems += part.problems()
+    model, routing, budget, data = parts
     if routing.recipe not in RECIPES:
         problems.append(f"--recipe {routing.recipe} is none of {', '.join(sorted(RECIPES))}")
+    elif routing.recipe != "budget" and (given := not_default(vars(budget))):
+        problems += [f"--{name} is a setting of --recipe budget" for name in given]
     _set_precision(model, routing, values, notes)
     typed = {f.name: values[f.name] for f in dataclasses.fields(TuningArguments) if f.init}
-    wrong_numbers = out_of_range({**typed, **vars(routing), **vars(data)})
+    wrong_numbers = out_of_range({**typed, **vars(routing), **vars(budget), **vars(data)})
     problems += wrong_numbers
     if not wrong_numbers:
         try:
@@ -195,7 +201,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
             problems.append(str(error))
     if problems:
         raise UserError("; ".join(problems))
-    return Command(model, routing, data, training, typed, notes)
+    return Command(model, routing, budget, data, training, typed, notes)
 
 
 def _absolute(place: str | None, is_path: bool) -> str | None:
@@ -206,10 +212,13 @@ def _absolute(place: str | None, is_path: bool) -> str | None:
     return str(path.absolute()) if is_path or path.exists() or place.startswith((".", "~")) else place
 
 
-def _recipe_in(argv: list[str]) -> str | None:
+def _given(argv: list[str], *names: str) -> list[str | None]:
+    """Values of some arguments, before the others' defaults are known."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--recipe")
-    return peek.parse_known_args(argv)[0].recipe
+    for name in names:
+        peek.add_argument(f"--{name}")
+    found = peek.parse_known_args(argv)[0]
+    return [getattr(found, name) for name in names]
 
 
 def modernise(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -19,10 +19,10 @@ WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.pt"
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that train, by name (those of the wrapped model where an engine wraps)."""
+def learnt(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a run adds to its base, all that trains and the skip paths, by name in the wrapped model."""
     named = ((name.removeprefix("module."), parameter) for name, parameter in model.named_parameters())
-    return {name: parameter for name, parameter in named if parameter.requires_grad}
+    return {name: parameter for name, parameter in named if parameter.requires_grad or "mod_skip" in name}
 
 
 def full_tensor(value: Tensor) -> Tensor:
@@ -40,14 +40,14 @@ def full_tensor(value: Tensor) -> Tensor:
 
 
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All that trains, whole, on the CPU. Collective: every rank calls."""
-    return {name: full_tensor(parameter).contiguous() for name, parameter in trainable(model).items()}
+    """What a run learns, whole, on the CPU. Collective: every rank calls."""
+    return {name: full_tensor(parameter).contiguous() for name, parameter in learnt(model).items()}
 
 
 def gather_optimizer(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     """Moments by parameter name, and the settings of the groups. Collective: every rank calls."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    names = {id(parameter): name for name, parameter in trainable(model).items()}
+    names = {id(parameter): name for name, parameter in learnt(model).items()}
     state = {}
     for group in inner.param_groups:
         for parameter in group["params"]:
@@ -60,22 +60,27 @@ def gather_optimizer(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Inverse of :func:`gather_weights`; every rank reads the file and keeps its own part."""
+def load_weights(model: nn.Module, file: Path, among: str = "") -> None:
+    """Inverse of :func:`gather_weights`; every rank reads the file and keeps its own part.
+
+    Args:
+        among: load only weights with this in their names.
+    """
     saved = load_file(file)
-    parameters = trainable(model)
+    parameters = learnt(model)
     if set(saved) != set(parameters):
         odd = sorted(set(saved) ^ set(parameters))
         raise ValueError(f"{file} holds other parameters than those that train: {', '.join(odd[:4])}")
     for name, parameter in parameters.items():
-        parameter.copy_(_like(saved[name], parameter))
+        if among in name:
+            parameter.copy_(_like(saved[name], parameter))
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
     """Inverse of :func:`gather_optimizer`."""
     saved = torch.load(file, map_location="cpu", weights_only=True)
     inner = getattr(optimizer, "optimizer", optimizer)
-    names = {id(parameter): name for name, parameter in trainable(model).items()}
+    names = {id(parameter): name for name, parameter in learnt(model).items()}
     for group, values in zip(inner.param_groups, saved["groups"], strict=True):
         group.update(values)
         for parameter in group["params"]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.tuning.arguments import TuningArguments
+from router_tuning.tuning.calibration import drawn_rows
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.preparation import Preparation
@@ -25,6 +26,7 @@ class TuningJob:
         base_fingerprint: what tells the base from others, for ``router_config.json``; read before an engine cuts the
             weights.
         resume: the checkpoint to continue, complete and checked.
+        skip_explained: share of each module's variance that its skip path explained where it was fitted.
     """
 
     preparation: Preparation
@@ -34,6 +36,7 @@ class TuningJob:
     base_fingerprint: dict[str, Any]
     interruption: Interruption
     resume: Path | None = None
+    skip_explained: dict[str, float] = field(default_factory=dict)
 
     @property
     def command(self) -> Command:
@@ -49,6 +52,10 @@ class TuningJob:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with the template that the run renders conversations in."""
         return self.preparation.tokenizer
+
+    def rows(self, tokens: int) -> list[dict[str, list[int]]]:
+        """Rows of the training data, drawn until they hold so many tokens."""
+        return drawn_rows(self.data, self.training.seed, tokens)
 
     @property
     def output(self) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from router_tuning.errors import UserError
 from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, read_router_weights
 from router_tuning.tuning import checkpoints
-from router_tuning.tuning.arguments import NEUTRAL, ORIGINS, TuningArguments
+from router_tuning.tuning.arguments import RoutingArguments, TuningArguments, layers_text
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer, template_kind
@@ -46,8 +46,29 @@ class Preparation:
             training.output_dir = str(default_folder(command))
         self.output = Path(training.output_dir)
         check_folder(self.output, training.resume_from_checkpoint is not None, training.overwrite_output_dir)
+        if (
+            (plugin := training.deepspeed_plugin)
+            and plugin.zero_stage == 3
+            and (told := _needs_whole(command.routing))
+        ):
+            raise UserError(f"{told} needs whole weights on every process: use ZeRO stage 2 or lower")
+        self._adopt_layers()
         self.raw: RawData = check_file(data.path, data.max_train_samples)
-        steps_of(training, self.raw.rows)
+        self.steps = steps_of(training, self.raw.rows)
+        if self.steps < 1 and (command.routing.recipe != "budget" or command.routing.trains != "routers"):
+            raise UserError(f"--num_train_epochs {training.num_train_epochs:g}: the run has no step")
+
+    def _adopt_layers(self) -> None:
+        """In place of ``--mod_layers auto`` the layers that were chosen: of the checkpoint, or the start routers."""
+        routing = self.command.routing
+        if routing.mod_layers != "auto":
+            return
+        folder, _ = checkpoints.chosen(self.command.training.resume_from_checkpoint, self.output)
+        if folder is not None:
+            routing.mod_layers = checkpoints.settings_of(folder).get("mod_layers", "auto")
+        elif routing.router_dir:
+            layers = read_router_config(routing.router_dir)["mod_layers"]
+            routing.mod_layers = layers_text(layers if isinstance(layers, dict) else {"": layers})
 
     def check_checkpoint(self) -> None:
         """UserError if the checkpoint to continue belongs to another run, as far as one process can tell."""
@@ -64,7 +85,11 @@ class Preparation:
         routers, plugin = self.command.routing.router_dir, self.command.training.deepspeed_plugin
         start = routers and hashlib.sha256(Path(routers, WEIGHTS_NAME).read_bytes()).hexdigest()[:16]
         world = self.command.training.world_size
-        given = {name: value for name, value in self.command.given().items() if name not in NEUTRAL | ORIGINS}
+        given = {
+            name: value
+            for name, value in self.command.given().items()
+            if name not in checkpoints.NEUTRAL | checkpoints.ORIGINS
+        }
         return given | {
             "base": fingerprint(self.base),
             "tokenizer": tokenizer_hash(self.tokenizer)[:16],
@@ -77,9 +102,9 @@ class Preparation:
         """What makes it unlikely that a run on so many rows learns anything, one line each."""
         training, routing = self.command.training, self.command.routing
         searched = routing.recipe == "budget" and set(routing.config().parts.values()) == {"sequence"}
-        if searched or routing.recipe == "fisher":
-            return []  # nothing is trained by steps
         steps = steps_of(training, rows)
+        if searched or not steps:
+            return []  # nothing is trained by steps
         found = []
         if not learns_at(training, steps):
             found.append(
@@ -106,10 +131,16 @@ class Preparation:
         return data
 
 
+def _needs_whole(routing: RoutingArguments) -> str | None:
+    """The argument that needs weights which no engine has cut up, or None."""
+    if routing.recipe != "paper":
+        return f"--recipe {routing.recipe}"
+    if routing.mod_layers == "auto":
+        return "--mod_layers auto"
+    return None if routing.skip == "zero" else f"--skip {routing.skip}"
+
+
 def steps_of(training: TuningArguments, rows: int) -> int:
-    """Optimizer steps of a run on so many rows; UserError if there is none."""
+    """Optimizer steps of a run on so many rows; UserError for rows that do not fill one."""
     per_epoch = StepOrder([0] * rows, training.global_batch_size, training.seed).steps
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
-    if steps < 1:
-        raise UserError(f"--num_train_epochs {training.num_train_epochs:g}: the run has no step")
-    return steps
+    return training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)

@@ -51,6 +51,8 @@ def default_folder(command: Command) -> Path:
         knobs.insert(0, routing.recipe)
     if routing.trains != "routers":
         knobs.append(f"lora{routing.lora_r}" if routing.trains == "lora" else "full")
+    if routing.skip != "zero":
+        knobs.append(routing.skip + (str(routing.skip_rank) if routing.skip == "low_rank" else ""))
     if routing.router_pooling != "sequence":
         knobs.append(routing.router_pooling)
     if routing.kv_policy != "keep":

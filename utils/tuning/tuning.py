@@ -11,22 +11,25 @@ from typing import Any
 import torch.distributed as dist
 import transformers
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from router_tuning.errors import UserError
 from router_tuning.files import publish, write_json, write_text
-from router_tuning.model import save_routers
+from router_tuning.model import load_routers, route, save_routers
 from router_tuning.provenance import provenance
 from router_tuning.tuning import checkpoints
-from router_tuning.tuning.batching import StepOrder
+from router_tuning.tuning.batching import Collator, StepOrder
+from router_tuning.tuning.calibration import drawn_rows, inputs_of
 from router_tuning.tuning.engines import running
 from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.job import TunedRun, TuningJob
+from router_tuning.tuning.placement import CHOICE_TOKENS, PATH_TOKENS, choose, fit_paths
 from router_tuning.tuning.preparation import Preparation
 from router_tuning.tuning.recipes import load_recipe
 from router_tuning.tuning.routing_statistics import CAPACITY
 from router_tuning.tuning.run_folder import TEMPLATE, clear_folder, write_results
-from router_tuning.tuning.tuning_data import tokenizer_hash
-from router_tuning.tuning.tuning_model import identify, load_model
+from router_tuning.tuning.tuning_data import TrainingData, tokenizer_hash
+from router_tuning.tuning.tuning_model import identify, load_base, mark_trainable, routing_of
 
 logger = logging.getLogger(__name__)
 _TOLERANCE = 0.05  # a reached capacity further than this from its target is worth a warning
@@ -52,11 +55,17 @@ def run_tuning(preparation: Preparation, interruption: Interruption) -> TunedRun
     with training.main_process_first(desc="encoding the data"):
         data = preparation.encode()
     transformers.set_seed(training.seed)
-    model = load_model(preparation.base, command.model, command.routing, preparation.config)
+    model = load_base(preparation.base, command.model, preparation.config)
+    try:
+        explained = add_routing(model, preparation, data, resumed=resume is not None)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model = mark_trainable(model, command.routing)
+    settings = preparation.settings()
     model.config.pad_token_id = preparation.tokenizer.pad_token_id
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
-    job = TuningJob(preparation, model, data, settings, identify(model), interruption, resume)
+    job = TuningJob(preparation, model, data, settings, identify(model), interruption, resume, explained)
     describe(job)
     doubts = preparation.doubts(len(data.rows))
     for doubt in doubts:
@@ -108,6 +117,28 @@ def choose_checkpoint(resume: str | None, output: Path, settings: dict[str, Any]
         checkpoints.check_settings(folder, settings)
         logger.info(f"continuing from {folder.name}")
     return folder
+
+
+def add_routing(
+    model: PreTrainedModel, preparation: Preparation, data: TrainingData, resumed: bool
+) -> dict[str, float]:
+    """Choose what is routed, route it, fit what skipped tokens get; what the fitted paths explain, by router.
+
+    Where a run is resumed, or starts from saved routers, layers and paths are theirs. Every rank computes the same.
+    """
+    routing, training = preparation.command.routing, preparation.command.training
+    collator = Collator(preparation.tokenizer)
+    model.to(training.device)
+    if routing.mod_layers == "auto":
+        rows = drawn_rows(data, training.seed, CHOICE_TOKENS)
+        choose(model, routing, inputs_of(rows, collator, size=4, tokens=1024), training.seed)
+    config = routing_of(preparation.config, routing)
+    route(model, **{name: value for name, value in vars(config).items() if value is not None})
+    if routing.router_dir:
+        load_routers(model, routing.router_dir)
+    elif routing.skip != "zero" and not resumed:
+        return fit_paths(model, inputs_of(drawn_rows(data, training.seed, PATH_TOKENS), collator))
+    return {}
 
 
 def describe(job: TuningJob) -> None:
@@ -192,6 +223,7 @@ def record_of(job: TuningJob, tuned: TunedRun) -> dict[str, Any]:
         "world_size": job.training.world_size,
         "engine": running(tuned.trainer.accelerator),
         "steps": tuned.trainer.state.global_step,
+        "skip_explained": job.skip_explained,
         "target_capacity": job.command.routing.target_capacity,
         "reached_capacity": tuned.measured.get(CAPACITY),
         "capacity_by_router": {k: v for k, v in tuned.measured.items() if k.startswith(f"{CAPACITY}_layer")},

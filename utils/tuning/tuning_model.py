@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from router_tuning.errors import UserError
-from router_tuning.model import ModConfig, load_routers, route
+from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import select_layers
 from router_tuning.model.saving import base_fingerprint
 from router_tuning.tuning.arguments import ROOT, ModelArguments, RoutingArguments
+from router_tuning.tuning.placement import candidates
 
 _PROBED = 1 << 20  # bytes read at either end of a weight file for its fingerprint
 
@@ -80,25 +81,31 @@ def dense_config(folder: Path, arguments: ModelArguments) -> PretrainedConfig:
 
 
 def routing_of(config: PretrainedConfig, routing: RoutingArguments) -> ModConfig:
-    """The routing of this run on this base: ``mod_n`` defaults to half of the layers. UserError if it does not fit."""
-    layers = config.get_text_config().num_hidden_layers
+    """The routing of this run on this base: ``mod_n`` defaults to half of the layers, ``auto`` stands for all.
+
+    UserError if it does not fit.
+    """
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    if routing.skip == "low_rank" and routing.skip_rank > text.hidden_size:
+        raise UserError(f"--skip_rank {routing.skip_rank} must be at most the base's hidden size, {text.hidden_size}")
     if routing.mod_n is None and routing.mod_layers is None:
         routing.mod_n = layers // 2
     if routing.mod_layers is None and not 1 <= routing.mod_n < layers:
         raise UserError(f"--mod_n {routing.mod_n} must lie in 1…{layers - 1}: the base has {layers} layers")
     try:
         config = routing.config()
-        if routing.mod_layers is not None:
+        if routing.mod_layers == "auto":
+            config.mod_layers = candidates(config, layers)
+        elif routing.mod_layers is not None:
             config.mod_layers = select_layers(layers, None, config.mod_layers, config.parts)
         return config
     except ValueError as error:
         raise UserError(f"--{error}") from None
 
 
-def load_model(
-    folder: Path, arguments: ModelArguments, routing: RoutingArguments, config: PretrainedConfig
-) -> PreTrainedModel:
-    """The base, routed, with what trains marked. UserError for a base that cannot be loaded or routed so."""
+def load_base(folder: Path, arguments: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
+    """The dense base, frozen. UserError for one that cannot be loaded."""
     options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype), "config": config, "use_safetensors": True}
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
@@ -108,14 +115,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=arguments.trust_remote_code, **options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from None
-    chosen = {name: value for name, value in vars(routing_of(config, routing)).items() if value is not None}
-    try:
-        route(model, **chosen)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if routing.router_dir:
-        load_routers(model, routing.router_dir)
-    return mark_trainable(model, routing)
+    return model.requires_grad_(False)
 
 
 def mark_trainable(model: PreTrainedModel, routing: RoutingArguments) -> PreTrainedModel:
@@ -134,11 +134,14 @@ def mark_trainable(model: PreTrainedModel, routing: RoutingArguments) -> PreTrai
             task_type="CAUSAL_LM",
         )
         try:
-            return get_peft_model(model, lora)
+            model = get_peft_model(model, lora)
         except ValueError as error:
             raise UserError(f"--lora_target_modules {targets}: {' '.join(str(error).split())}") from None
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(routing.trains == "full" or "mod_router" in name)
+        if "mod_skip" in name:
+            parameter.requires_grad_(routing.train_skip or routing.trains == "full")
+        elif routing.trains != "lora":
+            parameter.requires_grad_(routing.trains == "full" or "mod_router" in name)
     return model
 
 

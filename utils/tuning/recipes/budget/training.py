@@ -2,17 +2,14 @@
 
 Every micro-batch draws a budget. A pass without a graph in which everything runs gives two things: the thresholds,
 as a quantile of its logits, and what the dense model predicts, which the routed model is to keep predicting. The
-gradient of the scores is centred by a price on capacity: without it, it says above all "run more", which thresholds
-undo and which hides the ranking.
+gradient of the scores is centred by a multiplier on capacity: without it, it says above all "run more", which
+thresholds undo and which hides the ranking.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,84 +22,49 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from router_tuning.model import RoutingLog, capacity_penalty, record_routing, routed_modules
+from router_tuning.model.recording import Record
+from router_tuning.model.routing import run_decoder
 from router_tuning.tuning.customized_trainer import RouterTrainer
+from router_tuning.tuning.recipes.budget.settings import BudgetArguments
+from router_tuning.tuning.recipes.budget.thresholds import routers_that_train, share_threshold
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """How token-level routers are trained; :func:`training_with` replaces it for an experiment.
+class CapacityMultiplier(TrainerCallback, ExportableState):
+    """What a unit of mean capacity costs in the loss: follows the mean benefit that the gradient finds in one.
 
-    Attributes:
-        budgets: lowest and highest that a micro-batch draws. Above them almost any ranking keeps the dense model's
-            answers. even: drawn evenly, else evenly on a logarithmic scale.
-        price_rate: how fast the price follows the benefit of capacity.
-        whiten: how far to train in coordinates in which what routers see has unit covariance
-            (:mod:`whitening`): 0 not at all, 1 entirely.
+    Args:
+        value: to start from. rate: share of the way to the benefit that a step goes.
     """
 
-    budgets: tuple[float, float] = (0.05, 0.75)
-    even: bool = True
-    price_rate: float = 0.3
-    whiten: float = 0.5
-
-    def draw(self) -> float:
-        """A budget, from torch's generator."""
-        (low, high), share = self.budgets, float(torch.rand(()))
-        if self.even:
-            return low + (high - low) * share
-        return low * math.exp(share * math.log(high / low))
-
-
-_settings = TrainSettings()
-
-
-def current_settings() -> TrainSettings:
-    """Those that hold here."""
-    return _settings
-
-
-@contextmanager
-def training_with(settings: TrainSettings) -> Iterator[None]:
-    """Train with other settings inside the block."""
-    global _settings
-    before, _settings = _settings, settings
-    try:
-        yield
-    finally:
-        _settings = before
-
-
-class Price(TrainerCallback, ExportableState):
-    """What a unit of mean capacity costs in the loss: follows the mean benefit that the gradient finds in one."""
-
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float, rate: float) -> None:
         self.value: Tensor | float = value
-        self.excess: Tensor | float = 0.0  # benefit of a unit of capacity less its price, summed over a step
+        self.rate = rate
+        self.excess: Tensor | float = 0.0  # benefit of a unit of capacity less its cost, summed over a step
 
-    def watch(self, log: RoutingLog, scale: float = 1.0) -> None:
-        """Collect the mean benefit in the backward pass of what ``log`` recorded; ``scale``: of the gradient."""
-        for record in (record for records in log.records.values() for record in records):
+    def watch(self, log: RoutingLog) -> None:
+        """Collect the mean benefit in the backward pass of what ``log`` recorded."""
+        for record in _records(log):
             if record.logits is not None and record.logits.requires_grad:
                 score = torch.sigmoid(record.logits.detach())
-                slope = (score * (1 - score)).mean() * scale
+                slope = (score * (1 - score)).mean()
                 record.logits.register_hook(lambda gradient, slope=slope: self._collect(gradient, slope))
 
     def _collect(self, gradient: Tensor, slope: Tensor) -> None:
         self.excess = self.excess - gradient.sum() / slope
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Move the price towards the benefit; the same on all processes."""
+        """Move towards the benefit; the same on all processes."""
         excess = torch.as_tensor(self.excess, dtype=torch.float32)
         if dist.is_available() and dist.is_initialized():
             excess = excess.to(args.device)
             dist.all_reduce(excess)
             excess = excess / dist.get_world_size()
-        self.value = (self.value + _settings.price_rate * excess).clamp(min=0)
+        self.value = (self.value + self.rate * excess).clamp(min=0)
         self.excess = 0.0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {"args": {"value": float(self.value)}, "attributes": {}}
+        return {"args": {"value": float(self.value), "rate": self.rate}, "attributes": {}}
 
 
 class BudgetTrainer(RouterTrainer):
@@ -112,13 +74,42 @@ class BudgetTrainer(RouterTrainer):
     set on each micro-batch by itself, so a run depends, a little, on how steps are cut into micro-batches.
 
     Args:
-        price: the price of capacity to start from. distil: whether only routers train.
+        recipe: its settings. weights: share of the routed operations by router, adding up to 1.
+        multiplier: the cost of capacity to start from. distil: whether nothing but routing trains.
+        norms: of what each router sees, with which ``learning_rate`` is the change of a logit per step at any width.
     """
 
-    def __init__(self, *args, price: float, distil: bool, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        recipe: BudgetArguments,
+        weights: Mapping[str, float],
+        multiplier: float,
+        distil: bool,
+        norms: Mapping[str, float],
+        **kwargs,
+    ) -> None:
         super().__init__(*args, gradient_scale=0.0, **kwargs)
-        self.price, self.distil = Price(price), distil
-        self.add_callback(self.price)
+        self.recipe, self.distil, self.norms = recipe, distil, norms
+        keys = {module.mod_key: name for name, module in routed_modules(self.model).items()}
+        self.weights = {key: weights[name] for key, name in keys.items()}
+        self.multiplier = CapacityMultiplier(multiplier, self.recipe.multiplier_rate)
+        self.add_callback(self.multiplier)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """A group per parameter with its rate: routers step by logits, skip paths by a share of their rms."""
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        routers, groups = routers_that_train(self.model), []
+        rates = {id(router.weight): self.args.learning_rate / self.norms[name] for name, router in routers.items()}
+        rates |= {id(getattr(router, "bias", None)): self.args.learning_rate for router in routers.values()}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                rate = rates.get(id(parameter), self.recipe.other_rate)
+                if "mod_skip" in name:
+                    rate = self.recipe.path_rate * max(float(parameter.detach().square().mean().sqrt()), 1e-4)
+                groups.append({"params": [parameter], "lr": rate})
+        self.optimizer = kind(groups, **options)
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -130,8 +121,8 @@ class BudgetTrainer(RouterTrainer):
         """The loss of a micro-batch at a budget drawn for it."""
         plain = {key: value for key, value in inputs.items() if key != "labels"}
         learnt = inputs["labels"][:, 1:] != -100
-        budget = _settings.draw()
-        dense = self._set_thresholds(model, plain, learnt, budget)
+        low, high = self.recipe.lowest_budget, self.recipe.highest_budget
+        dense = self._set_thresholds(model, plain, learnt, low + (high - low) * float(torch.rand(())))
         counted = num_items_in_batch is not None
         with record_routing(model) as log:
             if self.distil:
@@ -142,12 +133,11 @@ class BudgetTrainer(RouterTrainer):
                 task = task / tokens * (self.accelerator.num_processes if counted else 1)
             else:
                 task, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
-        self.price.watch(log)
-        steps = self.current_gradient_accumulation_steps
-        shares = [record.capacity().to(task.device) for records in log.records.values() for record in records]
-        added = self.price.value * torch.stack(shares).mean()
+        self.multiplier.watch(log)
+        steps, replicas = self.current_gradient_accumulation_steps, self.accelerator.num_processes
+        capacity = sum(self.weights[key] * r.capacity().to(task.device) for key, rs in log.records.items() for r in rs)
+        added = self.multiplier.value * capacity
         loss = task + (added / steps if counted else added)
-        replicas = self.accelerator.num_processes
         share = task.detach() / replicas if counted else task.detach() / (steps * replicas)
         self.statistics.add(log, share, capacity_penalty(model), inputs)
         return (loss, outputs) if return_outputs else loss
@@ -163,10 +153,8 @@ class BudgetTrainer(RouterTrainer):
         with record_routing(model) as log:
             logits = model(**plain, use_cache=False).logits
         model.train(training)
-        found = []
-        for record in (record for records in log.records.values() for record in records):
-            found.append((record.logits if record.real is None else record.logits[record.real]).flatten())
-        threshold = share_threshold(found, budget)
+        seen = [r.logits.flatten() if r.real is None else r.logits[r.real] for r in _records(log)]
+        threshold = share_threshold(seen, budget, [self.weights[key] for key in log.records])
         for module in modules:
             module.mod_logit = threshold
         return log_softmax(logits[:, :-1][learnt].float(), dim=-1) if self.distil else None
@@ -174,13 +162,28 @@ class BudgetTrainer(RouterTrainer):
     def _restore(self, folder: Path) -> None:
         super()._restore(folder)
         states = json.loads((folder / TRAINER_STATE_NAME).read_text())["stateful_callbacks"]
-        self.price.value = torch.tensor(states[Price.__name__]["args"]["value"], device=self.args.device)
+        value = states[CapacityMultiplier.__name__]["args"]["value"]
+        self.multiplier.value = torch.tensor(value, device=self.args.device)
 
 
-def share_threshold(logits: Sequence[Tensor], share: float) -> Tensor:
-    """The value that ``share`` of the logits reaches, routers weighing alike: 0-d, on the device (no host sync)."""
-    device = logits[0].device
-    values, order = torch.cat([part.to(device) for part in logits]).sort(descending=True)
-    weight = torch.cat([torch.full((len(p),), 1 / (len(p) * len(logits)), device=device) for p in logits])
-    above = (weight[order].double().cumsum(0) <= share).sum()
-    return values[above.clamp(min=1) - 1]
+def _records(log: RoutingLog) -> Iterator[Record]:
+    return (record for records in log.records.values() for record in records)
+
+
+@torch.no_grad()
+def input_norms(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Mean norm of what each router sees of the real tokens of ``batches`` while everything runs."""
+    found: dict[str, list[Tensor]] = {name: [] for name in routed_modules(model)}
+    handles = [
+        module.mod_router.register_forward_pre_hook(
+            lambda _, args, name=name: found[name].append(args[0].float().norm(dim=-1).mean())
+        )
+        for name, module in routed_modules(model).items()
+    ]
+    try:
+        for batch in batches:
+            run_decoder(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: float(torch.stack(norms).mean()) for name, norms in found.items()}

@@ -1,18 +1,16 @@
-"""``--recipe fisher``: damages are those of a slow reference, the regression finds what it is made for."""
+"""Routers in closed form: damages are those of a slow reference, the regression finds what it is made for."""
 
 from __future__ import annotations
 
 import pytest
-import tiny_tuning
 import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import random_skip_paths, routed_model
 from torch.nn.functional import log_softmax
 
-from router_tuning.errors import UserError
 from router_tuning.model import routed_modules
+from router_tuning.tuning.recipes.budget.closed_form import fit_router
 from router_tuning.tuning.recipes.budget.damage import fisher_damage
-from router_tuning.tuning.recipes.budget.fisher import fit_router
 
 
 def batches(count=2):
@@ -106,12 +104,3 @@ def test_regression_finds_what_damage_depends_on(told_apart):
         assert torch.corrcoef(torch.stack([predicted, truth]))[0, 1] > 0.97 and fit.slope > 0.9
     else:
         assert predicted.std() < 0.1
-
-
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [({"granularity": "attn_sequence"}, "per token"), ({"granularity": "attn_token", "lora": True}, "frozen base")],
-)
-def test_refuses_what_it_would_not_fit(parts, tmp_path, flags, told):
-    with pytest.raises(UserError, match=told):
-        tiny_tuning.tune(parts, tmp_path / "run", recipe="fisher", router_dir=None, **flags)

@@ -1,4 +1,4 @@
-"""The ``fisher`` recipe: token-level routers in closed form, from what skipping would do; no training step.
+"""Token-level routers in closed form, from what skipping would do; no training step.
 
 The damage of skipping a module (:mod:`damage`) is a square with a Gaussian in it, of which only the mean depends on
 the token: a gamma regression with a logarithmic link predicts it from what the router sees. For any budget the best
@@ -9,35 +9,20 @@ of the one and its threshold, but for a shift common to all, the logarithm of th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from router_tuning.errors import UserError
 from router_tuning.model import routed_modules
 from router_tuning.model.flops import saved_shares
-from router_tuning.tuning.batching import Collator
-from router_tuning.tuning.customized_trainer import RouterTrainer
-from router_tuning.tuning.job import TunedRun, TuningJob
 from router_tuning.tuning.recipes.budget.damage import fisher_damage
-from router_tuning.tuning.recipes.budget.recipe import (
-    drawn_rows,
-    in_batches,
-    measure,
-    rows_until,
-    trainer_options,
-)
+from router_tuning.tuning.recipes.budget.thresholds import share_threshold
 
-__all__ = ["measure", "tune"]
-
-TOKENS = 24_000
-"""That many tokens are labelled."""
-_ROWS = 4
-_BYTES = 2**31
-"""Routers whose inputs fit here together are labelled in one pass over the tokens."""
+_AT_ONCE = 2**31
+"""Bytes: routers whose inputs fit here together are labelled in one pass over the tokens."""
 _RIDGE = 5.0  # mean variances; less fits noise: at 1e-3 the divergence on held-out text was three times as large
 _HELD_OUT = 0.2
 _STEPS = (0.5,) * 20 + (0.25,) * 10
@@ -55,52 +40,39 @@ class RouterFit(NamedTuple):
     slope: float
 
 
-def tune(job: TuningJob) -> TunedRun:
-    """Fit the job's routers in place. Collective: every rank calls, and computes the same.
+def fit_routers(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], names: Sequence[str], seed: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Fit the token-level routers ``names`` in place.
 
-    Raises:
-        UserError: where not all routers decide per token on a module of their own, or more than routers trains.
+    Args:
+        batches: inputs of the model's forward; the first fifth of the tokens is held out to see what generalises.
+
+    Returns:
+        Threshold logits by router, at which half of the routed operations run and which one common shift moves to any
+        budget; and what skipping each module for all tokens would cost, in nats per token.
     """
-    _check(job)
-    model = job.model.to(job.training.device)
-    rows = rows_until(job, drawn_rows(job, len(job.data.rows)), TOKENS)
-    batches = in_batches(rows, Collator(job.tokenizer), _ROWS)
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(job.training.seed)).tolist()
-    batches = [batches[index] for index in order]  # rows of all lengths among those held out
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    modules, fits, damages = routed_modules(model), {}, {}
-    together = max(1, _BYTES // (tokens * model.config.hidden_size * model.dtype.itemsize))
-    for start in range(0, len(modules), together):
-        names = list(modules)[start : start + together]
-        for name, (hidden, damage) in fisher_damage(model, batches, names, job.training.seed).items():
+    fits, damages, scores = {}, {}, {}
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    together = max(1, _AT_ONCE // (tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize))
+    for start in range(0, len(names), together):
+        for name, (hidden, damage) in fisher_damage(model, batches, names[start : start + together], seed).items():
             fits[name] = fit_router(hidden.to(model.device), damage.to(model.device))
-            damages[name] = float(damage.mean())
-    logit = install_routers(model, fits)
-    trainer = RouterTrainer(**trainer_options(job), gradient_scale=job.command.routing.gradient_scale)
-    dial = {"capacity": [0.5], "logit": {name: [value] for name, value in logit.items()}}
-    return TunedRun(trainer=trainer, history=[], extra={"dial": dial, "damage": damages})
-
-
-def _check(job: TuningJob) -> None:
-    modules = routed_modules(job.model).values()
-    if any(module.mod_level == "sequence" or module.mod_part == "expert" for module in modules):
-        raise UserError(
-            "recipe 'fisher' fits routers that decide per token: --granularity attn_token, mlp_token, block_token"
-        )
-    if job.command.routing.trains != "routers":
-        raise UserError("recipe 'fisher' fits routers on a frozen base: leave out --lora, --router_only")
-    if any(hasattr(parameter, "ds_id") for parameter in job.model.parameters()):
-        raise UserError("recipe 'fisher' needs whole weights on every process: use ZeRO stage 2 or lower")
+            damages[name], scores[name] = float(damage.mean()), hidden.to(model.device).float() @ fits[name].weight
+    return _install(model, fits, scores), damages
 
 
 @torch.no_grad()
-def install_routers(model: PreTrainedModel, fits: Mapping[str, RouterFit]) -> dict[str, float]:
-    """Copy the fits into the routers of ``model``; threshold logits by router, which one shift moves to any budget.
+def _install(model: PreTrainedModel, fits: Mapping[str, RouterFit], scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """Copy the fits into the routers; threshold logits by router.
 
     Routers have no bias, so a fit's constant is part of its threshold, beside the logarithm of what skipping saves.
     """
     modules, saved = routed_modules(model), saved_shares(model)
-    logit = {name: math.log(saved[name] * len(saved) / sum(saved.values())) - fit.bias for name, fit in fits.items()}
+    logit = {name: math.log(saved[name]) - fit.bias for name, fit in fits.items()}
+    above = [scores[name] - logit[name] for name in fits]
+    middle = float(share_threshold(above, 0.5, [saved[name] for name in fits]))
+    logit = {name: value + middle for name, value in logit.items()}
     scale = min(1.0, _LIMIT / max(1.0, *(abs(value) for value in logit.values())))
     for name, fit in fits.items():
         modules[name].mod_router.weight.copy_(scale * fit.weight[None])

@@ -1,0 +1,27 @@
+"""What the recipe ``budget`` lets one set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class BudgetArguments:
+    """Settings of the recipe ``budget``. Its routers learn at ``learning_rate``: the change of a logit per step."""
+
+    lowest_budget: float = field(default=0.05, metadata={"help": "a micro-batch draws its budget between this"})
+    highest_budget: float = field(default=0.75, metadata={"help": "and this share of the routed operations"})
+    multiplier_rate: float = field(default=0.3, metadata={"help": "how fast the cost of capacity follows its benefit"})
+    path_rate: float = field(default=0.01, metadata={"help": "of skip paths that train: share of their rms per step"})
+    other_rate: float = field(default=1e-4, metadata={"help": "learning rate of adapters, or of the base"})
+    label_tokens: int = field(default=24_000, metadata={"help": "tokens that routers are fitted on in closed form"})
+    calibration_tokens: int = field(default=12_000, metadata={"help": "tokens that thresholds are calibrated on"})
+    search_inputs: int = field(default=2048, metadata={"help": "sequence level: rows that are run under many masks"})
+    search_masks: int = field(default=64, metadata={"help": "sequence level: most masks of a row"})
+
+    def problems(self) -> list[str]:
+        """What is wrong with these values, one line each."""
+        low, high = self.lowest_budget, self.highest_budget
+        if not 0 < low <= high < 1:
+            return [f"--lowest_budget {low} and --highest_budget {high} must lie in (0, 1), in this order"]
+        return []
