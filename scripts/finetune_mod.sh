@@ -4,6 +4,7 @@
 #   bash scripts/finetune_mod.sh
 #   NUM_PROCESSES=4 PORT=29501 bash scripts/finetune_mod.sh
 #   FOLDER_NAME=mistral-7b-mod MOD_N=16 TARGET_CAPACITY=0.5 bash scripts/finetune_mod.sh --dry_run
+#   RUN=configs/runs/budget.yaml MAX_TRAIN_SAMPLES=2000 bash scripts/finetune_mod.sh    # a file of settings
 #   RESUME=auto bash scripts/finetune_mod.sh                # go on where an interrupted run stopped
 #
 # Every knob is an environment variable; further arguments go to entrypoints/finetune/finetune_mod.py as they are.
@@ -36,6 +37,11 @@ KNOBS=(
   OUTPUT_DIR:output_dir                        # default: trained_models/<base>/<data>/<knobs>
   RESUME:resume_from_checkpoint                # auto, or a checkpoint folder; default: start again
 )
+RUN="${RUN:-}"                                  # YAML of settings (configs/runs); variables and arguments count more
+in_run() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" "${RUN:-/dev/null}"; }
+if [[ -z "${FOLDER_NAME:-}${MODEL_NAME_OR_PATH:-}" ]]; then
+  FOLDER_NAME="$(in_run folder_name)" MODEL_NAME_OR_PATH="$(in_run model_name_or_path)"
+fi
 FOLDER_NAME="${FOLDER_NAME:-tiny-llama-mod}"    # base under ckpt/
 MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"    # or any checkpoint folder or hub id
 # ---- where
@@ -91,7 +97,7 @@ choose_config() {
   elif ! base_fits; then
     name=deepspeed_zero3
   else
-    name=$([[ "${ROUTER_ONLY:-True}" =~ ^([Ff]alse|0|no)$ ]] && echo deepspeed_zero2 || echo ddp)
+    name=$([[ "${ROUTER_ONLY:-$(in_run router_only)}" =~ ^([Ff]alse|0|no)$ ]] && echo deepspeed_zero2 || echo ddp)
   fi
   echo "${ROOT}/configs/accelerate/${name}.yaml"
 }
@@ -116,11 +122,13 @@ elif [[ ! -f "${CONFIG_FILE}" && -f "${ROOT}/${CONFIG_FILE}" ]]; then
 fi
 [[ -f "${CONFIG_FILE}" ]] || fail "CONFIG_FILE=${CONFIG_FILE} does not exist; configs are in ${ROOT}/configs/accelerate"
 
+[[ -z "${RUN}" || -f "${RUN}" ]] || fail "RUN=${RUN} does not exist; runs are in ${ROOT}/configs/runs"
 if [[ -n "${MODEL_NAME_OR_PATH}" ]]; then
   arguments=(--model_name_or_path "${MODEL_NAME_OR_PATH}")
 else
   arguments=(--folder_name "${FOLDER_NAME}")
 fi
+[[ -z "${RUN}" ]] || arguments+=(--config "${RUN}")
 for knob in "${KNOBS[@]}"; do
   variable="${knob%%:*}"
   [[ -z "${!variable:-}" ]] || arguments+=("--${knob#*:}" "${!variable}")

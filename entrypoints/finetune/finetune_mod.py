@@ -19,7 +19,7 @@ from router_tuning.tuning.console import set_up_logs
 from router_tuning.tuning.dry_run import dry_run
 from router_tuning.tuning.engines import lost_contact
 from router_tuning.tuning.interruption import Interruption
-from router_tuning.tuning.preparation import Preparation
+from router_tuning.tuning.run import Run
 from router_tuning.tuning.tuning import run_tuning
 
 RANK = int(os.environ.get("RANK", 0))
@@ -37,12 +37,12 @@ def main() -> None:
     if command.training.dry_run:
         print(dry_run(command))
         return
-    preparation = Preparation(command)
+    run = Run(command, interruption)
     if command.training.check_inputs:
-        preparation.check_checkpoint()
+        run.check_checkpoint()
         return
     try:
-        tuned = run_tuning(preparation, interruption)
+        tuned = run_tuning(run)
     except RuntimeError as error:
         if not lost_contact(error):
             raise
@@ -55,7 +55,7 @@ def main() -> None:
         logger.info(f"interrupted after step {tuned.trainer.state.global_step}; continue with RESUME=auto")
         raise SystemExit(interruption.exit_code)
     if RANK == 0:
-        print(f"output: {preparation.output}")
+        print(f"output: {run.output}")
 
 
 def report_exit_code() -> None:

@@ -24,8 +24,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from router_tuning.tuning.command_line import parse_command
 from router_tuning.tuning.console import set_up_logs
-from router_tuning.tuning.interruption import Interruption
-from router_tuning.tuning.preparation import Preparation
+from router_tuning.tuning.run import Run
 from router_tuning.tuning.tuning import run_tuning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +48,7 @@ def run(config: str, arguments: list[str]) -> None:
     launched = environment_of(config)
     os.environ.update({k: v for k, v in launched.items() if k.startswith(("ACCELERATE_", "FSDP_"))})
     try:
-        run_tuning(Preparation(parse_command(arguments)), Interruption())
+        run_tuning(Run(parse_command(arguments)))
         dist.barrier()
     finally:
         os.environ.clear()

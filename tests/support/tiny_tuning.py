@@ -10,8 +10,7 @@ import tiny_checkpoint
 
 from router_tuning.tuning.command_line import Command, parse_command
 from router_tuning.tuning.interruption import Interruption
-from router_tuning.tuning.job import TunedRun
-from router_tuning.tuning.preparation import Preparation
+from router_tuning.tuning.run import Run, TunedRun
 from router_tuning.tuning.tuning import run_tuning
 
 WORDS = "red blue green one two three cat dog sun moon tree house up down left right".split()
@@ -72,7 +71,7 @@ def command(parts: dict[str, Path], output: Path, **overrides) -> Command:
 
 def tune(parts: dict[str, Path], output: Path, interruption: Interruption | None = None, **overrides) -> TunedRun:
     """Run it."""
-    return run_tuning(Preparation(command(parts, output, **overrides)), interruption or Interruption())
+    return run_tuning(Run(command(parts, output, **overrides), interruption))
 
 
 def history(output: Path) -> list[dict]:

@@ -15,8 +15,7 @@ from router_tuning.model import load_routers, record_routing
 from router_tuning.tuning.calibration import predicting_part_of, prompt_of
 from router_tuning.tuning.command_line import parse_command
 from router_tuning.tuning.encoding import render_prompt
-from router_tuning.tuning.interruption import Interruption
-from router_tuning.tuning.preparation import Preparation
+from router_tuning.tuning.run import Run
 from router_tuning.tuning.tuning import run_tuning
 
 TASKS = ("copy", "max", "count")
@@ -40,7 +39,7 @@ def tune(base, folder, *flags):
     argv = ["--model_name_or_path", base, "--train_file", base / "rows.jsonl", "--max_train_samples", 0, "--mod_n", 3]
     argv += ["--output_dir", folder, "--report_to", "none", "--save_strategy", "no", "--recipe", "budget"]
     argv += ["--global_batch_size", 20, *flags]
-    return run_tuning(Preparation(parse_command([str(part) for part in argv])), Interruption())
+    return run_tuning(Run(parse_command([str(part) for part in argv])))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, gr
     record = json.loads((folder / "run.json").read_text())
     assert abs(record["reached_capacity"] - 0.4) <= 0.03
     dial = json.loads((folder / "router_config.json").read_text())["dial"]
-    assert dial["capacity"][0] == 0 and dial["capacity"][-1] == 1
+    assert dial["capacity"][0] < 0.05 and dial["capacity"][-1] == 1  # first tokens always run where there is a path
     tokenizer = build_tokenizer(320, 20)
     prompts = [
         render_prompt({"messages": generate(t, n, "train").messages}, tokenizer) for n in range(40) for t in TASKS

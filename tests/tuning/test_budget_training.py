@@ -109,8 +109,7 @@ def test_fp16_is_refused(parts, tmp_path):
     with pytest.raises(UserError, match="fp16"):
         command = tiny_tuning.command(parts, tmp_path / "run", **SETTINGS)
         command.training.fp16 = True
-        from router_tuning.tuning.interruption import Interruption
-        from router_tuning.tuning.preparation import Preparation
+        from router_tuning.tuning.run import Run
         from router_tuning.tuning.tuning import run_tuning
 
-        run_tuning(Preparation(command), Interruption())
+        run_tuning(Run(command))

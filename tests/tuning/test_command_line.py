@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+import yaml
 
 from router_tuning.errors import UserError
 from router_tuning.tuning.command_line import modernise, parse_command
+from router_tuning.tuning.tuning_model import cpu_dtype
 
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = """--model_name_or_path ckpt/x --tokenizer_name ckpt/x --use_fast_tokenizer False --train_file d.jsonl
 --max_seq_length 2048 --per_device_train_batch_size 1 --gradient_accumulation_steps 64 --learning_rate 1e-5
 --lr_scheduler_type cosine --warmup_ratio 0.03 --weight_decay 0. --evaluation_strategy no --logging_steps 10
@@ -149,5 +155,74 @@ def test_a_frozen_base_needs_no_autocast_and_a_trained_one_does():
     assert (single.model.dtype, single.training.bf16) == ("float32", False)
 
 
+@pytest.mark.parametrize(
+    ("native", "size", "dtype"), [(True, 6e7, "bfloat16"), (True, 4e7, "float32"), (False, 6e7, "float32")]
+)
+def test_a_frozen_base_is_in_bfloat16_where_that_is_faster(monkeypatch, native, size, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert parse_command([]).model.dtype == "auto", "until the base is known"
+    assert cpu_dtype(int(size)) == dtype
+
+
 def test_secrets_are_not_recorded():
     assert "hf_secret" not in str(parse_command(["--token", "hf_secret"]).values())
+
+
+PLACES = ("model_name_or_path", "train_file")  # recorded as they read from everywhere
+RUNS = sorted((ROOT / "configs/runs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_run_of_the_repository_says_what_it_is_and_is_understood(path):
+    lines = path.read_text().splitlines()
+    told = [line.split(":")[0] for line in lines if line.startswith("# ") and not line.startswith("#  ")]
+    assert told == ["# Purpose", "# Cost", "# Launch"]
+    assert f"# Launch: RUN=configs/runs/{path.name} bash scripts/finetune_mod.sh" in lines
+    command = parse_command(["--config", str(path)])
+    asked = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name not in ("bf16", *PLACES)}
+    assert {name: command.values()[name] for name in asked} == asked
+
+
+def test_what_is_given_behind_a_file_counts_more(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "folder_name: a\nrecipe: budget\nseed: 3\nlabel_names: [x, y]\ntrain_file: d.jsonl\nnum_epochs: 2\n"
+    )
+    plain = parse_command(["--config", str(path)])
+    assert (plain.model.folder_name, plain.training.seed, plain.training.label_names) == ("a", 3, ["x", "y"])
+    assert plain.training.learning_rate == 0.05 and plain.training.num_train_epochs == 2, (
+        "the recipe's default, an old name"
+    )
+    given = [
+        "--model_name_or_path",
+        "org/b",
+        "--seed",
+        "4",
+        "--data_type",
+        "c",
+        f"--config={path}",
+        "--recipe",
+        "paper",
+    ]
+    command = parse_command(given)
+    assert (command.model.folder_name, command.model.base, command.training.seed) == (None, "org/b", 4)
+    assert (command.data.name, command.routing.recipe, command.training.learning_rate) == ("c", "paper", 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "cannot be read"),
+        ("a: [", "cannot be read"),
+        ("just words", "must hold lines"),
+        ("sede: 3", "unknown argument sede"),
+        ("mod_n: half", "--mod_n: "),
+    ],
+)
+def test_a_file_that_is_no_run_is_refused(tmp_path, text, told):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=told):
+        parse_command(["--config", str(path)])

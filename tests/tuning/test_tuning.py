@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from router_tuning.checkpoint.run_folder import base_of
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, route
-from router_tuning.tuning.preparation import Preparation
+from router_tuning.tuning.run import Run
 from router_tuning.tuning.run_folder import RESULTS, default_folder
 
 
@@ -90,21 +90,21 @@ def test_a_checkpoint_of_other_settings_is_refused(parts, finished, tmp_path, ch
         parts, tmp_path / "run", resume_from_checkpoint=finished / "checkpoint-3", check_inputs=True, **change
     )
     with pytest.raises(UserError, match="cannot be continued by this run"):  # also before several are launched
-        Preparation(resumed).check_checkpoint()
+        Run(resumed).check_checkpoint()
 
 
 def test_what_changes_nothing_that_is_learnt_may_change(parts, finished, tmp_path):
     moved = shutil.copytree(parts["base"], tmp_path / "moved")
     resume = {"resume_from_checkpoint": finished / "checkpoint-3", "logging_steps": 2, "save_total_limit": 1}
     command = tiny_tuning.command({**parts, "base": moved}, tmp_path / "run", **resume, dataloader_num_workers=1)
-    Preparation(command).check_checkpoint()
+    Run(command).check_checkpoint()
 
 
 @pytest.mark.parametrize(
     ("fault", "raised"), [(ValueError("all scores are alike"), UserError), (MemoryError, MemoryError)]
 )
 def test_what_was_trained_is_saved_before_it_is_measured(parts, tmp_path, monkeypatch, fault, raised):
-    def fails(job, tuned):
+    def fails(run, tuned):
         raise fault
 
     monkeypatch.setattr("router_tuning.tuning.recipes.paper.measure", fails)
@@ -154,7 +154,7 @@ def test_nothing_is_written_when_the_input_is_wrong(parts, tmp_path):
     ]
     for change in wrong:
         with pytest.raises(UserError) as caught:
-            Preparation(tiny_tuning.command(parts, run, **change))
+            Run(tiny_tuning.command(parts, run, **change))
         assert "\n" not in str(caught.value)
     assert not run.exists()
 
@@ -162,12 +162,12 @@ def test_nothing_is_written_when_the_input_is_wrong(parts, tmp_path):
 def test_missing_weights_name_the_command_that_brings_them(parts, tmp_path):
     (tmp_path / "config.json").write_text((parts["base"] / "config.json").read_text())
     with pytest.raises(UserError, match=r"prepare_base.py --folder_name \S+ --source <hub id or local folder>"):
-        Preparation(tiny_tuning.command({**parts, "base": tmp_path}, tmp_path / "run"))
+        Run(tiny_tuning.command({**parts, "base": tmp_path}, tmp_path / "run"))
 
 
 def test_half_of_the_layers_by_default(parts, tmp_path):
-    preparation = Preparation(tiny_tuning.command(parts, tmp_path / "run", mod_layers=None, router_dir=None))
-    assert preparation.command.routing.mod_n == preparation.config.num_hidden_layers // 2
+    run_ = Run(tiny_tuning.command(parts, tmp_path / "run", mod_layers=None, router_dir=None))
+    assert run_.command.routing.mod_n == run_.config.num_hidden_layers // 2
 
 
 def test_the_default_folder_names_the_knobs(parts):
@@ -203,8 +203,8 @@ def test_a_missed_target_is_told_once(parts, tmp_path, caplog):
     ],
 )
 def test_a_run_that_can_hardly_learn_says_so(parts, tmp_path, change, doubts):
-    preparation = Preparation(tiny_tuning.command(parts, tmp_path / "run", **change))
-    found = preparation.doubts(tiny_tuning.ROWS)
+    run_ = Run(tiny_tuning.command(parts, tmp_path / "run", **change))
+    found = run_.doubts(tiny_tuning.ROWS)
     assert len(found) == len(doubts) and all(map(str.startswith, found, doubts)), found
 
 
@@ -212,7 +212,7 @@ def test_a_tokenizer_of_another_base_is_refused_before_the_base_is_loaded(parts,
     tokenizer = AutoTokenizer.from_pretrained(parts["base"])
     tokenizer.add_tokens(["red"])
     tokenizer.save_pretrained(tmp_path / "larger")
-    monkeypatch.setattr("router_tuning.tuning.tuning.load_model", None)
+    monkeypatch.setattr("router_tuning.tuning.run.load_base", None)
     size = len(tokenizer) - 1
     with pytest.raises(UserError, match=f"larger: its ids reach {size} in the data, .* vocab_size {size}: "):
         tiny_tuning.tune(parts, tmp_path / "run", tokenizer_name=tmp_path / "larger")
@@ -279,7 +279,7 @@ def test_skip_paths_are_fitted_before_training_saved_and_resumed(parts, tmp_path
     base = AutoModelForCausalLM.from_pretrained(parts["base"], dtype=torch.float32)
     assert torch.equal(logits(load_routers(base, tmp_path / "whole"), parts), logits(tuned.model.eval(), parts))
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
-    monkeypatch.setattr("router_tuning.tuning.tuning.fit_paths", None)
+    monkeypatch.setattr("router_tuning.tuning.run.fit_paths", None)
     tiny_tuning.tune(parts, tmp_path / "run", resume_from_checkpoint="auto", **settings)
     again = load_file(tmp_path / "run" / "router.safetensors")
     assert set(again) == set(saved) and all(torch.equal(again[name], value) for name, value in saved.items())
@@ -293,7 +293,7 @@ def test_layers_chosen_by_a_run_are_a_plain_list_in_all_it_leaves(parts, tmp_pat
     assert listed == "+".join(f"{part}:{','.join(map(str, layers[part]))}" for part in ("attn", "mlp"))
     assert sum(map(len, layers.values())) == 4 and 0 not in layers["mlp"]
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
-    monkeypatch.setattr("router_tuning.tuning.tuning.choose", None)
+    monkeypatch.setattr("router_tuning.tuning.run.choose", None)
     tiny_tuning.tune(parts, tmp_path / "run", resume_from_checkpoint="auto", **settings)
     further = {"router_dir": tmp_path / "whole", "max_steps": 1}
     tiny_tuning.tune(parts, tmp_path / "further", **{**settings, **further})

@@ -32,7 +32,7 @@ class ModelArguments:
     token: str | None = field(default=None, metadata={"help": "hub token, for gated bases"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run model code that comes with the base"})
     dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "of the base's weights; auto: bfloat16 on GPUs that have it"}
+        default="auto", metadata={"help": "of the base's weights; auto: bfloat16 where that is faster"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
     load_in_4bit: bool = field(

@@ -15,7 +15,7 @@ from router_tuning.files import scratch_folder
 from router_tuning.tuning.arguments import DEFAULTS
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 ORIGINS = frozenset(
     "folder_name model_name_or_path model_revision trust_remote_code tokenizer_name router_dir data_type train_file "
     "max_train_samples".split()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
@@ -139,12 +140,11 @@ def launch_command(values: Mapping[str, Any]) -> str:
     for name, value in not_default(values).items():
         if name in NEUTRAL:
             continue
-        listed = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else str(value)]
-        words = shlex.join(map(str, listed))
+        flag, *words = _words(name, value)
         if name in VARIABLES:
-            variables.append(f"{VARIABLES[name]}={words}")
+            variables.append(f"{VARIABLES[name]}={shlex.join(words)}")
         else:
-            flags.append(f"--{name} {words}")
+            flags.append(f"{flag} {shlex.join(words)}")
     return " ".join([*variables, "bash scripts/finetune_mod.sh", *flags])
 
 
@@ -172,7 +172,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     Raises:
         UserError: one line that names every unknown flag, every value of a wrong type or range, and every conflict.
     """
-    argv, notes = modernise(sys.argv[1:] if argv is None else list(argv))
+    argv, notes = modernise(with_config(sys.argv[1:] if argv is None else list(argv)))
     parser = _Parser(PARTS, allow_abbrev=False, description="Tune the routers of a Mixture-of-Depths model.")
     parser.set_defaults(**recipe_defaults(*_given(argv, "recipe", "granularity")))
     namespace, unknown = parser.parse_known_args(argv)
@@ -202,6 +202,41 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     if problems:
         raise UserError("; ".join(problems))
     return Command(model, routing, budget, data, training, typed, notes)
+
+
+_ONE_OF = (("folder_name", "model_name_or_path"), ("data_type", "train_file"))
+"""What is given behind a file takes the place of all of its kind in the file."""
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """``--config F`` replaced by the arguments of that YAML file, in front: what else is given counts more.
+
+    Raises:
+        UserError: for a file that cannot be read, is no mapping, or names an unknown argument.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--config", type=Path)
+    found, rest = peek.parse_known_args(argv)
+    if found.config is None:
+        return argv
+    try:
+        values = yaml.safe_load(found.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"--config {found.config} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {found.config} must hold lines of the form 'name: value'")
+    if odd := [str(name) for name in values if name not in DEFAULTS and name not in RENAMED]:
+        raise UserError(f"--config {found.config}: unknown argument {', '.join(odd)}")
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    for kind in _ONE_OF:
+        values = {name: value for name, value in values.items() if name not in kind or not given & set(kind)}
+    return [word for name, value in values.items() if value is not None for word in _words(name, value)] + rest
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """An argument as a command line gives it."""
+    listed = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+    return [f"--{name}", *map(str, listed)]
 
 
 def _absolute(place: str | None, is_path: bool) -> str | None:
@@ -271,7 +306,8 @@ def _set_precision(model: ModelArguments, routing: RoutingArguments, values: dic
     """Decide the dtype of the base, and whether autocast is needed.
 
     A frozen base simply lies in bfloat16 and routers in float32: nothing is left for autocast. A base that trains
-    keeps float32 weights, whose small updates bfloat16 would round away, and computes under autocast.
+    keeps float32 weights, whose small updates bfloat16 would round away, and computes under autocast. On a CPU it
+    depends on the base, so it stays open (``auto``) until that is known.
     """
     gpu = torch.cuda.is_available() and not values["use_cpu"]
     # A plan is one for GPUs, also where it is made on a laptop.
@@ -279,7 +315,8 @@ def _set_precision(model: ModelArguments, routing: RoutingArguments, values: dic
     half = values["bf16"] or model.dtype == "bfloat16" or (model.dtype == "auto" and fast)
     half = half and model.dtype != "float32" and not values["fp16"]
     values["bf16"] = (half and routing.trains == "full") or (values["bf16"] and model.dtype == "float32")
-    model.dtype = "bfloat16" if half and routing.trains != "full" else "float32"
+    if half or gpu or model.dtype != "auto" or routing.trains == "full" or values["fp16"]:
+        model.dtype = "bfloat16" if half and routing.trains != "full" else "float32"
     if values["bf16"] and not gpu:
         values["use_cpu"] = True
     if values["tf32"] and not is_torch_tf32_available():

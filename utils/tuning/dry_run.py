@@ -10,7 +10,7 @@ import torch
 from router_tuning.errors import UserError
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.memory import StepMemory, simulate_step
-from router_tuning.tuning.preparation import steps_of
+from router_tuning.tuning.run import steps_of
 from router_tuning.tuning.tuning_data import check_file
 from router_tuning.tuning.tuning_model import dense_config, locate_base, routing_of
 

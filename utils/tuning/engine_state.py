@@ -1,8 +1,8 @@
-"""What trains, read from and written to any engine: one process, DDP and FSDP2 share a format; DeepSpeed has its own.
+"""What a run learns, read from and written to any engine: DeepSpeed in its own format, all others in one.
 
-Under FSDP2 parameters and optimizer moments are DTensors: they are gathered one by one for the file and cut again on
-loading, so that a run may continue on another number of processes. ZeRO keeps its moments in flat partitions that only
-DeepSpeed reads back.
+Under FSDP2 parameters and optimizer moments are DTensors: they are gathered for the file and cut again on loading, so
+that a run may continue on another number of processes. ZeRO keeps its moments in flat partitions that only DeepSpeed
+reads back.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 WEIGHTS = "trainable.safetensors"
@@ -26,7 +31,7 @@ def learnt(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """The whole of a parameter or moment on the CPU, whatever holds it in shards. Collective where it is sharded."""
+    """The whole of a parameter on the CPU, whatever holds it in shards. Collective where it is sharded."""
     if hasattr(value, "ds_id"):
         import deepspeed
 
@@ -45,18 +50,9 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def gather_optimizer(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Moments by parameter name, and the settings of the groups. Collective: every rank calls."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    names = {id(parameter): name for name, parameter in learnt(model).items()}
-    state = {}
-    for group in inner.param_groups:
-        for parameter in group["params"]:
-            values = inner.state.get(parameter, {})
-            state[names[id(parameter)]] = {
-                key: full_tensor(value) if isinstance(value, Tensor) else value for key, value in values.items()
-            }
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in inner.param_groups]
-    return {"state": state, "groups": groups}
+    """Moments and settings by parameter name, on the first process. Collective: every rank calls."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(model, getattr(optimizer, "optimizer", optimizer), options=options)
 
 
 @torch.no_grad()
@@ -66,42 +62,22 @@ def load_weights(model: nn.Module, file: Path, among: str = "") -> None:
     Args:
         among: load only weights with this in their names.
     """
-    saved = load_file(file)
-    parameters = learnt(model)
+    saved, parameters = load_file(file), learnt(model)
     if set(saved) != set(parameters):
         odd = sorted(set(saved) ^ set(parameters))
         raise ValueError(f"{file} holds other parameters than those that train: {', '.join(odd[:4])}")
     for name, parameter in parameters.items():
-        if among in name:
-            parameter.copy_(_like(saved[name], parameter))
+        if among not in name:
+            continue
+        value = saved[name]
+        if isinstance(parameter, DTensor):
+            value = value.to(parameter.device_mesh.device_type)
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:
     """Inverse of :func:`gather_optimizer`."""
-    saved = torch.load(file, map_location="cpu", weights_only=True)
+    saved, options = torch.load(file, map_location="cpu", weights_only=True), StateDictOptions(full_state_dict=True)
     inner = getattr(optimizer, "optimizer", optimizer)
-    names = {id(parameter): name for name, parameter in learnt(model).items()}
-    for group, values in zip(inner.param_groups, saved["groups"], strict=True):
-        group.update(values)
-        for parameter in group["params"]:
-            # A step count is a scalar; fused kernels want it where the parameter is, the others on the CPU.
-            inner.state[parameter] = {
-                key: _like(value, parameter)
-                if isinstance(value, Tensor) and value.dim()
-                else _scalar(value, group, parameter)
-                for key, value in saved["state"][names[id(parameter)]].items()
-            }
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        local = value.to(parameter.device_mesh.device_type)
-        cut = distribute_tensor(local, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        return cut if cut.device == parameter.device else cut.to(parameter.device)
-    return value.to(parameter.device)
-
-
-def _scalar(value: Any, group: dict[str, Any], parameter: Tensor) -> Any:
-    if isinstance(value, Tensor) and (group.get("fused") or group.get("capturable")):
-        return value.to(parameter.device)
-    return value
+    set_optimizer_state_dict(model, inner, optim_state_dict=saved, options=options)

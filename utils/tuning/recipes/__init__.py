@@ -1,6 +1,6 @@
 """Ways to tune routers. A recipe is a module, imported when it is asked for, of two functions.
 
-``tune(job) -> TunedRun`` trains; ``measure(job, tuned)`` calibrates and measures what has been saved by then.
+``tune(run) -> TunedRun`` trains; ``measure(run, tuned)`` calibrates and measures what has been saved by then.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from router_tuning.errors import UserError
 from router_tuning.model import routed_modules, set_thresholds
 from router_tuning.model.dial import calibrate, capacity_at, logits_at, router_logits
 from router_tuning.model.flops import saved_shares
-from router_tuning.tuning.batching import Collator, StepOrder
+from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.calibration import (
     drawn_rows,
     in_batches,
@@ -30,13 +30,13 @@ from router_tuning.tuning.calibration import (
 from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.engine_state import full_tensor
 from router_tuning.tuning.interruption import StopOnSignal
-from router_tuning.tuning.job import TunedRun, TuningJob
 from router_tuning.tuning.recipes.budget.closed_form import fit_routers
 from router_tuning.tuning.recipes.budget.policy import FitSettings, fit
 from router_tuning.tuning.recipes.budget.search import Explored, explore
 from router_tuning.tuning.recipes.budget.thresholds import biased, routers_that_train
 from router_tuning.tuning.recipes.budget.training import BudgetTrainer, input_norms
 from router_tuning.tuning.routing_statistics import CAPACITY, layer_key
+from router_tuning.tuning.run import Run, TunedRun
 
 FIT_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 INITIAL_WEIGHT = 1e-3
@@ -47,16 +47,16 @@ _LABELLED_AT_ONCE = 1024
 _NORM_TOKENS = 1000
 
 
-def tune(job: TuningJob) -> TunedRun:
-    """Train the job's routers in place. Collective: every rank calls.
+def tune(run: Run) -> TunedRun:
+    """Train the run's routers in place. Collective: every rank calls.
 
     Raises:
         UserError: at sequence level, for anything but routers on a frozen base.
     """
-    return _search_and_fit(job) if is_sequence_level(job.model) else _train(job)
+    return _search_and_fit(run) if is_sequence_level(run.model) else _train(run)
 
 
-def measure(job: TuningJob, tuned: TunedRun) -> None:
+def measure(run: Run, tuned: TunedRun) -> None:
     """Calibrate the dial and turn it to the requested capacity. Collective: every rank calls.
 
     Raises:
@@ -65,9 +65,9 @@ def measure(job: TuningJob, tuned: TunedRun) -> None:
     model = tuned.model
     training = model.training
     model.eval()
-    batches = inputs_to_calibrate_on(_calibration_rows(job), Collator(job.tokenizer), is_sequence_level(model))
+    batches = inputs_to_calibrate_on(_calibration_rows(run), run.collator, is_sequence_level(model))
     dial = calibrate(model, batches, start=tuned.extra.get("dial"))
-    logit = logits_at(dial, job.command.routing.target_capacity)
+    logit = logits_at(dial, run.routing.target_capacity)
     set_thresholds(
         model, {name: float(torch.sigmoid(torch.tensor(z, dtype=torch.double))) for name, z in logit.items()}
     )
@@ -85,25 +85,25 @@ def measure(job: TuningJob, tuned: TunedRun) -> None:
 # ---- sequence level
 
 
-def _search_and_fit(job: TuningJob) -> TunedRun:
-    if job.command.routing.trains != "routers":
+def _search_and_fit(run: Run) -> TunedRun:
+    if run.routing.trains != "routers":
         raise UserError(
             "recipe 'budget' at sequence level trains routers on a frozen base: leave out --lora, --router_only"
         )
-    model = job.model
-    generator = torch.Generator().manual_seed(job.training.seed)
-    rows = torch.randperm(len(job.data.rows), generator=generator)[: job.command.budget.search_inputs].tolist()
-    batches = in_batches([job.data.rows[row] for row in rows], Collator(job.tokenizer), _ROWS)
+    model = run.model
+    generator = torch.Generator().manual_seed(run.training.seed)
+    rows = torch.randperm(len(run.data.rows), generator=generator)[: run.command.budget.search_inputs].tolist()
+    batches = in_batches([run.data.rows[row] for row in rows], run.collator, _ROWS)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model.to(job.training.device)
-    explored = explore(model, batches[rank::world], job.command.budget.search_masks, seed=job.training.seed + rank)
+    model.to(run.training.device)
+    explored = explore(model, batches[rank::world], run.command.budget.search_masks, seed=run.training.seed + rank)
     if world > 1:
         explored = _gathered(explored, world)
-    policy = fit(explored, FIT_BUDGETS, FitSettings(seed=job.training.seed))
+    policy = fit(explored, FIT_BUDGETS, FitSettings(seed=run.training.seed))
     install_policy(model, policy.weight)
     names = list(routed_modules(model))
     dial = {"capacity": policy.budgets, "logit": dict(zip(names, policy.logit.tolist(), strict=True))}
-    trainer = RouterTrainer(**trainer_options(job), gradient_scale=job.command.routing.gradient_scale)
+    trainer = RouterTrainer(**trainer_options(run), gradient_scale=run.routing.gradient_scale)
     history = [{"step": 0, "inputs": len(rows), "masks": explored.masks.shape[1]}]
     return TunedRun(trainer=trainer, history=history, extra={"dial": dial})
 
@@ -126,71 +126,71 @@ def _gathered(explored: Explored, world: int) -> Explored:
 # ---- token level
 
 
-def _train(job: TuningJob) -> TunedRun:
-    training, routing = job.training, job.command.routing
+def _train(run: Run) -> TunedRun:
+    training, routing = run.training, run.routing
     if training.fp16:
         raise UserError("recipe 'budget' at token level reads gradients, which fp16 scales: use --bf16 or float32")
-    model, saved = job.model.to(training.device), saved_shares(job.model)
-    start, damages = _start(job)
+    model, saved = run.model.to(training.device), saved_shares(run.model)
+    start, damages = _start(run)
     with biased(model, {name: -logit for name, logit in start.items()}):
         trainer = BudgetTrainer(
-            **trainer_options(job),
-            recipe=job.command.budget,
+            **trainer_options(run),
+            recipe=run.command.budget,
             weights={name: share / sum(saved.values()) for name, share in saved.items()},
             multiplier=routing.gradient_scale,
             distil=routing.trains == "routers",
-            norms=input_norms(model, inputs_of(job.rows(_NORM_TOKENS), Collator(job.tokenizer))),
+            norms=input_norms(model, inputs_of(run.rows(_NORM_TOKENS), run.collator)),
         )
-        if job.preparation.steps:
-            trainer.train(resume_from_checkpoint=None if job.resume is None else str(job.resume))
+        if run.steps:
+            trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
         end = {n: -float(full_tensor(router.bias)) for n, router in routers_that_train(model).items() if n in start}
-    stopped = job.interruption.signal is not None
-    dial = {"capacity": [0.5], "logit": dict.fromkeys(saved, 0.0) | end}
+    stopped = run.interruption.signal is not None
+    dial = {"capacity": [0.5], "logit": {name: [end.get(name, 0.0)] for name in saved}}
     return TunedRun(trainer, trainer.state.log_history, interrupted=stopped, extra={"dial": dial, "damage": damages})
 
 
-def _start(job: TuningJob) -> tuple[dict[str, float], dict[str, float]]:
+def _start(run: Run) -> tuple[dict[str, float], dict[str, float]]:
     """Routers to start from, in place: closed form, saved ones, or for single experts noise, since ties teach nothing.
 
     Returns:
         Threshold logits by router and, of closed form, the damage of skipping each module.
     """
-    modules = {name: m for name, m in routed_modules(job.model).items() if m.mod_part != "expert"}
-    if job.command.routing.router_dir or job.resume:
+    modules = {name: m for name, m in routed_modules(run.model).items() if m.mod_part != "expert"}
+    if run.routing.router_dir or run.resume:
         return {name: _finite(module.mod_logit) for name, module in modules.items()}, {}
-    generator = torch.Generator().manual_seed(job.training.seed)
-    for name, module in routed_modules(job.model).items():
+    generator = torch.Generator().manual_seed(run.training.seed)
+    for name, module in routed_modules(run.model).items():
         if name not in modules:
             weight = module.mod_router.weight.data
             weight.copy_(INITIAL_WEIGHT * torch.randn(weight.shape, generator=generator))
     if not modules:
         return {}, {}
-    batches = inputs_of(job.rows(job.command.budget.label_tokens), Collator(job.tokenizer), _ROWS, _LABELLED_AT_ONCE)
+    batches = inputs_of(run.rows(run.command.budget.label_tokens), run.collator, _ROWS, _LABELLED_AT_ONCE)
     order = torch.randperm(len(batches), generator=generator).tolist()  # rows of all lengths among those held out
-    return fit_routers(job.model, [batches[index] for index in order], list(modules), job.training.seed)
+    return fit_routers(run.model, [batches[index] for index in order], list(modules), run.training.seed)
 
 
 def _finite(logit: float) -> float:
     return min(max(logit, -30.0), 30.0)
 
 
-def trainer_options(job: TuningJob) -> dict[str, Any]:
+def trainer_options(run: Run) -> dict[str, Any]:
     """What a trainer of any kind is made with."""
-    training = job.training
+    training = run.training
     return {
-        "model": job.model,
+        "model": run.model,
         "args": training,
-        "train_dataset": job.data.rows,
-        "data_collator": Collator(job.tokenizer),
-        "callbacks": [StopOnSignal(job.interruption)],
-        "target_capacity": job.command.routing.target_capacity,
+        "train_dataset": run.data.rows,
+        "data_collator": run.collator,
+        "callbacks": [StopOnSignal(run.interruption)],
+        "target_capacity": run.routing.target_capacity,
         "order": StepOrder(
-            job.data.lengths, training.global_batch_size, training.seed, job.command.data.length_grouping
+            run.data.lengths, training.global_batch_size, training.seed, run.command.data.length_grouping
         ),
-        "settings": job.settings,
+        "settings": run.settings,
     }
 
 
-def _calibration_rows(job: TuningJob) -> list[dict[str, list[int]]]:
-    wanted = job.command.budget.calibration_tokens * (2 if is_sequence_level(job.model) else 1)
-    return drawn_rows(job.data, job.training.seed, wanted, other=True)
+def _calibration_rows(run: Run) -> list[dict[str, list[int]]]:
+    wanted = run.command.budget.calibration_tokens * (2 if is_sequence_level(run.model) else 1)
+    return drawn_rows(run.data, run.training.seed, wanted, other=True)

@@ -1,0 +1,242 @@
+"""A tuning run: what can be checked before weights are loaded, and then the routed base with its encoded data."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from router_tuning.errors import UserError
+from router_tuning.model import load_routers, route
+from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, read_router_weights
+from router_tuning.tuning import checkpoints
+from router_tuning.tuning.arguments import RoutingArguments, TuningArguments, layers_text
+from router_tuning.tuning.batching import Collator, StepOrder
+from router_tuning.tuning.calibration import Row, drawn_rows, inputs_of
+from router_tuning.tuning.command_line import Command
+from router_tuning.tuning.encoding import load_tokenizer, template_kind
+from router_tuning.tuning.interruption import Interruption
+from router_tuning.tuning.placement import CHOICE_TOKENS, PATH_TOKENS, choose, fit_paths
+from router_tuning.tuning.rehearsal import learns_at
+from router_tuning.tuning.run_folder import check_folder, default_folder
+from router_tuning.tuning.tuning_data import RawData, TrainingData, check_file, encode_file, tokenizer_hash
+from router_tuning.tuning.tuning_model import (
+    count_parameters,
+    cpu_dtype,
+    dense_config,
+    fingerprint,
+    identify,
+    load_base,
+    locate_base,
+    mark_trainable,
+    routing_of,
+)
+
+_FEW_STEPS = 10
+
+
+class Run:
+    """A checked command with its base, tokenizer and data; after :meth:`load` what a recipe trains, too.
+
+    Attributes:
+        model: routed, and only what trains requires a gradient. data: encoded.
+        settings: what a run must share with a checkpoint to continue it.
+        base_fingerprint: for ``router_config.json``; read before an engine cuts the weights.
+        resume: the checkpoint to continue, complete and checked, or None.
+        skip_explained: share of each module's variance that its skip path explained where it was fitted.
+
+    Raises:
+        UserError: in the constructor, one line for what is wrong with base, routing, tokenizer, data or output folder.
+    """
+
+    model: PreTrainedModel
+    data: TrainingData
+    base_fingerprint: dict[str, Any]
+    resume: Path | None
+    skip_explained: dict[str, float]
+
+    def __init__(self, command: Command, interruption: Interruption | None = None) -> None:
+        self.command, self.training, self.routing = command, command.training, command.routing
+        self.interruption = interruption or Interruption()
+        model, data, training, routing = command.model, command.data, command.training, command.routing
+        self.base = locate_base(model)
+        self.config = dense_config(self.base, model)
+        if model.dtype == "auto":
+            model.dtype = cpu_dtype(count_parameters(self.base))
+        routing_of(self.config, routing)
+        if routing.router_dir:
+            read_router_config(routing.router_dir), read_router_weights(routing.router_dir)
+        self.tokenizer = load_tokenizer(model.tokenizer_name or self.base, data.chat_template, model.trust_remote_code)
+        self.tokenizer.padding_side = "right"
+        self.collator = Collator(self.tokenizer)
+        data.chat_template = template_kind(self.tokenizer)
+        positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(data.max_seq_length, positions or data.max_seq_length)
+        if training.output_dir in (None, "trainer_output"):
+            training.output_dir = str(default_folder(command))
+        self.output = Path(training.output_dir)
+        check_folder(self.output, training.resume_from_checkpoint is not None, training.overwrite_output_dir)
+        plugin, needs = training.deepspeed_plugin, _needs_whole(routing)
+        if needs and plugin and plugin.zero_stage == 3:
+            raise UserError(f"{needs} needs whole weights on every process: use ZeRO stage 2 or lower")
+        self._adopt_layers()
+        self.raw: RawData = check_file(data.path, data.max_train_samples)
+        self.steps = steps_of(training, self.raw.rows)
+        if self.steps < 1 and (routing.recipe != "budget" or routing.trains != "routers"):
+            raise UserError(f"--num_train_epochs {training.num_train_epochs:g}: the run has no step")
+
+    def _adopt_layers(self) -> None:
+        """In place of ``--mod_layers auto`` the layers that were chosen: of the checkpoint, or the start routers."""
+        if self.routing.mod_layers != "auto":
+            return
+        folder, _ = checkpoints.chosen(self.training.resume_from_checkpoint, self.output)
+        if folder is not None:
+            self.routing.mod_layers = checkpoints.settings_of(folder).get("mod_layers", "auto")
+        elif self.routing.router_dir:
+            layers = read_router_config(self.routing.router_dir)["mod_layers"]
+            self.routing.mod_layers = layers_text(layers if isinstance(layers, dict) else {"": layers})
+
+    def check_checkpoint(self) -> None:
+        """UserError if the checkpoint to continue belongs to another run, as far as one process can tell."""
+        folder, _ = checkpoints.chosen(self.training.resume_from_checkpoint, self.output)
+        if folder is not None:
+            checkpoints.check_settings(folder, self.settings, unknown=("deepspeed",))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run must share with a checkpoint to continue it to the same result.
+
+        Every argument that changes what is learnt and is not at its default (a new one is among them by itself), and
+        the content of what arguments point to.
+        """
+        aside = checkpoints.NEUTRAL | checkpoints.ORIGINS
+        given = {name: value for name, value in self.command.given().items() if name not in aside}
+        return given | self._content
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        routers, plugin = self.routing.router_dir, self.training.deepspeed_plugin
+        start = routers and hashlib.sha256(Path(routers, WEIGHTS_NAME).read_bytes()).hexdigest()[:16]
+        return {
+            "base": fingerprint(self.base),
+            "tokenizer": tokenizer_hash(self.tokenizer)[:16],
+            "data": f"{self.raw.rows} rows, sha256 {self.raw.sha256[:16]}",
+            "router_dir": start,
+            "deepspeed": plugin and f"ZeRO-{plugin.zero_stage} on {self.training.world_size} processes",
+        }
+
+    def doubts(self, rows: int) -> list[str]:
+        """What makes it unlikely that a run on so many rows learns anything, one line each."""
+        training, steps = self.training, steps_of(self.training, rows)
+        searched = self.routing.recipe == "budget" and set(self.routing.config().parts.values()) == {"sequence"}
+        if searched or not steps:
+            return []  # nothing is trained by steps
+        found = []
+        if not learns_at(training, steps):
+            found.append(
+                f"the learning rate is 0 at each of the {steps} steps (--learning_rate {training.learning_rate:g}, "
+                f"--warmup_steps {training.warmup_steps:g}): nothing is learnt"
+            )
+        if steps < _FEW_STEPS:
+            found.append(
+                f"{steps} steps are few to learn anything in: more rows (MAX_TRAIN_SAMPLES), more epochs (NUM_EPOCHS) "
+                "or a smaller GLOBAL_BATCH_SIZE give more"
+            )
+        return found
+
+    # ---- loading
+
+    def encode(self) -> None:
+        """Encode the data; UserError for rows, or padding, with ids that the base's embedding has not."""
+        data = encode_file(self.raw, self.tokenizer, self.max_length, self.command.data.preprocessing_num_workers)
+        largest, size = max(data.largest_id, self.tokenizer.pad_token_id), self.config.get_text_config().vocab_size
+        if largest >= size:
+            raise UserError(
+                f"--tokenizer_name {self.tokenizer.name_or_path}: its ids reach {largest} in the data, the base's "
+                f"embedding has vocab_size {size}: this tokenizer belongs to another base"
+            )
+        self.data = data
+
+    def load(self, resume: Path | None) -> None:
+        """Load the base, choose what is routed, route it, fit what skipped tokens get, and mark what trains.
+
+        Where a run is resumed, or starts from saved routers, layers and paths are theirs. Ranks compute the same.
+
+        Raises:
+            UserError: for a base that cannot be loaded or routed so.
+        """
+        self.resume, routing = resume, self.routing
+        model = load_base(self.base, self.command.model, self.config)
+        try:
+            self.skip_explained = self._add_routing(model)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.model = mark_trainable(model, routing)
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.base_fingerprint = identify(self.model)
+
+    def _add_routing(self, model: PreTrainedModel) -> dict[str, float]:
+        routing = self.routing
+        if routing.mod_layers == "auto" or routing.skip != "zero":
+            model.to(self.training.device)
+        if routing.mod_layers == "auto":
+            batches = inputs_of(self.rows(CHOICE_TOKENS), self.collator, size=4, tokens=1024)
+            choose(model, routing, batches, self.training.seed)
+        config = routing_of(self.config, routing)
+        route(model, **{name: value for name, value in vars(config).items() if value is not None})
+        if routing.router_dir:
+            load_routers(model, routing.router_dir)
+        elif routing.skip != "zero" and self.resume is None:
+            return fit_paths(model, inputs_of(self.rows(PATH_TOKENS), self.collator))
+        return {}
+
+    def rows(self, tokens: int, other: bool = False) -> list[Row]:
+        """Rows of the training data, see :func:`~router_tuning.tuning.calibration.drawn_rows`."""
+        return drawn_rows(self.data, self.training.seed, tokens, other)
+
+
+@dataclass
+class TunedRun:
+    """Outcome of a recipe: of its ``tune(run)``, completed by its ``measure(run, tuned)`` once that is saved.
+
+    Attributes:
+        trainer: gives the trained weights (``gather_trained``), collective.
+        history: one dict per log line, with ``step``, losses and ``capacity*``.
+        measured: capacities of the final routers, as :meth:`RouterTrainer.measure_capacity` gives them.
+        interrupted: a signal ended it; the checkpoint is there, results are not.
+        extra: entries for ``router_config.json`` (calibration).
+        weights: all that was learnt, whole, by name.
+    """
+
+    trainer: Any
+    history: list[dict[str, Any]]
+    measured: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The trained model, out of its engine's wrapper."""
+        return self.trainer.accelerator.unwrap_model(self.trainer.model, keep_fp32_wrapper=False)
+
+
+def _needs_whole(routing: RoutingArguments) -> str | None:
+    """The argument that needs weights which no engine has cut up, or None."""
+    if routing.recipe != "paper":
+        return f"--recipe {routing.recipe}"
+    if routing.mod_layers == "auto":
+        return "--mod_layers auto"
+    return None if routing.skip == "zero" else f"--skip {routing.skip}"
+
+
+def steps_of(training: TuningArguments, rows: int) -> int:
+    """Optimizer steps of a run on so many rows; UserError for rows that do not fill one."""
+    per_epoch = StepOrder([0] * rows, training.global_batch_size, training.seed).steps
+    return training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
