@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from router_tuning.embedded.base_training import build_tokenizer
 from router_tuning.embedded.sample_tasks import generate
 from router_tuning.errors import UserError
-from router_tuning.model import load_routers, record_routing
+from router_tuning.model import force_routing, load_routers, record_routing
 from router_tuning.tuning.calibration import predicting_part_of, prompt_of
 from router_tuning.tuning.command_line import parse_command
-from router_tuning.tuning.encoding import render_prompt
+from router_tuning.tuning.encoding import encode_row, render_prompt
 from router_tuning.tuning.run import Run
 from router_tuning.tuning.tuning import run_tuning
 
@@ -67,25 +68,27 @@ def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, gr
         assert abs(log.capacity()["total"] - (capacity or 0.4)) <= slack
 
 
-def test_training_brings_routers_closer_to_the_dense_model(base, tmp_path):
-    """On rows that none has seen; attention is worth far more than MLPs here, as closed form finds at once."""
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_routers_know_better_than_chance_what_to_skip(base, tmp_path, epochs):
+    """On answers that none has seen; attention is worth far more than MLPs here, as closed form finds at once."""
+    flags = ("--granularity", "attn_token+mlp_token", "--target_capacity", 0.4, "--num_train_epochs", epochs)
+    tune(base, tmp_path / "run", *flags)
     dense, tokenizer = LlamaForCausalLM.from_pretrained(base).eval(), build_tokenizer(320, 20)
-    prompts = [
-        render_prompt({"messages": generate(t, n, "train").messages}, tokenizer) for n in range(40, 50) for t in TASKS
-    ]
-    apart = {}
-    for epochs in (0, 3):
-        flags = ("--granularity", "attn_token+mlp_token", "--target_capacity", 0.4, "--num_train_epochs", epochs)
-        tune(base, tmp_path / str(epochs), *flags)
-        model, found = load_routers(LlamaForCausalLM.from_pretrained(base).eval(), tmp_path / str(epochs)), []
-        for prompt in prompts:
-            inputs = tokenizer(prompt, return_tensors="pt")
-            with torch.no_grad():
-                ours, theirs = (m(**inputs, use_cache=False).logits.log_softmax(-1) for m in (model, dense))
-            found.append((theirs.exp() * (theirs - ours)).sum(-1).mean())
-        apart[epochs] = float(torch.stack(found).mean())
-    assert apart[3] < apart[0]
-    damage = json.loads((tmp_path / "0" / "router_config.json").read_text())["damage"]
+    model = load_routers(LlamaForCausalLM.from_pretrained(base).eval(), tmp_path / "run")
+    apart, generator = {"routers": 0.0, "chance": 0.0}, torch.Generator().manual_seed(0)
+
+    def chance(layer, part, shape, past):
+        return torch.rand(shape, generator=generator) < 0.4
+
+    for messages in (generate(task, number, "train").messages for number in range(40, 50) for task in TASKS):
+        row = encode_row({"messages": messages}, tokenizer)
+        ids, learnt = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:]) != -100
+        for name, under in {"routers": nullcontext(), "chance": force_routing(model, chance)}.items():
+            with torch.no_grad(), under:
+                ours, theirs = (m(ids, use_cache=False).logits[0, :-1][learnt].log_softmax(-1) for m in (model, dense))
+            apart[name] += float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert apart["routers"] < 0.5 * apart["chance"]
+    damage = json.loads((tmp_path / "run" / "router_config.json").read_text())["damage"]
     assert max(v for k, v in damage.items() if "mlp" in k) < min(v for k, v in damage.items() if "attn" in k)
 
 

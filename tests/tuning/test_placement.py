@@ -18,7 +18,8 @@ def test_importance_of_every_candidate_is_measured_on_a_model_that_is_dense_agai
         model.model.layers[2].self_attn.o_proj.weight.mul_(0.01)
     before = model(ids, attention_mask=mask).logits
     config = ModConfig(mod_n=1, granularity=granularity, skip="low_rank", skip_rank=2)
-    found = importance(model, config, [{"input_ids": ids, "attention_mask": mask}])
+    labels = ids.masked_fill(mask == 0, -100)
+    found = importance(model, config, [{"input_ids": ids, "attention_mask": mask, "labels": labels}])
     assert not is_routed(model) and torch.equal(model(ids, attention_mask=mask).logits, before)
     attention, others = ("0.attn 1.attn 2.attn 3.attn 4.attn", "1.{0} 2.{0} 3.{0} 4.{0}")
     names = others.format("block") if "block" in granularity else f"{attention} {others.format('mlp')}"

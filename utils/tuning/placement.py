@@ -42,7 +42,7 @@ def importance(
 
     Args:
         model: dense. config: parts and skip path; its layers do not matter.
-        batches: ``input_ids`` and ``attention_mask``, right-padded.
+        batches: ``input_ids``, ``attention_mask`` and ``labels``, right-padded.
 
     Returns:
         By ``"<layer>.<part>"`` an estimate of the divergence from the dense model, in nats per token

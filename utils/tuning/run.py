@@ -18,7 +18,7 @@ from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, read_ro
 from router_tuning.tuning import checkpoints
 from router_tuning.tuning.arguments import RoutingArguments, TuningArguments, layers_text
 from router_tuning.tuning.batching import Collator, StepOrder
-from router_tuning.tuning.calibration import Row, drawn_rows, inputs_of
+from router_tuning.tuning.calibration import Row, drawn_rows, in_batches, inputs_of
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer, template_kind
 from router_tuning.tuning.interruption import Interruption
@@ -186,7 +186,7 @@ class Run:
         if routing.mod_layers == "auto" or routing.skip != "zero":
             model.to(self.training.device)
         if routing.mod_layers == "auto":
-            batches = inputs_of(self.rows(CHOICE_TOKENS), self.collator, size=4, tokens=1024)
+            batches = in_batches(self.rows(CHOICE_TOKENS), self.collator, size=8, tokens=1024)
             choose(model, routing, batches, self.training.seed)
         config = routing_of(self.config, routing)
         route(model, **{name: value for name, value in vars(config).items() if value is not None})

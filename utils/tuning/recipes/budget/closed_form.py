@@ -46,7 +46,7 @@ def fit_routers(
     """Fit the token-level routers ``names`` in place.
 
     Args:
-        batches: inputs of the model's forward; the first fifth of the tokens is held out to see what generalises.
+        batches: inputs of the model's forward with ``labels``; on the first fifth it is seen what generalises.
 
     Returns:
         Threshold logits by router, at which half of the routed operations run and which one common shift moves to any

@@ -165,7 +165,7 @@ def _start(run: Run) -> tuple[dict[str, float], dict[str, float]]:
             weight.copy_(INITIAL_WEIGHT * torch.randn(weight.shape, generator=generator))
     if not modules:
         return {}, {}
-    batches = inputs_of(run.rows(run.command.budget.label_tokens), run.collator, _ROWS, _LABELLED_AT_ONCE)
+    batches = in_batches(run.rows(run.command.budget.label_tokens), run.collator, _ROWS, _LABELLED_AT_ONCE)
     order = torch.randperm(len(batches), generator=generator).tolist()  # rows of all lengths among those held out
     return fit_routers(run.model, [batches[index] for index in order], list(modules), run.training.seed)
 
