@@ -25,9 +25,9 @@ OPTIMIZER = "optimizer.pt"
 
 
 def learnt(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a run adds to its base, all that trains and the skip paths, by name in the wrapped model."""
+    """What a run adds to its base, all that trains and all of the routing, by name in the wrapped model."""
     named = ((name.removeprefix("module."), parameter) for name, parameter in model.named_parameters())
-    return {name: parameter for name, parameter in named if parameter.requires_grad or "mod_skip" in name}
+    return {name: parameter for name, parameter in named if parameter.requires_grad or "mod_" in name}
 
 
 def full_tensor(value: Tensor) -> Tensor:

@@ -19,9 +19,11 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "budget": {
         "router_pooling": "prompt",
         "skip": "low_rank",
-        "learning_rate": 0.05,
+        "train_skip": True,
+        "adam_beta2": 0.99,
+        "learning_rate": 6e-3,
         "gradient_scale": 0.1,
-        "global_batch_size": 32,
+        "global_batch_size": 16,
         "num_train_epochs": 3.0,
     },
 }
@@ -31,7 +33,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
 def recipe_defaults(name: str | None, granularity: str | None) -> dict[str, Any]:
     """Where the defaults of a run differ from the published ones; single experts have no skip path."""
     defaults = RECIPE_DEFAULTS.get(name, {})
-    return {k: v for k, v in defaults.items() if k != "skip" or granularity != "expert_token"}
+    return {k: v for k, v in defaults.items() if "skip" not in k or granularity != "expert_token"}
 
 
 def load_recipe(name: str) -> ModuleType:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from router_tuning.model import routed_modules
@@ -23,7 +23,7 @@ from router_tuning.tuning.recipes.budget.thresholds import share_threshold
 
 _AT_ONCE = 2**31
 """Bytes: routers whose inputs fit here together are labelled in one pass over the tokens."""
-_RIDGE = 5.0  # mean variances; less fits noise: at 1e-3 the divergence on held-out text was three times as large
+RIDGE = 5.0  # mean variances; less fits noise: at 1e-3 the divergence on held-out text was three times as large
 _HELD_OUT = 0.2
 _STEPS = (0.5,) * 20 + (0.25,) * 10
 _CLIP = 40.0  # times what is expected: single damages are heavy-tailed
@@ -73,9 +73,18 @@ def _install(model: PreTrainedModel, fits: Mapping[str, RouterFit], scores: Mapp
     above = [scores[name] - logit[name] for name in fits]
     middle = float(share_threshold(above, 0.5, [saved[name] for name in fits]))
     logit = {name: value + middle for name, value in logit.items()}
-    scale = min(1.0, _LIMIT / max(1.0, *(abs(value) for value in logit.values())))
     for name, fit in fits.items():
-        modules[name].mod_router.weight.copy_(scale * fit.weight[None])
+        modules[name].mod_router.weight.copy_(fit.weight[None])
+    return logit
+
+
+@torch.no_grad()
+def within_limits(model: nn.Module, logit: Mapping[str, float]) -> dict[str, float]:
+    """Scale routers and their threshold logits alike until σ has room for all of these; they decide as before."""
+    modules = routed_modules(model)
+    scale = min(1.0, _LIMIT / max(1.0, *(abs(value) for value in logit.values())))
+    for name in logit:
+        modules[name].mod_router.weight.mul_(scale)
     return {name: scale * value for name, value in logit.items()}
 
 
@@ -91,7 +100,7 @@ def fit_router(hidden: Tensor, damage: Tensor) -> RouterFit:
     damage = damage.clamp(max=_CAP)
     unseen, x = hidden[:held].float() - centre, hidden[held:].float() - centre
     curvature = x.T @ x / len(x)
-    curvature.diagonal().add_(_RIDGE * curvature.diagonal().mean())
+    curvature.diagonal().add_(RIDGE * curvature.diagonal().mean())
     factor = torch.linalg.cholesky(curvature)
     weight, bias = torch.zeros_like(centre), damage[held:].mean().clamp(min=1e-12).log()
     for rate in _STEPS:

@@ -30,9 +30,11 @@ from router_tuning.tuning.calibration import (
 from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.engine_state import full_tensor
 from router_tuning.tuning.interruption import StopOnSignal
-from router_tuning.tuning.recipes.budget.closed_form import fit_routers
+from router_tuning.tuning.recipes.budget.closed_form import fit_routers, within_limits
+from router_tuning.tuning.recipes.budget.gates import inputs_seen
 from router_tuning.tuning.recipes.budget.policy import FitSettings, fit
-from router_tuning.tuning.recipes.budget.search import Explored, explore
+from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
+from router_tuning.tuning.recipes.budget.search import Explored, explore, joined
 from router_tuning.tuning.recipes.budget.thresholds import biased, routers_that_train
 from router_tuning.tuning.recipes.budget.training import BudgetTrainer, input_norms
 from router_tuning.tuning.routing_statistics import CAPACITY, layer_key
@@ -116,37 +118,60 @@ def install_policy(model, weight: Tensor) -> None:
 
 
 def _gathered(explored: Explored, world: int) -> Explored:
-    from router_tuning.tuning.recipes.budget.search import _joined
-
     parts: list[Any] = [None] * world
     dist.all_gather_object(parts, explored)
-    return _joined(parts)
+    return joined(parts)
 
 
 # ---- token level
 
 
 def _train(run: Run) -> TunedRun:
-    training, routing = run.training, run.routing
-    if training.fp16:
-        raise UserError("recipe 'budget' at token level reads gradients, which fp16 scales: use --bf16 or float32")
-    model, saved = run.model.to(training.device), saved_shares(run.model)
+    training = run.training
+    if training.fp16 or training.activation_checkpointing:
+        raise UserError("recipe 'budget' at token level reads gradients: leave out fp16 and activation checkpointing")
+    model, parts = run.model.to(training.device), run.routing.config().parts
     start, damages = _start(run)
+    train = _by_regression if run.routing.trains == "routers" and "expert" not in parts else _straight_through
+    trainer, end = train(run, start) if run.steps else (RouterTrainer(**trainer_options(run), gradient_scale=0), start)
+    stopped = run.interruption.signal is not None
+    logit = dict.fromkeys(routed_modules(model), 0.0) | (within_limits(model, end) if end else {})
+    dial = {"capacity": [0.5], "logit": {name: [value] for name, value in logit.items()}}
+    return TunedRun(trainer, trainer.state.log_history, interrupted=stopped, extra={"dial": dial, "damage": damages})
+
+
+def _by_regression(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, dict[str, float]]:
+    """Routers of a frozen base. The optimizer has skip paths alone, routers take steps of their own."""
+    for module in routed_modules(run.model).values():
+        module.mod_router.weight.requires_grad_(False)
+    if run.training.world_size > 1 and not any(parameter.requires_grad for parameter in run.model.parameters()):
+        raise UserError("recipe 'budget' on several processes trains paths, too: --skip low_rank --train_skip true")
+    trainer = RegressionTrainer(
+        **trainer_options(run),
+        recipe=run.command.budget,
+        saved=saved_shares(run.model),
+        inputs=inputs_seen(run.model, inputs_of(run.rows(run.command.budget.label_tokens), run.collator)),
+        bias={name: -logit for name, logit in start.items()},
+    )
+    trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
+    return trainer, {name: -bias for name, bias in trainer.policy.bias.items()}
+
+
+def _straight_through(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, dict[str, float]]:
+    """Routers of single experts, or beside adapters or a base that trains."""
+    model, saved = run.model, saved_shares(run.model)
     with biased(model, {name: -logit for name, logit in start.items()}):
         trainer = BudgetTrainer(
             **trainer_options(run),
             recipe=run.command.budget,
             weights={name: share / sum(saved.values()) for name, share in saved.items()},
-            multiplier=routing.gradient_scale,
-            distil=routing.trains == "routers",
+            multiplier=run.routing.gradient_scale,
+            distil=run.routing.trains == "routers",
             norms=input_norms(model, inputs_of(run.rows(_NORM_TOKENS), run.collator)),
         )
-        if run.steps:
-            trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
+        trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
         end = {n: -float(full_tensor(router.bias)) for n, router in routers_that_train(model).items() if n in start}
-    stopped = run.interruption.signal is not None
-    dial = {"capacity": [0.5], "logit": {name: [end.get(name, 0.0)] for name in saved}}
-    return TunedRun(trainer, trainer.state.log_history, interrupted=stopped, extra={"dial": dial, "damage": damages})
+    return trainer, end
 
 
 def _start(run: Run) -> tuple[dict[str, float], dict[str, float]]:

@@ -106,7 +106,7 @@ def explore(
         if number == 0:
             _check(model, batch, part)
         parts.append(part)
-    return _joined(parts)
+    return joined(parts)
 
 
 class _Walk:
@@ -219,7 +219,7 @@ def _check(model: PreTrainedModel, batch: Batch, part: Explored) -> None:
         raise UserError(f"{name} cannot be run layer by layer (its likelihoods differ): use recipe 'paper' on it")
 
 
-def _joined(parts: list[Explored]) -> Explored:
+def joined(parts: list[Explored]) -> Explored:
     shared = parts[0].masks.shape[0] == 1 and parts[0].proposal.abs().max() == 0
     return Explored(
         features=[torch.cat([p.features[r] for p in parts]) for r in range(len(parts[0].features))],

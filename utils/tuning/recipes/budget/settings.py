@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class BudgetArguments:
-    """Settings of the recipe ``budget``. Its routers learn at ``learning_rate``: the change of a logit per step."""
+    """Settings of the recipe ``budget``, whose ``learning_rate`` is that of skip paths: share of a matrix's rms."""
 
-    lowest_budget: float = field(default=0.05, metadata={"help": "a micro-batch draws its budget between this"})
-    highest_budget: float = field(default=0.75, metadata={"help": "and this share of the routed operations"})
-    multiplier_rate: float = field(default=0.3, metadata={"help": "how fast the cost of capacity follows its benefit"})
-    path_rate: float = field(default=0.01, metadata={"help": "of skip paths that train: share of their rms per step"})
+    lowest_budget: float = field(default=0.5, metadata={"help": "training draws budgets between this"})
+    highest_budget: float = field(default=0.95, metadata={"help": "and this share of the routed operations"})
+    multiplier_rate: float = field(default=0.3, metadata={"help": "straight-through: pace of capacity's cost"})
+    router_rate: float = field(default=0.05, metadata={"help": "straight-through: change of a logit per step"})
     other_rate: float = field(default=1e-4, metadata={"help": "learning rate of adapters, or of the base"})
     label_tokens: int = field(default=24_000, metadata={"help": "tokens that routers are fitted on in closed form"})
     calibration_tokens: int = field(default=12_000, metadata={"help": "tokens that thresholds are calibrated on"})

@@ -76,7 +76,7 @@ class BudgetTrainer(RouterTrainer):
     Args:
         recipe: its settings. weights: share of the routed operations by router, adding up to 1.
         multiplier: the cost of capacity to start from. distil: whether nothing but routing trains.
-        norms: of what each router sees, with which ``learning_rate`` is the change of a logit per step at any width.
+        norms: of what each router sees, with which ``router_rate`` is the change of a logit per step at any width.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class BudgetTrainer(RouterTrainer):
         """A group per parameter with its rate: routers step by logits, skip paths by a share of their rms."""
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         routers, groups = routers_that_train(self.model), []
-        rates = {id(router.weight): self.args.learning_rate / self.norms[name] for name, router in routers.items()}
-        rates |= {id(getattr(router, "bias", None)): self.args.learning_rate for router in routers.values()}
+        rates = {id(router.weight): self.recipe.router_rate / self.norms[name] for name, router in routers.items()}
+        rates |= {id(getattr(router, "bias", None)): self.recipe.router_rate for router in routers.values()}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 rate = rates.get(id(parameter), self.recipe.other_rate)
                 if "mod_skip" in name:
-                    rate = self.recipe.path_rate * max(float(parameter.detach().square().mean().sqrt()), 1e-4)
+                    rate = self.args.learning_rate * max(float(parameter.detach().square().mean().sqrt()), 1e-4)
                 groups.append({"params": [parameter], "lr": rate})
         self.optimizer = kind(groups, **options)
         return self.optimizer
