@@ -26,8 +26,9 @@ OPTIMIZER = "optimizer.pt"
 
 def learnt(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a run adds to its base, all that trains and all of the routing, by name in the wrapped model."""
-    named = ((name.removeprefix("module."), parameter) for name, parameter in model.named_parameters())
-    return {name: parameter for name, parameter in named if parameter.requires_grad or "mod_" in name}
+    named = {name.removeprefix("module."): parameter for name, parameter in model.named_parameters()}
+    routing = {name for name in named if "mod_" in name and "original_module" not in name}
+    return {name: parameter for name, parameter in named.items() if parameter.requires_grad or name in routing}
 
 
 def full_tensor(value: Tensor) -> Tensor:

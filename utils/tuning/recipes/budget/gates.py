@@ -82,20 +82,22 @@ def gates(modules: Mapping[str, Any], bias: Mapping[str, float], threshold: Tens
 
 
 @torch.no_grad()
-def inputs_seen(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Seen]:
-    """Moments of what routers see of the real tokens of ``batches`` while everything runs."""
+def inputs_seen(
+    model: nn.Module, batches: Sequence[Mapping[str, Tensor]], bias: Mapping[str, float]
+) -> tuple[dict[str, Seen], Tensor]:
+    """What routers see of the real tokens of ``batches`` while everything runs, and their scores ``[R, n]``."""
     modules = routed_modules(model)
-    sums: dict[str, list[Tensor]] = {}
-    count = 0
-    with gates(modules, dict.fromkeys(modules, 0.0), None) as found:
+    sums, scores, count = {}, [], 0
+    with gates(modules, bias, None) as found:
         for batch in batches:
             run_decoder(model, batch)
             count += int(found.decided.sum())
+            scores.append(found.scores()[:, found.decided].cpu())
             for name, hidden in zip(modules, found.hidden(), strict=True):
                 seen = hidden[found.decided].float()
                 new = [seen.sum(0), seen.T @ seen]
                 sums[name] = new if name not in sums else [a + b for a, b in zip(sums[name], new, strict=True)]
-    return {name: _seen(first / count, second / count) for name, (first, second) in sums.items()}
+    return {n: _seen(first / count, second / count) for n, (first, second) in sums.items()}, torch.cat(scores, 1)
 
 
 def _seen(mean: Tensor, square: Tensor) -> Seen:

@@ -146,12 +146,16 @@ def _by_regression(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, di
         module.mod_router.weight.requires_grad_(False)
     if run.training.world_size > 1 and not any(parameter.requires_grad for parameter in run.model.parameters()):
         raise UserError("recipe 'budget' on several processes trains paths, too: --skip low_rank --train_skip true")
+    bias = {name: -logit for name, logit in start.items()}
+    batches = inputs_to_calibrate_on(run.rows(run.command.budget.label_tokens), run.collator, sequence=False)
+    inputs, scores = inputs_seen(run.model, batches, bias)
     trainer = RegressionTrainer(
         **trainer_options(run),
         recipe=run.command.budget,
         saved=saved_shares(run.model),
-        inputs=inputs_seen(run.model, inputs_of(run.rows(run.command.budget.label_tokens), run.collator)),
-        bias={name: -logit for name, logit in start.items()},
+        inputs=inputs,
+        bias=bias,
+        scores=scores,
     )
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
     return trainer, {name: -bias for name, bias in trainer.policy.bias.items()}

@@ -40,27 +40,26 @@ class Policy(TrainerCallback, ExportableState):
     """Biases of the routers and what holds their budgets, common to all processes, kept in checkpoints.
 
     Attributes:
-        bias: by router. curve: the threshold of each budget of ``grid``; none before the first batch.
+        bias: by router. curve: the threshold of each budget of ``grid``.
         ratio: ``[bins, 2]``, running sums of damage and of what scores predict, by budget. seen: tokens learnt from.
     """
 
     def __init__(self, bias: Mapping[str, float], lowest: float) -> None:
         self.bias, self.lowest = dict(bias), lowest
         self.grid = torch.linspace(max(0.02, lowest - 0.2), 0.99, 50)
-        self.curve: Tensor | None = None
+        self.curve: Tensor
         self.ratio = torch.full((_BINS, 2), 1e-9, dtype=torch.float64)
         self.seen = 0.0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        curve = None if self.curve is None else self.curve.tolist()
-        kept = {"bias": self.bias, "curve": curve, "ratio": self.ratio.tolist(), "seen": self.seen}
+        kept = {"bias": self.bias, "curve": self.curve.tolist(), "ratio": self.ratio.tolist(), "seen": self.seen}
         return {"args": {"bias": self.bias, "lowest": self.lowest}, "attributes": kept}
 
     def load(self, attributes: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state`."""
         self.bias, self.seen = dict(attributes["bias"]), attributes["seen"]
-        self.curve = None if attributes["curve"] is None else torch.tensor(attributes["curve"])
+        self.curve = torch.tensor(attributes["curve"])
         self.ratio = torch.tensor(attributes["ratio"], dtype=torch.float64)
 
 
@@ -69,7 +68,7 @@ class RegressionTrainer(RouterTrainer):
 
     Args:
         recipe: its settings. saved: share of the decoder's operations that skipping saves, by router.
-        inputs: what routers see, by router. bias: to start from.
+        inputs: what routers see, by router. bias: to start from. scores: ``W·h + b`` of some tokens, ``[R, n]``.
     """
 
     def __init__(
@@ -79,6 +78,7 @@ class RegressionTrainer(RouterTrainer):
         saved: Mapping[str, float],
         inputs: Mapping[str, Seen],
         bias: Mapping[str, float],
+        scores: Tensor,
         **kwargs,
     ) -> None:
         super().__init__(*args, gradient_scale=0.0, **kwargs)
@@ -86,9 +86,10 @@ class RegressionTrainer(RouterTrainer):
         self.modules = routed_modules(self.model)
         self.saved = torch.tensor([saved[name] for name in self.modules], device=self.args.device)
         self.policy = Policy(bias, recipe.lowest_budget)
+        self.policy.curve = curve_of(scores, self.saved.cpu(), self.policy.grid)
         self.add_callback(self.policy)
         self.add_callback(_AfterStep(self._apply))
-        self._pending: list[dict[str, Any]] = []
+        self._pending: dict[str, Tensor] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Of skip paths: each matrix moves by a share of its rms per step."""
@@ -97,7 +98,8 @@ class RegressionTrainer(RouterTrainer):
         for parameter in (parameter for parameter in self.model.parameters() if parameter.requires_grad):
             size = max(float(parameter.detach().square().mean().sqrt()), 1e-4)
             groups.append({"params": [parameter], "lr": self.args.learning_rate * size})
-        self.optimizer = kind(groups or [nn.Parameter(torch.zeros(()))], **options)
+        routers = [module.mod_router.weight for module in self.modules.values()]  # of which none gets a gradient
+        self.optimizer = kind(groups or routers, **options)
         return self.optimizer
 
     def compute_loss(
@@ -116,8 +118,6 @@ class RegressionTrainer(RouterTrainer):
             self.model.train()
         matters = torch.cat([predicts, torch.zeros_like(predicts[:, :1])], 1).flip(1).cummax(1).values.flip(1)
         decided = matters & dense_pass.decided
-        if self.policy.curve is None:
-            self.policy.curve = self._curve(dense_pass.scores(), decided)
         budget = self._draw(len(predicts))
         share = 1 - float(self.saved.sum()) * (1 - budget)
         threshold = self._threshold(budget).to(predicts.device)
@@ -163,14 +163,6 @@ class RegressionTrainer(RouterTrainer):
     def _threshold(self, budget: Tensor) -> Tensor:
         return self.policy.curve[(budget[:, None] - self.policy.grid).abs().argmin(1)]
 
-    def _curve(self, scores: Tensor, decided: Tensor) -> Tensor:
-        """Thresholds at which the shares of the grid of the routed operations run; scores ``[R, b, t]``."""
-        values, order = scores[:, decided].flatten().sort()
-        count = int(decided.sum())
-        weight = (self.saved / (self.saved.sum() * count))[:, None].expand(-1, count).flatten()[order].cumsum(0)
-        place = torch.searchsorted(weight, (1 - self.policy.grid).to(weight)).clamp(max=len(values) - 1)
-        return values[place].cpu()
-
     # ---- what routers learn
 
     @torch.no_grad()
@@ -203,47 +195,50 @@ class RegressionTrainer(RouterTrainer):
             towards = (centred.T @ (excess - middle)) / count
             weights.append(torch.cholesky_solve(towards[:, None], factor_of)[:, 0])
             biases.append(middle - weights[-1] @ mean)
-        curve = self._curve(scores, decided)
-        self._pending.append(
-            {
-                "weight": torch.stack(weights),
-                "bias": torch.stack(biases),
-                "count": count,
-                "ratio": found,
-                "curve": curve,
-            }
-            | {"rows": bins.bincount(minlength=_BINS).double()}
-        )
+        found_here = {
+            "weight": count * torch.stack(weights),
+            "bias": count * torch.stack(biases),
+            "curve": count * curve_of(scores[:, decided], self.saved, self.policy.grid),
+            "ratio": found,
+            "rows": bins.bincount(minlength=_BINS),
+            "tokens": torch.tensor([count]),
+        }
+        for name, value in found_here.items():
+            self._pending[name] = self._pending.get(name, 0) + value.double().cpu()
 
     @torch.no_grad()
     def _apply(self) -> None:
         """Take the step that the micro-batches of all processes ask for."""
-        here, self._pending = self._pending, []
-        tokens = float(sum(part["count"] for part in here))
-        weighted = [sum(part["count"] * part[name] for part in here) for name in ("weight", "bias", "curve")]
-        sums = [sum(part[name] for part in here) for name in ("ratio", "rows")]
-        packed = torch.cat([t.flatten().double().cpu() for t in (*weighted, *sums, torch.tensor([tokens]))])
+        sums, self._pending = self._pending, {}
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            packed = packed.to(self.args.device)
+            packed = torch.cat([value.flatten() for value in sums.values()]).to(self.args.device)
             dist.all_reduce(packed)
-            packed = packed.cpu()
-        shapes = [part.shape for part in (*weighted, *sums)]
-        *parts, total = packed.split([shape.numel() for shape in shapes] + [1])
-        weight, bias, curve, ratio, rows = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
-        tokens = float(total)
-        policy = self.policy
+            parts = packed.cpu().split([value.numel() for value in sums.values()])
+            sums = {name: part.view_as(value) for part, (name, value) in zip(parts, sums.items(), strict=True)}
+        policy, tokens = self.policy, float(sums["tokens"])
         rate = 1 / max(_PRIOR + policy.seen / 2, 2 * tokens)
-        for name, step, shift in zip(self.modules, weight, bias.tolist(), strict=True):
+        for name, step, shift in zip(self.modules, sums["weight"], sums["bias"].tolist(), strict=True):
             _add(self.modules[name].mod_router.weight, (rate * step).float()[None])
             policy.bias[name] += rate * shift
         policy.seen += tokens
-        policy.curve = 0.8 * policy.curve + 0.2 * (curve / tokens).float()
-        policy.ratio = 0.95 ** rows[:, None] * policy.ratio + ratio
+        policy.curve = 0.8 * policy.curve + 0.2 * (sums["curve"] / tokens).float()
+        policy.ratio = 0.95 ** sums["rows"][:, None] * policy.ratio + sums["ratio"]
 
     def _restore(self, folder: Path) -> None:
         super()._restore(folder)
         states = json.loads((folder / TRAINER_STATE_NAME).read_text())["stateful_callbacks"]
         self.policy.load(states[Policy.__name__]["attributes"])
+
+
+def curve_of(scores: Tensor, saved: Tensor, grid: Tensor) -> Tensor:
+    """Thresholds at which the shares of ``grid`` of the routed operations run, on the CPU.
+
+    Args:
+        scores: ``[R, n]``. saved: operations that skipping saves, ``[R]``.
+    """
+    values, order = scores.flatten().sort()
+    weight = (saved / (saved.sum() * scores.shape[1]))[:, None].expand_as(scores).flatten()[order].cumsum(0)
+    return values[torch.searchsorted(weight, (1 - grid).to(weight)).clamp(max=len(values) - 1)].cpu()
 
 
 class _AfterStep(TrainerCallback):
