@@ -20,7 +20,7 @@ PLAN = {
     "granularities": ["attn_token+mlp_token"],
     "budgets": [0.85, 0.1],
     "recipes": {
-        "fisher": {"recipe": "fisher", **RUN},
+        "fisher": {"recipe": "budget", "num_train_epochs": 0, **RUN},
         "paper": {"recipe": "paper", "granularity": "attn_sequence", "router_pooling": "prompt", **RUN},
     },
     "static": ["zero", "low_rank"],
