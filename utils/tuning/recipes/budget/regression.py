@@ -110,6 +110,8 @@ class RegressionTrainer(RouterTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         """Divergence from the dense model at a budget drawn for each row; low ones, which diverge more, weigh less."""
+        if self.deepspeed_engine is not None:  # whose forward pass takes any gradient for the one that it steps by
+            model = self.model
         plain = {key: value for key, value in inputs.items() if key != "labels"}
         predicts = inputs["labels"][:, 1:] != -100
         with torch.no_grad(), gates(self.modules, self.policy.bias, None) as dense_pass:
