@@ -96,7 +96,10 @@ def test_recipe_defaults_give_way_to_flags():
     plain, ours = parse_command([]), parse_command(["--recipe", "budget"])
     assert (plain.training.learning_rate, plain.routing.router_pooling) == (1e-5, "sequence")
     assert (plain.routing.skip, ours.routing.skip) == ("zero", "low_rank")
-    assert (ours.training.learning_rate, ours.routing.router_pooling) == (0.05, "prompt")
+    assert [
+        parse_command(["--recipe", "budget", "--target_capacity", t]).budget.lowest_budget for t in ("0.2", "0.8")
+    ] == [0.2, 0.5]
+    assert (ours.training.learning_rate, ours.routing.router_pooling) == (6e-3, "prompt")
     given = parse_command(["--recipe=budget", "--learning_rate", "0.5", "--router_pooling", "sequence"])
     assert (given.training.learning_rate, given.routing.router_pooling) == (0.5, "sequence")
     assert parse_command(["--recipe", "budget", "--granularity", "expert_token"]).routing.skip == "zero"
@@ -109,7 +112,7 @@ def test_recipe_defaults_give_way_to_flags():
         (["--granularity", "attn_token", "--lora", "true", "--num_train_epochs", 0], "the run has no step"),
         (["--recipe", "paper", "--label_tokens", 9], "--label_tokens is a setting of --recipe budget"),
         (["--skip_rank", 33], "--skip_rank 33 must be at most the base's hidden size, 32"),
-        (["--lowest_budget", 0.8], "--lowest_budget 0.8 and --highest_budget 0.75"),
+        (["--lowest_budget", 0.97], "--lowest_budget 0.97 and --highest_budget 0.95"),
     ],
 )
 def test_what_it_would_not_do_is_refused(base, tmp_path, flags, told):

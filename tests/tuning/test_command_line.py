@@ -192,7 +192,7 @@ def test_what_is_given_behind_a_file_counts_more(tmp_path):
     )
     plain = parse_command(["--config", str(path)])
     assert (plain.model.folder_name, plain.training.seed, plain.training.label_names) == ("a", 3, ["x", "y"])
-    assert plain.training.learning_rate == 0.05 and plain.training.num_train_epochs == 2, (
+    assert plain.training.learning_rate == 6e-3 and plain.training.num_train_epochs == 2, (
         "the recipe's default, an old name"
     )
     given = [

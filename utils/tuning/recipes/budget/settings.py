@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 class BudgetArguments:
     """Settings of the recipe ``budget``, whose ``learning_rate`` is that of skip paths: share of a matrix's rms."""
 
-    lowest_budget: float = field(default=0.5, metadata={"help": "training draws budgets between this"})
+    lowest_budget: float | None = field(
+        default=None, metadata={"help": "training draws budgets between this (default: 0.5, or the target if lower)"}
+    )
     highest_budget: float = field(default=0.95, metadata={"help": "and this share of the routed operations"})
     multiplier_rate: float = field(default=0.3, metadata={"help": "straight-through: pace of capacity's cost"})
     router_rate: float = field(default=0.05, metadata={"help": "straight-through: change of a logit per step"})
@@ -21,7 +23,8 @@ class BudgetArguments:
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
-        low, high = self.lowest_budget, self.highest_budget
+        high = self.highest_budget
+        low = high if self.lowest_budget is None else self.lowest_budget
         if not 0 < low <= high < 1:
             return [f"--lowest_budget {low} and --highest_budget {high} must lie in (0, 1), in this order"]
         return []
