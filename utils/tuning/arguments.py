@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
@@ -301,21 +300,3 @@ DEFAULTS: dict[str, Any] = {
     f.name: f.default if f.default_factory is MISSING else f.default_factory() for part in PARTS for f in fields(part)
 }
 """Value of every argument that is not given."""
-
-_AT_LEAST = {
-    1: "global_batch_size per_device_train_batch_size gradient_accumulation_steps preprocessing_num_workers "
-    "label_tokens calibration_tokens search_inputs search_masks".split(),
-    0: "learning_rate weight_decay warmup_steps max_grad_norm num_train_epochs label_smoothing_factor gradient_scale "
-    "multiplier_rate router_rate other_rate "
-    "seed logging_steps save_steps save_total_limit".split(),
-}
-
-
-def out_of_range(values: Mapping[str, Any]) -> list[str]:
-    """Numbers that are not finite or too small, one line each."""
-    odd = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-    found = [f"--{name} {values[name]} must be a finite number" for name in odd]
-    for least, names in _AT_LEAST.items():
-        small = [name for name in names if values[name] is not None and values[name] < least]
-        found += [f"--{name} {values[name]} must be at least {least}" for name in small]
-    return found

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,6 @@ from router_tuning.tuning.arguments import (
     ModelArguments,
     RoutingArguments,
     TuningArguments,
-    out_of_range,
 )
 from router_tuning.tuning.checkpoints import NEUTRAL
 from router_tuning.tuning.engines import keep_schedule
@@ -112,6 +112,25 @@ def launch_command(values: Mapping[str, Any]) -> str:
         else:
             flags.append(f"{flag} {shlex.join(words)}")
     return " ".join([*variables, "bash scripts/finetune_mod.sh", *flags])
+
+
+_AT_LEAST = {
+    1: "global_batch_size per_device_train_batch_size gradient_accumulation_steps preprocessing_num_workers "
+    "label_tokens calibration_tokens search_inputs search_masks".split(),
+    0: "learning_rate weight_decay warmup_steps max_grad_norm num_train_epochs label_smoothing_factor gradient_scale "
+    "multiplier_rate router_rate other_rate "
+    "seed logging_steps save_steps save_total_limit".split(),
+}
+
+
+def out_of_range(values: Mapping[str, Any]) -> list[str]:
+    """Numbers that are not finite or too small, one line each."""
+    odd = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    found = [f"--{name} {values[name]} must be a finite number" for name in odd]
+    for least, names in _AT_LEAST.items():
+        small = [name for name in names if values[name] is not None and values[name] < least]
+        found += [f"--{name} {values[name]} must be at least {least}" for name in small]
+    return found
 
 
 class _Parser(HfArgumentParser):
