@@ -214,26 +214,31 @@ class Laboratory:
             layers = list(range(dense.config.get_text_config().num_hidden_layers))
             model = route(dense, mod_layers=layers, granularity=granularity, router_pooling="prompt").eval()
             if kind != "zero":
-                found = batches_of(self._search_documents(4), self.collate, vocabulary(model))
-                names = ("input_ids", "attention_mask")
-                fit_skip_paths(model, [{name: batch[name] for name in names} for _, batch in found], kind)
+                found = batches_of(self._search_documents(fit=True), self.collate, vocabulary(model))
+                inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for _, batch in found]
+                try:
+                    fit_skip_paths(model, inputs, kind)
+                except ValueError as error:
+                    raise UserError(f"{self.plan.data}, behind the {self.plan.search_tokens} tokens that removal is "
+                                    f"chosen on: {error}") from None  # fmt: skip
             self._removables[kind] = model
         return self._removables[kind]
 
-    def _search_documents(self, times: int = 1) -> list[Document]:
-        """The first rows of the training data, with so many tokens."""
-        found, tokens = [], 0
-        for document in read_documents(self.plan.path(self.plan.data), self.tokenizer, 1000 * times, 256):
-            if tokens >= times * self.plan.search_tokens:
-                break
-            found.append(document)
+    def _search_documents(self, fit: bool = False) -> list[Document]:
+        """The first rows of the training data with ``search_tokens``, or those behind them with ``fit_tokens``."""
+        plan, tokens = self.plan, 0
+        found: tuple[list[Document], list[Document]] = ([], [])
+        for document in read_documents(plan.path(plan.data), self.tokenizer, 4000, 256):
+            found[tokens >= plan.search_tokens].append(document)
             tokens += len(document["input_ids"])
-        return found
+            if tokens >= plan.search_tokens + fit * plan.fit_tokens:
+                break
+        return found[fit]
 
     def _order(self, kind: str) -> list[tuple[str, float, float]]:
         """Modules in the order of their removal, found once."""
         plan, documents = self.plan, self._search_documents()
-        chosen_by = [plan.base, plan.granularities, plan.candidates, min(plan.budgets), documents]
+        chosen_by = [plan.base, plan.granularities, plan.candidates, plan.fit_tokens, min(plan.budgets), documents]
         path = self.work / f"removal__{kind}__{_mark(chosen_by)}.json"
         if not path.is_file():
             model = self._removable(kind)

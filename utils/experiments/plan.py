@@ -51,7 +51,8 @@ class Plan:
         granularities, budgets, seeds: the grid; budgets are shares of the decoder's operations.
         random: whether random decisions at the rates of every routed cell are scored.
         static: skip paths (``zero``, ``mean``, ``low_rank``) with which modules are removed for good.
-        search_tokens: number of tokens that removal is chosen on. candidates: see ``removal_order``.
+        search_tokens: number of tokens of ``data`` that removal is chosen on; candidates: see ``removal_order``.
+        fit_tokens: number of tokens behind these that its skip paths are fitted on.
         tasks: lm-eval tasks or groups; documents: of each, None for all; batch_size, num_fewshot.
         texts: ``{name: {file, documents, max_tokens, first}}``, see :data:`DEFAULTS`.
         timed: name of a text whose prompts are timed, first seed; timed_prompts: how many; new_tokens, repeats.
@@ -68,6 +69,7 @@ class Plan:
     static: list[str] = field(default_factory=list)
     search_tokens: int = 2000
     candidates: int = 4
+    fit_tokens: int = 10_000
     tasks: list[str] = field(default_factory=list)
     documents: int | None = None
     batch_size: int = 16
@@ -133,8 +135,9 @@ class Plan:
 
     def fingerprint(self, cell: Cell) -> str:
         """Changes with every setting that a cell's result depends on."""
-        grid = ("name", "recipes", "granularities", "budgets", "seeds", "random", "static")
-        settings = {name: value for name, value in vars(self).items() if name not in grid}
+        odd = {"name", "recipes", "granularities", "budgets", "seeds", "random", "static"}
+        odd |= set() if cell.policy == "static" else {"search_tokens", "candidates", "fit_tokens"}
+        settings = {name: value for name, value in vars(self).items() if name not in odd}
         settings["recipe"] = self.recipes.get(cell.recipe or "")
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
