@@ -183,7 +183,7 @@ class RouterTrainer(Trainer):
             found, _ = self.deepspeed_engine.load_checkpoint(str(folder), load_module_strict=False)
             if found is None:
                 raise ValueError(f"{folder} holds no DeepSpeed state")
-            engine_state.load_weights(self.model, folder / engine_state.WEIGHTS, among="mod_")
+            engine_state.load_weights(self.model, folder / engine_state.WEIGHTS, frozen_only=True)
         else:
             engine_state.load_weights(self.model, folder / engine_state.WEIGHTS)
             engine_state.load_optimizer(self.model, self.optimizer, folder / engine_state.OPTIMIZER)

@@ -57,18 +57,18 @@ def gather_optimizer(model: nn.Module, optimizer: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, file: Path, among: str = "") -> None:
+def load_weights(model: nn.Module, file: Path, frozen_only: bool = False) -> None:
     """Inverse of :func:`gather_weights`; every rank reads the file and keeps its own part.
 
     Args:
-        among: load only weights with this in their names.
+        frozen_only: leave out what trains, which an engine has restored by itself.
     """
     saved, parameters = load_file(file), learnt(model)
     if set(saved) != set(parameters):
         odd = sorted(set(saved) ^ set(parameters))
         raise ValueError(f"{file} holds other parameters than those that train: {', '.join(odd[:4])}")
     for name, parameter in parameters.items():
-        if among not in name:
+        if frozen_only and parameter.requires_grad:
             continue
         value = saved[name]
         if isinstance(parameter, DTensor):
