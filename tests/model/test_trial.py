@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from router_tuning.model import is_routed, route
+from router_tuning.model import installing, is_routed, route
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,37 @@ def test_a_familys_name_is_no_proof(change, monkeypatch):
     with pytest.raises(ValueError, match="layer [01] of LlamaForCausalLM .* (attention|output) differs"):
         route(model, mod_layers=LAYERS, granularity="attn_token")
     assert not is_routed(model)
+
+
+def around_the_module(self, hidden_states, **kwargs):
+    """A layer that runs the code of its attention, and never the module."""
+    attended = ATTEND(self.self_attn, self.input_layernorm(hidden_states), **kwargs)[0] + hidden_states
+    return attended + self.mlp(self.post_attention_layernorm(attended))
+
+
+def test_a_module_that_never_runs_is_no_place_for_a_router():
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.forward = MethodType(around_the_module, layer)
+    model(random_batch()[0])
+    with pytest.raises(ValueError, match="layer 1 of LlamaForCausalLM .* its attention runs 0 times"):
+        route(model, mod_layers=LAYERS)
+    experts = tiny_model("mixtral")
+    del experts.model.layers[2].mlp.experts.num_experts
+    with pytest.raises(ValueError, match="layer 2 of MixtralForCausalLM .* no 'num_experts'"):
+        route(experts, mod_layers=LAYERS, granularity="expert_token")
+
+
+def test_an_error_while_routing_leaves_the_model_as_it_was(monkeypatch):
+    def fails(module, *_):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(installing, "skip_path", fails)
+    model = tiny_model()
+    before = state_of(model)
+    with pytest.raises(RuntimeError, match="no room"):
+        route(model, mod_layers=LAYERS)
+    assert state_of(model) == before
 
 
 @pytest.mark.parametrize("first", ["patch", "route"])

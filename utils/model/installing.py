@@ -80,12 +80,8 @@ def uninstall(model: PreTrainedModel) -> None:
     """Give every routed module its own class back and delete its router."""
     decoder = decoder_of(model)
     for module in list(decoder.modules()):
-        if isinstance(getattr(module, "mod_router", None), nn.Module):
+        if hasattr(module, "mod_mixture"):
             mix_out(module)
-    for layer in decoder.mod_config.layers:
-        if hasattr(decoder.layers[layer], "mod_mixture"):
-            mix_out(decoder.layers[layer])
-    mix_out(decoder)
     for module in decoder.modules():
         for name in [name for name in (*vars(module), *module._modules) if name.startswith("mod_")]:
             delattr(module, name)

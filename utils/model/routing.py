@@ -65,8 +65,8 @@ def route(
     )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"route() takes a transformers model, not {type(model).__name__}: route before wrapping it")
-    install(model, config)
     try:
+        install(model, config)
         accept(model)
     except BaseException:
         uninstall(model)

@@ -28,6 +28,10 @@ def find_module(model: PreTrainedModel, layer: int, part: str, level: str) -> nn
                 f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: it has no {name!r}"
             )
         module = getattr(module, name)
+    if part == "expert" and not isinstance(getattr(module, "num_experts", None), int):
+        raise ValueError(
+            f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: its experts have no 'num_experts'"
+        )
     if part in ("attn", "block"):
         attention = module if part == "attn" else getattr(module, "self_attn", None)
         if attention is None:

@@ -183,7 +183,8 @@ class _Trial:
 
     def hold(self) -> None:
         """Keep what the whole passes gave: of the longer one, what the shorter one had not seen."""
-        for key, outputs in self.got.items():
+        for key in (*self.modules, *self.got):
+            outputs = self.got.get(key, [])
             if len(outputs) != 2:
                 raise self.refusal(*key, f"runs {len(outputs)} times in two passes")
             shorter, longer = outputs
