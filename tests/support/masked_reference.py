@@ -87,8 +87,9 @@ class MaskedReference:
             return {**kwargs, "attention_mask": mask}
 
         def attn_pre(module, args, kwargs):
-            decision["m"] = self.decide(layer, part, kwargs["hidden_states"])
-            decision["P"] = self.skipped(layer, part, kwargs["hidden_states"])
+            hidden = args[0] if args else kwargs["hidden_states"]
+            decision["m"] = self.decide(layer, part, hidden)
+            decision["P"] = self.skipped(layer, part, hidden)
             return args, drop_keys(decision["m"], kwargs)
 
         def attn_post(module, args, kwargs, output):
