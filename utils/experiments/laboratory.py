@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from router_tuning.checkpoint.run_folder import read_run
 from router_tuning.errors import UserError
 from router_tuning.evaluation.controls import Removed, random_masks, removal_order, removed
 from router_tuning.evaluation.models import load_dense, load_tuned
@@ -196,7 +197,7 @@ class Laboratory:
         flags |= self.plan.recipes[cell.recipe or ""] | {"granularity": cell.granularity}
         name = f"{cell.recipe}__{cell.granularity}__seed{cell.seed}__{_mark([self.plan.base, flags])}"
         folder = self.work / name
-        if not (folder / "run.json").is_file():
+        if read_run(folder).get("reached_capacity") is None:  # recorded at the very end, when all is calibrated
             flags |= {"model_name_or_path": self.base, "train_file": self.plan.path(flags["train_file"])}
             flags |= {"output_dir": folder} | ({"resume_from_checkpoint": "auto"} if folder.exists() else {})
             options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
