@@ -68,7 +68,7 @@ def quality_figure(records: Sequence[Record], path: Path) -> Path | None:
             if policy == "dense":
                 axis.axhline(points[0][1], color="black", linestyle=":", label=label)
             else:
-                axis.plot(*zip(*sorted(points), strict=True), _LINES[policy], markersize=4, alpha=0.8,
+                axis.plot(*zip(*sorted(points), strict=True), _LINES[policy.split("_")[0]], markersize=4, alpha=0.8,
                           label=f"{label}: {granularity}")  # fmt: skip
         axis.set(xlabel="share of the decoder's operations", ylabel=name)
     axes[0][-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))

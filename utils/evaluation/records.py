@@ -18,7 +18,6 @@ from router_tuning.files import read_json_lines
 Record = Mapping[str, Any]
 COMPARISON = "evaluation/comparison.jsonl"
 """Where a run keeps the records of its comparison, below the run's folder."""
-POLICIES = ("dense", "routed", "random", "static")
 METRICS = {"exact_match": "exact match", "acc_norm": "choices", "acc": "choices", "word_perplexity": "word perplexity"}
 """What a table calls the metric that a task is judged by."""
 
@@ -56,7 +55,7 @@ class Group:
     @property
     def label(self) -> str:
         """The policy in words."""
-        policy, recipe = self.cell["policy"], self.cell.get("recipe")
+        policy, recipe = self.cell["policy"].replace("_", " ", 1), self.cell.get("recipe")
         return (recipe or "routed") if policy == "routed" else policy if recipe is None else f"{policy}, {recipe}"
 
     def units(self, record: Record) -> dict[str, tuple[str, list[float]]]:
@@ -98,7 +97,7 @@ def grouped(records: Sequence[Record]) -> list[Group]:
     places = {name: place for place, name in enumerate(dict.fromkeys(key[2] for key in groups))}
     return [
         Group(groups[key])
-        for key in sorted(groups, key=lambda k: (k[0] != "dense", places[k[2]], -(k[3] or 0), POLICIES.index(k[0])))
+        for key in sorted(groups, key=lambda k: (k[0] != "dense", places[k[2]], -(k[3] or 0), k[0] != "routed", k[0]))
     ]
 
 
@@ -141,7 +140,7 @@ def control_table(records: Sequence[Record]) -> Table:
     """
     groups = grouped(records)
     metric = next(m for m in dict.fromkeys(METRICS.values()) if any(group.averages(m) for group in groups))
-    names = dict.fromkeys(group.cell["policy"] for group in groups if group.cell["policy"] in ("random", "static"))
+    names = dict.fromkeys(g.cell["policy"] for g in groups if g.cell["policy"] not in ("dense", "routed"))
     rows: list[list[Cell]] = []
     for ours in (group for group in groups if group.cell["policy"] in ("routed", "dense")):
         found = {g.cell["policy"]: _mean(g.averages(metric)) for g in groups if _is_control(g.cell, ours.cell)}
@@ -149,13 +148,14 @@ def control_table(records: Sequence[Record]) -> Table:
             name = [ours.label, ours.cell.get("granularity"), ours.cell.get("budget")]
             spent = [_mean([r[key] for r in ours.records if key in r]) for key in ("share", "capacity")]
             rows.append([*name, *spent, _mean(ours.averages(metric)), *(found.get(name) for name in names)])
-    return Table(["policy", "granularity", "budget", "FLOPs", "capacity", metric, *names], rows)
+    titles = [name.replace("_", " ", 1) for name in names]
+    return Table(["policy", "granularity", "budget", "FLOPs", "capacity", metric, *titles], rows)
 
 
 def difference_table(records: Sequence[Record]) -> Table | None:
     """Each routed policy less each control, ± standard error of the mean over the same documents; None without any.
 
-    Random decisions are those of the same routers, at their rates; static removal is that of the same budget.
+    Controls are those of the same run: random decisions at its rates, static removal at its operations.
     """
     groups = grouped(records)
     metrics = [m for m in dict.fromkeys(METRICS.values()) if any(group.averages(m) for group in groups)]
@@ -174,12 +174,10 @@ def difference_table(records: Sequence[Record]) -> Table | None:
 
 
 def _is_control(cell: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
-    parts = {name.split("_")[0] for name in (of.get("granularity") or "").split("+")}
-    if cell["policy"] == "random":
-        same = cell.get("recipe") in (None, of.get("recipe")) and cell.get("granularity") == of.get("granularity")
-    else:
-        same = cell["policy"] == "static" and set((cell.get("granularity") or "").split("+")) == parts
-    return cell["policy"] == "dense" or (same and cell.get("budget") == of.get("budget") is not None)
+    if cell["policy"] in ("dense", "routed"):
+        return cell["policy"] == "dense"
+    same = all(cell.get(name) == of.get(name) for name in ("granularity", "budget"))
+    return same and cell.get("recipe") in (None, of.get("recipe"))
 
 
 def task_difference(ours: Group, other: Group, metric: str) -> tuple[float, float] | None:

@@ -8,8 +8,7 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from router_tuning.evaluation.controls import Removed, random_masks, removal_ord
 from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.records import Record, cell_name
 from router_tuning.evaluation.rows import Document, prompt_batches, read_documents, read_rows, rendered
-from router_tuning.evaluation.scoring import Benchmark, score
+from router_tuning.evaluation.scoring import Benchmark, Under, score
 from router_tuning.evaluation.tasks import requested_tokens
 from router_tuning.evaluation.texts import answer_loss, batches_of, vocabulary
 from router_tuning.experiments.plan import Cell, Plan
@@ -99,7 +98,7 @@ class Laboratory:
         tokens = len(cells) * (tokens + 2 * sum(len(document["input_ids"]) for document in texts))
         modules = 2 * self.dense.config.get_text_config().num_hidden_layers
         looks = modules * (1 + plan.candidates // 4)
-        tokens += probed * looks * len({cell.recipe for cell in cells if cell.policy == "static"})
+        tokens += probed * looks * len({cell.policy for cell in cells if cell.policy.startswith("static")})
         runs = len({(cell.recipe, cell.granularity, cell.seed) for cell in cells if cell.policy == "routed"})
         hours = tokens / rate / 3600
         told = f"{len(cells)} cells at {rate:.0f} tokens a second: about {hours:.2f} hours"
@@ -146,46 +145,43 @@ class Laboratory:
         return Benchmark(plan.tasks, evaluation, texts, prompts, timing)
 
     def _score(self, cell: Cell) -> Record:
-        model, under = {
-            "dense": self._dense,
-            "routed": self._routed,
-            "random": self._random,
-            "static": self._static,
-        }[cell.policy](cell)
-        timed = cell.policy in ("routed", "static") and cell.seed in (None, self.plan.seeds[0])
-        extra = {"removed": self._order(cell.recipe or "")} if cell.policy == "static" else {}
-        return {**score(self.benchmark, self.dense, model, self.tokenizer, vars(cell), under, timed), **extra}
+        policy, _, kind = cell.policy.partition("_")
+        make = {"dense": self._dense, "routed": self._routed, "random": self._random, "static": self._static}[policy]
+        model, under = make(cell, kind)
+        timed = policy in ("routed", "static") and cell.seed == self.plan.seeds[0]
+        return score(self.benchmark, self.dense, model, self.tokenizer, vars(cell), under, timed)
 
     # ---- policies
 
-    def _dense(self, _: Cell) -> tuple[PreTrainedModel, None]:
+    def _dense(self, *_: Any) -> tuple[PreTrainedModel, None]:
         return self.dense, None
 
-    def _routed(self, cell: Cell) -> tuple[PreTrainedModel, None]:
+    def _routed(self, cell: Cell, *_: Any) -> tuple[PreTrainedModel, None]:
         run = self.trained(cell)
         lowest = read_router_config(run).get("dial", {}).get("flops", [0.0])[0]
         if cell.budget is not None and cell.budget < lowest:
             raise OutOfReach(f"{lowest:.3f} of the decoder's operations is left where its routers skip all")
         return load_tuned(self.base, run, flops=cell.budget, dtype=self.plan.dtype), None
 
-    def _random(self, cell: Cell) -> tuple[PreTrainedModel, Callable[[str], AbstractContextManager]]:
+    def _random(self, cell: Cell, *_: Any) -> tuple[PreTrainedModel, Under]:
+        model, parts = self._routed(cell)[0], self._controlled(cell)
+        return model, lambda name: random_masks(model, parts[name]["capacity"], cell.seed or 0)
+
+    def _static(self, cell: Cell, kind: str) -> tuple[PreTrainedModel, Under]:
+        parts, model = self._controlled(cell), self._removable(kind)
+        order = self._order(kind, min(part["share"] for part in parts.values()))
+        return model, lambda name: removed(model, order, parts[name]["share"])
+
+    def _controlled(self, cell: Cell) -> dict[str, Any]:
+        """What the routed cell that a control stands beside ran and left of every task and text."""
         ours = Cell("routed", cell.recipe, cell.granularity, cell.seed, cell.budget)
         record = self.done().get(ours.name)
         if record is None:
-            raise UserError(
-                f"{cell.name} takes the rates of {ours.name}, which has not run yet: leave it in with --only"
-            )
+            raise UserError(f"{cell.name} is a control of {ours.name}, which has not run: name it with --only")
         if "refused" in record:
             raise OutOfReach(record["refused"])
-        parts = {**record.get("tasks", {}), **record.get("texts", {}), "prompts": record.get("cost")}
-        model, _ = self._routed(cell)
-        return model, lambda name: random_masks(model, parts[name]["capacity"], cell.seed or 0)
-
-    def _static(self, cell: Cell) -> tuple[PreTrainedModel, Callable[[str], AbstractContextManager]]:
-        model, order = self._removable(cell.recipe or ""), [Removed(*step) for step in self._order(cell.recipe or "")]
-        if order[-1].share > (cell.budget or 0):
-            raise OutOfReach(f"removing every module leaves {order[-1].share:.3f} of the decoder's operations")
-        return model, lambda name: removed(model, order, cell.budget or 0)
+        timed = {"prompts": record["cost"]} if "cost" in record else {}
+        return {**record.get("tasks", {}), **record.get("texts", {}), **timed}
 
     def trained(self, cell: Cell) -> Path:
         """Folder of a cell's tuning run, which is made, continued or found there.
@@ -236,16 +232,19 @@ class Laboratory:
                 break
         return found[fit]
 
-    def _order(self, kind: str) -> list[tuple[str, float, float]]:
-        """Modules in the order of their removal, found once."""
+    def _order(self, kind: str, share: float) -> list[Removed]:
+        """Modules in the order of their removal, at least until ``share`` is left; found once."""
         plan, documents = self.plan, self._search_documents()
-        chosen_by = [plan.base, plan.granularities, plan.candidates, plan.fit_tokens, min(plan.budgets), documents]
+        chosen_by = [plan.base, plan.granularities, plan.candidates, plan.fit_tokens, documents]
         path = self.work / f"removal__{kind}__{_mark(chosen_by)}.json"
-        if not path.is_file():
-            model = self._removable(kind)
-            order = removal_order(self.dense, model, documents, self.collate, min(plan.budgets), plan.candidates)
+        order = json.loads(path.read_text()) if path.is_file() else []
+        if not order or order[-1][-1] > share:
+            model, lowest = self._removable(kind), min([share, *plan.budgets])
+            order = removal_order(self.dense, model, documents, self.collate, lowest, plan.candidates)
             write_json(path, [tuple(step) for step in order])
-        return [tuple(step) for step in json.loads(path.read_text())]
+        if order[-1][-1] > share:
+            raise OutOfReach(f"removing every module leaves {order[-1][-1]:.3f} of the decoder's operations")
+        return [Removed(*step) for step in order]
 
 
 def _mark(settings: Any) -> str:

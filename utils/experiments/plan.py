@@ -25,7 +25,10 @@ SKIPS = ("zero", "mean", "low_rank")
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy to score. ``budget`` is a share of the decoder's operations, None for what a policy ends at."""
+    """One policy to score; a control is that of the run beside it.
+
+    ``budget`` is a share of the decoder's operations, None for what a run ends at.
+    """
 
     policy: str
     recipe: str | None = None
@@ -50,7 +53,8 @@ class Plan:
             All but ``recipe: paper`` have a dial and are scored at every budget; that one at what it reaches.
         granularities, budgets, seeds: the grid; budgets are shares of the decoder's operations.
         random: whether random decisions at the rates of every routed cell are scored.
-        static: skip paths (``zero``, ``mean``, ``low_rank``) with which modules are removed for good.
+        static: skip paths (``zero``, ``mean``, ``low_rank``) with which modules are removed for good, until what every
+            routed cell of the first seed leaves is left.
         search_tokens: number of tokens of ``data`` that removal is chosen on; candidates: see ``removal_order``.
         fit_tokens: number of tokens behind these that its skip paths are fitted on.
         tasks: lm-eval tasks or groups; documents: of each, None for all; batch_size, num_fewshot.
@@ -117,26 +121,22 @@ class Plan:
         return self.recipes[recipe].get("recipe", "paper") != "paper"
 
     def groups(self) -> list[list[Cell]]:
-        """Cells that belong together: the dense base; each run, its budgets and controls; each kind of removal."""
+        """Cells that belong together: the dense base; each run at its budgets, with its controls."""
         found = [[Cell("dense")]]
+        controls = ["random"] if self.random else []
         for seed, (label, flags) in product(self.seeds, self.recipes.items()):
             own = flags.get("granularity")
+            removals = [f"static_{kind}" for kind in self.static] if seed == self.seeds[0] else []
             for granularity in [own] if own else self.granularities:
-                group = []
-                for budget in self.budgets if self.has_dial(label) else [None]:
-                    group.append(Cell("routed", label, granularity, seed, budget))
-                    if self.random:
-                        group.append(Cell("random", label, granularity, seed, budget))
-                found.append(group)
-        parts = dict.fromkeys(re.findall(r"(\w+)_(?:token|sequence)", "+".join(self.granularities)))
-        for kind in self.static:
-            found.append([Cell("static", kind, "+".join(parts), None, budget) for budget in self.budgets])
+                budgets = self.budgets if self.has_dial(label) else [None]
+                policies = product(budgets, ["routed", *controls, *removals])
+                found.append([Cell(policy, label, granularity, seed, budget) for budget, policy in policies])
         return found
 
     def fingerprint(self, cell: Cell) -> str:
         """Changes with every setting that a cell's result depends on."""
         odd = {"name", "recipes", "granularities", "budgets", "seeds", "random", "static"}
-        odd |= set() if cell.policy == "static" else {"search_tokens", "candidates", "fit_tokens"}
+        odd |= set() if cell.policy.startswith("static") else {"search_tokens", "candidates", "fit_tokens"}
         settings = {name: value for name, value in vars(self).items() if name not in odd}
         settings["recipe"] = self.recipes.get(cell.recipe or "")
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
