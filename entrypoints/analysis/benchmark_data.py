@@ -11,22 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from router_tuning.data.mix_plan import PUBLISHED_PORTIONS
 from router_tuning.errors import UserError, cli
 from router_tuning.files import write_json
+from router_tuning.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
-POOL_ROWS = 2000
 PLAIN_LOOP = """
 import json, sys
 source, target, kind = sys.argv[1:]
@@ -52,38 +50,24 @@ SETS = {
 }
 
 
-def pool(kind: str) -> list[str]:
-    """Rows as JSON, of seeded words with line breaks, quotes and letters beyond ASCII as in the real sets."""
-    draw = random.Random(233)
-    words = ["".join(draw.choices("etaoinshrdlucmfwypvbgkjqxz", k=draw.randint(2, 9))) for _ in range(4000)]
-    words += ["\n\n", '"so"', "x = [1];\n", "\tif"] * 50 + ["naïve", "–"] * 5
-
-    def turn(sender: str, low: int, high: int) -> dict:
-        return {"from": sender, "value": " ".join(draw.choices(words, k=draw.randint(low, high)))}
-
-    made = []
-    for number in range(POOL_ROWS):
-        if kind == "jsonl":
-            turns = [turn("system", 10, 30), turn("human", 20, 200), turn("gpt", 50, 300)]
-            made.append(json.dumps({"conversations": [{**one, "weight": None} for one in turns]}))
-        else:
-            pairs = draw.randint(1, 6)
-            turns = [one for _ in range(pairs) for one in (turn("human", 5, 120), turn("gpt", 50, 350))]
-            made.append(json.dumps({"id": f"row_{number}", "conversations": turns}, indent=2))
-    return made
-
-
 def write_raw(kind: str, path: Path, size: int) -> int:
-    """Write rows until ``size`` bytes are reached; how many."""
-    between, count, written = ("\n", 0, 0) if kind == "jsonl" else (",\n", 0, 0)
-    rows = pool(kind)
+    """Write rows of seeded words until ``size`` bytes are reached; how many."""
+    draw, count, written = random.Random(233), 0, 0
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(4000)] + [
+        "\n\n",
+        '"',
+        "ï",
+    ] * 50
+    turns = [{"from": who, "value": " ".join(draw.choices(words, k=200))} for who in ("human", "gpt") * 1000]
     with path.open("w", encoding="utf-8") as out:
         out.write("" if kind == "jsonl" else "[\n")
         while written < size:
-            row = rows[count % len(rows)]
-            out.write((between if count else "") + row)
-            written += len(row)
-            count += 1
+            conversation = [turns[2 * draw.randrange(1000)], turns[2 * draw.randrange(1000) + 1]]
+            row = json.dumps(
+                {"id": f"row_{count}", "conversations": conversation}, indent=2 if kind == "array" else None
+            )
+            out.write(("" if not count else "\n" if kind == "jsonl" else ",\n") + row)
+            written, count = written + len(row), count + 1
         out.write("\n" if kind == "jsonl" else "\n]\n")
     return count
 
@@ -133,15 +117,6 @@ def benchmark(kind: str, size: int, scratch: Path, repeats: int) -> dict:
     return result
 
 
-def processor() -> str:
-    """Its name, where the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -160,8 +135,7 @@ def main() -> None:
     result = {
         "command": "python entrypoints/analysis/benchmark_data.py"
         f" --gigabytes {args.gigabytes:g} --repeats {args.repeats}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": {"processor": processor(), "processors": os.cpu_count(), "python": platform.python_version()},
+        "provenance": provenance(),
         "load_before": round(os.getloadavg()[0], 1),
     }
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
