@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from router_tuning.embedded.sample_files import distinct_items, read_heldout, sample_files
-from router_tuning.embedded.sample_tasks import TASKS
+from router_tuning.embedded.sample_files import distinct_items, sample_files
+from router_tuning.embedded.sample_tasks import TASKS, Item
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "data" / "sample"
@@ -28,7 +28,8 @@ def test_no_other_file_is_there():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_held_out_rows_read_back_and_stay_out_of_training(task: str):
-    items = read_heldout(SAMPLE / "heldout" / f"{task}.jsonl")
+    lines = (SAMPLE / "heldout" / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+    items = [Item(**json.loads(line)) for line in lines]
     assert items == distinct_items(task, "heldout", 128) and len(items) == 128
     prompts = {json.dumps(item.messages[:-1]) for item in items}
     assert len(prompts) == 128

@@ -81,11 +81,6 @@ def heldout_text(task: str, count: int) -> str:
     return _lines(json.dumps(asdict(item)) for item in distinct_items(task, "heldout", count))
 
 
-def read_heldout(path: Path) -> list[Item]:
-    """Items of a file that :func:`heldout_text` made."""
-    return [Item(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _lines(rows: Iterable[str]) -> str:
     return "".join(f"{row}\n" for row in rows)
 

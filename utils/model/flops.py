@@ -10,10 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 from transformers import PretrainedConfig
 
 from .recording import routed_base
@@ -64,17 +61,6 @@ def saved_shares(model: nn.Module, tokens: int = TOKENS) -> dict[str, float]:
     """What never running a module would save, as a share of the decoder's operations, by ``"<layer>.<part>"``."""
     total = decoder_flops(model, tokens)
     return {name: (cost.runs - cost.skipped) / total for name, cost in module_costs(model, tokens).items()}
-
-
-@torch.no_grad()
-def count_flops(model: nn.Module, batch: Mapping[str, Tensor], use_cache: bool = False) -> int:
-    """Operations of one real forward by torch's counter, to which every query meets every key that its row offers.
-
-    Attention runs as plain matrix products meanwhile, because the counter knows no fused kernel on the CPU.
-    """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**batch, use_cache=use_cache)
-    return counter.get_total_flops()
 
 
 def _cost(module: Routed, config: PretrainedConfig, tokens: int) -> ModuleCost:
