@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model
@@ -10,7 +12,7 @@ from tiny_routed import random_skip_paths, routed_model
 from router_tuning.model import routed_modules
 from router_tuning.tuning.recipes.budget.closed_form import RIDGE
 from router_tuning.tuning.recipes.budget.gates import SLOPE, gates, inputs_seen
-from router_tuning.tuning.recipes.budget.regression import curve_of
+from router_tuning.tuning.recipes.budget.regression import Policy, RegressionTrainer, curve_of
 
 
 def gated_by_hand(dense, modules, paths, decisions, batch):
@@ -97,3 +99,35 @@ def test_thresholds_of_a_curve_leave_the_share_of_the_operations_that_each_stand
     for budget, threshold in zip(grid, curve_of(scores, saved, grid), strict=True):
         runs = ((scores >= threshold).float().mean(1) * saved).sum() / saved.sum()
         assert float(runs) == pytest.approx(float(budget), abs=2e-3)
+
+
+def test_thresholds_follow_the_scores_to_where_a_step_leaves_them():
+    """Read off scores of before it, they would lag behind all that routers learn."""
+    model, generator = routed_model("llama", "attn_token"), torch.Generator().manual_seed(0)
+    modules = routed_modules(model)
+    seen = [torch.randn(40, 32, generator=generator) for _ in modules]
+    trainer = RegressionTrainer.__new__(RegressionTrainer)
+    trainer.modules, trainer.saved = modules, torch.full((len(modules),), 0.1)
+    trainer.args, trainer.policy = (
+        SimpleNamespace(device=torch.device("cpu")),
+        Policy(dict.fromkeys(modules, 0.5), 0.5),
+    )
+    trainer.policy.curve = before = torch.zeros_like(trainer.policy.grid)
+
+    def scores() -> torch.Tensor:
+        pairs = zip(modules.items(), seen, strict=True)
+        return torch.stack([m.mod_router(h)[:, 0] + trainer.policy.bias[name] for (name, m), h in pairs]).detach()
+
+    trainer._kept = [(scores(), seen)]
+    trainer._pending = {
+        "weight": 1e5 * torch.randn(len(modules), 32, generator=generator).double(),
+        "bias": 1e5 * torch.arange(1.0, len(modules) + 1).double(),
+        "ratio": torch.zeros(5, 2).double(),
+        "rows": torch.zeros(5).double(),
+        "tokens": torch.tensor([40.0]).double(),
+    }
+    old = scores()
+    trainer._apply()
+    assert (scores() - old).abs().mean() > 10
+    expected = 0.8 * before + 0.2 * curve_of(scores(), trainer.saved, trainer.policy.grid)
+    torch.testing.assert_close(trainer.policy.curve, expected, atol=1e-2, rtol=1e-3)

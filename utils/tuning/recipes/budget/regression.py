@@ -34,6 +34,7 @@ _CLIP = 40.0
 _PRIOR = 3000.0  # tokens that the start counts for
 _GROWTH = 19.0  # divergence grows like exp(19·(share of operations saved))
 _BINS = 5
+_KEPT = 128  # tokens of a micro-batch on whose scores thresholds are read off anew after a step
 
 
 class Policy(TrainerCallback, ExportableState):
@@ -90,6 +91,7 @@ class RegressionTrainer(RouterTrainer):
         self.add_callback(self.policy)
         self.add_callback(_AfterStep(self._apply))
         self._pending: dict[str, Tensor] = {}
+        self._kept: list[tuple[Tensor, list[Tensor]]] = []  # scores and what routers saw, by micro-batch
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Of skip paths: each matrix moves by a share of its rms per step."""
@@ -200,36 +202,53 @@ class RegressionTrainer(RouterTrainer):
         found_here = {
             "weight": count * torch.stack(weights),
             "bias": count * torch.stack(biases),
-            "curve": count * curve_of(scores[:, decided], self.saved, self.policy.grid),
             "ratio": found,
             "rows": bins.bincount(minlength=_BINS),
             "tokens": torch.tensor([count]),
         }
         for name, value in found_here.items():
             self._pending[name] = self._pending.get(name, 0) + value.double().cpu()
+        places = decided.nonzero()[:: -(-count // _KEPT)].unbind(1)
+        if len(places[0]):
+            self._kept.append((scores[:, *places], [hidden[places] for hidden in gated.hidden()]))
 
     @torch.no_grad()
     def _apply(self) -> None:
-        """Take the step that the micro-batches of all processes ask for."""
-        sums, self._pending = self._pending, {}
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            packed = torch.cat([value.flatten() for value in sums.values()]).to(self.args.device)
-            dist.all_reduce(packed)
-            parts = packed.cpu().split([value.numel() for value in sums.values()])
-            sums = {name: part.view_as(value) for part, (name, value) in zip(parts, sums.items(), strict=True)}
+        """Take the step that the micro-batches of all processes ask for; thresholds follow where it moves scores."""
+        sums, self._pending = _summed(self._pending, self.args.device), {}
+        kept, self._kept = self._kept, []
         policy, tokens = self.policy, float(sums["tokens"])
         rate = 1 / max(_PRIOR + policy.seen / 2, 2 * tokens)
-        for name, step, shift in zip(self.modules, sums["weight"], sums["bias"].tolist(), strict=True):
-            _add(self.modules[name].mod_router.weight, (rate * step).float()[None])
+        for place, (name, step) in enumerate(zip(self.modules, sums["weight"].float(), strict=True)):
+            shift = float(sums["bias"][place])
+            _add(self.modules[name].mod_router.weight, (rate * step)[None])
             policy.bias[name] += rate * shift
+            for scores, hidden in kept:
+                scores[place] += rate * (hidden[place].float() @ step.to(scores.device) + shift)
         policy.seen += tokens
-        policy.curve = 0.8 * policy.curve + 0.2 * (sums["curve"] / tokens).float()
+        found = {"curve": torch.zeros_like(policy.grid).double(), "tokens": torch.zeros(1).double()}
+        for scores, _ in kept:
+            found["tokens"] += scores.shape[1]
+            found["curve"] += scores.shape[1] * curve_of(scores, self.saved, policy.grid)
+        found = _summed(found, self.args.device)
+        if found["tokens"]:
+            policy.curve = 0.8 * policy.curve + 0.2 * (found["curve"] / found["tokens"]).float()
         policy.ratio = 0.95 ** sums["rows"][:, None] * policy.ratio + sums["ratio"]
 
     def _restore(self, folder: Path) -> None:
         super()._restore(folder)
         states = json.loads((folder / TRAINER_STATE_NAME).read_text())["stateful_callbacks"]
         self.policy.load(states[Policy.__name__]["attributes"])
+
+
+def _summed(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Sums over all processes, on the CPU."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return dict(values)
+    packed = torch.cat([value.flatten() for value in values.values()]).to(device)
+    dist.all_reduce(packed)
+    parts = packed.cpu().split([value.numel() for value in values.values()])
+    return {name: part.view_as(value) for part, (name, value) in zip(parts, values.items(), strict=True)}
 
 
 def curve_of(scores: Tensor, saved: Tensor, grid: Tensor) -> Tensor:
