@@ -28,19 +28,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from tiny_models import random_batch  # noqa: E402
-from tiny_routed import with_reference  # noqa: E402
+from tiny_routed import KINDS, with_reference  # noqa: E402
 
 from router_tuning.model import record_routing  # noqa: E402
 
 GRANULARITIES = [
-    ("attn_sequence", "keep"),
-    ("attn_token", "keep"),
-    ("attn_token", "drop"),
-    ("mlp_sequence", "keep"),
-    ("mlp_token", "keep"),
-    ("block_sequence", "keep"),
-    ("block_token", "keep"),
-    ("block_token", "drop"),
+    *KINDS,
     ("attn_token+mlp_token", "keep"),
     ("expert_token", "keep"),
 ]

@@ -53,11 +53,8 @@ SETS = {
 def write_raw(kind: str, path: Path, size: int) -> int:
     """Write rows of seeded words until ``size`` bytes are reached; how many."""
     draw, count, written = random.Random(233), 0, 0
-    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(4000)] + [
-        "\n\n",
-        '"',
-        "ï",
-    ] * 50
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(4000)]
+    words += ["\n\n", '"', "ï"] * 50
     turns = [{"from": who, "value": " ".join(draw.choices(words, k=200))} for who in ("human", "gpt") * 1000]
     with path.open("w", encoding="utf-8") as out:
         out.write("" if kind == "jsonl" else "[\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model
-from tiny_routed import LAYERS, routed_model, with_reference
+from tiny_routed import KINDS, LAYERS, routed_model, with_reference
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache
 
@@ -44,20 +44,7 @@ def stored_tokens(granularity, policy, keep):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(
-    ("granularity", "policy"),
-    [
-        ("attn_sequence", "keep"),
-        ("attn_token", "keep"),
-        ("attn_token", "drop"),
-        ("mlp_sequence", "keep"),
-        ("mlp_token", "keep"),
-        ("block_sequence", "keep"),
-        ("block_token", "keep"),
-        ("block_token", "drop"),
-        ("attn_sequence+mlp_token", "keep"),
-    ],
-)
+@pytest.mark.parametrize(("granularity", "policy"), [*KINDS, ("attn_sequence+mlp_token", "keep")])
 def test_bytes_are_exactly_those_of_executed_rows_and_tokens(granularity, policy, share, dtype):
     model = route(tiny_model().to(dtype), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
     masks = forced_masks(granularity, share)

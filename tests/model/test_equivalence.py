@@ -8,21 +8,14 @@ import itertools
 import pytest
 import torch
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
-from tiny_routed import with_reference
+from tiny_routed import KINDS, with_reference
 
 from router_tuning.model import packed_queries, record_routing
 from router_tuning.model.seams import decoder_of
 
 TOLERANCE = 1e-4
 CASES = [
-    ("attn_sequence", "keep"),
-    ("attn_token", "keep"),
-    ("attn_token", "drop"),
-    ("mlp_sequence", "keep"),
-    ("mlp_token", "keep"),
-    ("block_sequence", "keep"),
-    ("block_token", "keep"),
-    ("block_token", "drop"),
+    *KINDS,
     ("attn_token+mlp_token", "keep"),
     ("attn_sequence+mlp_token", "keep"),
     ("expert_token", "keep"),

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counted_operations import counted
 from tiny_models import random_batch, tiny_model
-from tiny_routed import LAYERS
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from tiny_routed import KINDS, LAYERS
 
 from router_tuning.model import force_routing, record_routing, route
 from router_tuning.model.flops import decoder_flops, flops_share, module_costs
@@ -24,12 +23,6 @@ KV = 2 * 2 * HIDDEN * KV_HEADS * WIDTH
 MLP = 3 * 2 * HIDDEN * INNER
 PAIR = 2 * 2 * HEADS * WIDTH  # per query and key: scores and weighted sum
 CAPACITIES = [0.0, 0.25, 0.5, 1.0]
-
-
-def counted(model, **inputs):
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**inputs)
-    return counter.get_total_flops()
 
 
 def whole_layer(rows=ROWS, tokens=TOKENS, keys=TOKENS):
@@ -67,19 +60,7 @@ def masks(granularity, share):
 
 
 @pytest.mark.parametrize("share", CAPACITIES)
-@pytest.mark.parametrize(
-    ("granularity", "policy"),
-    [
-        ("attn_sequence", "keep"),
-        ("attn_token", "keep"),
-        ("attn_token", "drop"),
-        ("mlp_sequence", "keep"),
-        ("mlp_token", "keep"),
-        ("block_sequence", "keep"),
-        ("block_token", "keep"),
-        ("block_token", "drop"),
-    ],
-)
+@pytest.mark.parametrize(("granularity", "policy"), KINDS)
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_operations_of_a_forward_pass(granularity, policy, share, use_cache):
     model = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)

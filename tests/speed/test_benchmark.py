@@ -8,10 +8,9 @@ import sys
 
 import pytest
 import torch
+from counted_operations import counted
 from tiny_models import tiny_model
 from tiny_routed import LAYERS
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from router_tuning.model import ModConfig, force_routing, record_routing, route, routed_modules
 from router_tuning.speed.benchmark import Setting, benchmark, imposed, random_masks
@@ -20,14 +19,6 @@ from router_tuning.speed.ideal import reduced
 from router_tuning.speed.limits import GRANULARITIES, Accelerator
 
 DEVICE = Accelerator("some", 1e12, 1e11)
-
-
-@torch.no_grad()
-def counted(model, inputs):
-    """Operations of one forward; attention as plain matrix products, since the counter knows no fused kernel here."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**inputs, use_cache=True)
-    return counter.get_total_flops()
 
 
 def setting(phase, granularity, capacities=(0.0, 0.5, 1.0), batch=4, length=16, repeats=2, builds=1):
@@ -57,9 +48,9 @@ def test_rows_hold_reached_capacity_work_and_memory(phase, batch, granularity):
 def test_the_ideal_does_exactly_the_work_that_skipping_leaves(granularity, kv_policy):
     floor = reduced(tiny_model(), ModConfig(mod_layers=LAYERS, granularity=granularity, kv_policy=kv_policy))
     routed = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=kv_policy)
-    inputs = {"input_ids": torch.randint(3, 61, (2, 8))}
+    inputs = {"input_ids": torch.randint(3, 61, (2, 8)), "use_cache": True}
     with force_routing(routed, False):
-        assert counted(routed, inputs) == counted(floor, inputs)
+        assert counted(routed, **inputs) == counted(floor, **inputs)
 
 
 @pytest.mark.parametrize("capacity", [0.0, 0.25, 0.5, 0.75, 1.0])

@@ -21,6 +21,17 @@ PLAIN = (
     "block_sequence",
     "block_token",
 )
+# Granularities of one router a module, with both policies of keys where they differ.
+KINDS = [
+    ("attn_sequence", "keep"),
+    ("attn_token", "keep"),
+    ("attn_token", "drop"),
+    ("mlp_sequence", "keep"),
+    ("mlp_token", "keep"),
+    ("block_sequence", "keep"),
+    ("block_token", "keep"),
+    ("block_token", "drop"),
+]
 # Every granularity with both key policies where they differ, on a family that has it: (family, granularity, policy).
 CASES = [
     *[("llama", granularity, "keep") for granularity in PLAIN],
