@@ -17,7 +17,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from router_tuning.files import publish
-from router_tuning.model import capacity_penalty, prompt_length_from, record_routing
+from router_tuning.model import RoutingLog, capacity_penalty, prompt_length_from, record_routing
 from router_tuning.tuning import checkpoints, engine_state
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.console import use_compact_progress
@@ -80,14 +80,24 @@ class RouterTrainer(Trainer):
         with record_routing(model) as log:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self.model.training:
-            # Without a token count the Trainer itself divides the sum by the accumulation steps afterwards.
-            counted = num_items_in_batch is not None
-            steps, replicas = self.current_gradient_accumulation_steps, self.accelerator.num_processes
-            penalty = capacity_penalty(model)
-            self.statistics.add(log, loss.detach() / (replicas if counted else steps * replicas), penalty, inputs)
+            counted, penalty = num_items_in_batch is not None, capacity_penalty(model)
+            self.note_losses(log, loss, penalty, inputs, counted)
             added = self.model.config.mod_gradient_scale * penalty
-            loss = loss + (added / steps if counted else added).to(loss.device)
+            loss = loss + (added / self.current_gradient_accumulation_steps if counted else added).to(loss.device)
         return (loss, outputs) if return_outputs else loss
+
+    def note_losses(
+        self, log: RoutingLog, loss: Tensor, penalty: Tensor, inputs: dict[str, Any], counted: bool
+    ) -> None:
+        """Add a micro-batch to the statistics, with its share of the step's ``loss``.
+
+        Args:
+            counted: whether ``loss`` is divided by the tokens of the step. Without that count the Trainer itself
+                divides the sum by the accumulation steps afterwards.
+        """
+        replicas = self.accelerator.num_processes
+        parts = replicas if counted else self.current_gradient_accumulation_steps * replicas
+        self.statistics.add(log, loss.detach() / parts, penalty, inputs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> Tensor:
         """One micro-batch; its random numbers depend on the seed and its place in the run, not on who computes it."""

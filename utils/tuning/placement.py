@@ -13,7 +13,7 @@ from router_tuning.model import ModConfig, fit_skip_paths, route, routed_modules
 from router_tuning.model.flops import saved_shares
 from router_tuning.model.recording import routed_base
 from router_tuning.tuning.arguments import RoutingArguments, layers_text
-from router_tuning.tuning.recipes.budget.damage import fisher_damage
+from router_tuning.tuning.recipes.budget.damage import damage_in_parts
 
 PATH_TOKENS = 12_000
 """Tokens that skip paths are fitted on."""
@@ -54,13 +54,8 @@ def importance(
     try:
         fit_skip_paths(model, batches, config.skip, config.skip_rank)
         names, saved = list(routed_modules(model)), saved_shares(model)
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        size = max(1, _AT_ONCE // (tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize))
-        found = {}
-        for start in range(0, len(names), size):
-            damages = fisher_damage(model, batches, names[start : start + size], seed)
-            found |= {name: (float(damage.mean()), saved[name]) for name, (_, damage) in damages.items()}
-        return found
+        estimates = damage_in_parts(model, batches, names, seed, _AT_ONCE)
+        return {name: (float(damage.mean()), saved[name]) for name, _, damage in estimates}
     finally:
         unroute(model)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from router_tuning.model import routed_modules
 from router_tuning.model.flops import saved_shares
-from router_tuning.tuning.recipes.budget.damage import fisher_damage
+from router_tuning.tuning.recipes.budget.damage import damage_in_parts
 from router_tuning.tuning.recipes.budget.thresholds import share_threshold
 
 _AT_ONCE = 2**31
@@ -53,12 +53,10 @@ def fit_routers(
         budget; and what skipping each module for all tokens would cost, in nats per token.
     """
     fits, damages, scores = {}, {}, {}
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    together = max(1, _AT_ONCE // (tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize))
-    for start in range(0, len(names), together):
-        for name, (hidden, damage) in fisher_damage(model, batches, names[start : start + together], seed).items():
-            fits[name] = fit_router(hidden.to(model.device), damage.to(model.device))
-            damages[name], scores[name] = float(damage.mean()), hidden.to(model.device).float() @ fits[name].weight
+    for name, hidden, damage in damage_in_parts(model, batches, names, seed, _AT_ONCE):
+        hidden = hidden.to(model.device)
+        fits[name] = fit_router(hidden, damage.to(model.device))
+        damages[name], scores[name] = float(damage.mean()), hidden.float() @ fits[name].weight
     return _install(model, fits, scores), damages
 
 

@@ -8,7 +8,7 @@ which everything rests, such as the first MLP of a language model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,21 @@ def fisher_damage(
             module.mod_logit = before[name]
         model.train(training)
     return {name: (torch.cat([h for h, _ in kept]), torch.cat([d for _, d in kept])) for name, kept in found.items()}
+
+
+def damage_in_parts(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], names: Sequence[str], seed: int, at_once: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, ``h`` and ``d`` of every router as :func:`fisher_damage` has them, in as many passes as memory asks for.
+
+    Args:
+        at_once: bytes; routers whose inputs fit here together are estimated in one pass over the tokens.
+    """
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    together = max(1, at_once // (tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize))
+    for start in range(0, len(names), together):
+        for name, (hidden, damage) in fisher_damage(model, batches, names[start : start + together], seed).items():
+            yield name, hidden, damage
 
 
 def _leaf(name: str, module: Routed, seen: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Tensor]:

@@ -28,7 +28,7 @@ from transformers.trainer_callback import ExportableState
 from router_tuning.model import capacity_penalty, record_routing, routed_modules
 from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.recipes.budget.gates import SLOPE, Gates, Seen, gates
-from router_tuning.tuning.recipes.budget.settings import BudgetArguments
+from router_tuning.tuning.recipes.budget.settings import BudgetArguments, path_rate
 
 _CLIP = 40.0
 _PRIOR = 3000.0  # tokens that the start counts for
@@ -96,10 +96,8 @@ class RegressionTrainer(RouterTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Of skip paths: each matrix moves by a share of its rms per step."""
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        groups = []
-        for parameter in (parameter for parameter in self.model.parameters() if parameter.requires_grad):
-            size = max(float(parameter.detach().square().mean().sqrt()), 1e-4)
-            groups.append({"params": [parameter], "lr": self.args.learning_rate * size})
+        paths = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        groups = [{"params": [path], "lr": path_rate(path, self.args.learning_rate)} for path in paths]
         routers = [module.mod_router.weight for module in self.modules.values()]  # of which none gets a gradient
         self.optimizer = kind(groups or routers, **options)
         return self.optimizer
@@ -137,17 +135,15 @@ class RegressionTrainer(RouterTrainer):
         counted = num_items_in_batch is not None
         tokens = num_items_in_batch if counted else predicts.sum().clamp(min=1)
         factor = (self.accelerator.num_processes if counted else 1) / float(tokens)
-        steps, replicas = self.current_gradient_accumulation_steps, self.accelerator.num_processes
         self._micro_batch = {
             "gated": routed_pass,
             "slopes": torch.stack([slope[..., 0] for slope in slopes]) / SLOPE,
-            "factor": factor if counted else factor / steps,
+            "factor": factor if counted else factor / self.current_gradient_accumulation_steps,
             "decided": decided,
             "budget": budget,
             "threshold": threshold,
         }
-        told = divergence.detach().sum() * factor / (replicas if counted else steps * replicas)
-        self.statistics.add(log, told, capacity_penalty(model), inputs)
+        self.note_losses(log, divergence.sum() * factor, capacity_penalty(model), inputs, counted)
         loss = (weight * divergence).sum() * factor
         return (loss, {"logits": logits}) if return_outputs else loss
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 
 @dataclass
 class BudgetArguments:
@@ -28,3 +30,8 @@ class BudgetArguments:
         if not 0 < low <= high < 1:
             return [f"--lowest_budget {low} and --highest_budget {high} must lie in (0, 1), in this order"]
         return []
+
+
+def path_rate(matrix: Tensor, learning_rate: float) -> float:
+    """How far an element of a skip path's ``matrix`` moves per step: ``learning_rate`` is a share of its rms."""
+    return learning_rate * max(float(matrix.detach().square().mean().sqrt()), 1e-4)

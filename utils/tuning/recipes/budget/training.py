@@ -25,7 +25,7 @@ from router_tuning.model import RoutingLog, capacity_penalty, record_routing, ro
 from router_tuning.model.recording import Record
 from router_tuning.model.routing import run_decoder
 from router_tuning.tuning.customized_trainer import RouterTrainer
-from router_tuning.tuning.recipes.budget.settings import BudgetArguments
+from router_tuning.tuning.recipes.budget.settings import BudgetArguments, path_rate
 from router_tuning.tuning.recipes.budget.thresholds import routers_that_train, share_threshold
 
 
@@ -106,7 +106,7 @@ class BudgetTrainer(RouterTrainer):
             if parameter.requires_grad:
                 rate = rates.get(id(parameter), self.recipe.other_rate)
                 if "mod_skip" in name:
-                    rate = self.args.learning_rate * max(float(parameter.detach().square().mean().sqrt()), 1e-4)
+                    rate = path_rate(parameter, self.args.learning_rate)
                 groups.append({"params": [parameter], "lr": rate})
         self.optimizer = kind(groups, **options)
         return self.optimizer
@@ -134,12 +134,10 @@ class BudgetTrainer(RouterTrainer):
             else:
                 task, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         self.multiplier.watch(log)
-        steps, replicas = self.current_gradient_accumulation_steps, self.accelerator.num_processes
         capacity = sum(self.weights[key] * r.capacity().to(task.device) for key, rs in log.records.items() for r in rs)
         added = self.multiplier.value * capacity
-        loss = task + (added / steps if counted else added)
-        share = task.detach() / replicas if counted else task.detach() / (steps * replicas)
-        self.statistics.add(log, share, capacity_penalty(model), inputs)
+        loss = task + (added / self.current_gradient_accumulation_steps if counted else added)
+        self.note_losses(log, task, capacity_penalty(model), inputs, counted)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
