@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 from tiny_routed import KINDS, with_reference
 
 from router_tuning.model import packed_queries, record_routing
-from router_tuning.model.seams import decoder_of
+from router_tuning.model.modules import decoder_of
 
 TOLERANCE = 1e-4
 CASES = [

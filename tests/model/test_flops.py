@@ -128,7 +128,7 @@ def test_operations_of_a_decoding_step(granularity, policy, saved):
 def test_the_share_on_paper_is_that_of_a_real_pass(family, granularity, skip):
     """A real pass gives every query all keys, as many as 2·t - 1 tokens do on average, and fills up short rows."""
     if family == "phi3" and granularity not in ("attn_token", "mlp_sequence"):
-        pytest.skip("other seams, but the same arithmetic")
+        pytest.skip("other modules, but the same arithmetic")
     dense = tiny_model(family)
     dense.config._experts_implementation = "eager"
     ids, _ = random_batch(ROWS, TOKENS)

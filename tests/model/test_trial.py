@@ -1,4 +1,4 @@
-"""Architectures: what lacks a seam is refused in one line, what only looks alike as well, the rest is exact."""
+"""Architectures: what lacks a module is refused in one line, what only looks alike as well, the rest is exact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from router_tuning.model import installing, is_routed, route
 
 
 @pytest.mark.parametrize(
-    ("family", "granularity", "seam"),
+    ("family", "granularity", "missing"),
     [
         ("gpt2", "attn_sequence", "layers"),
         ("mamba", "attn_sequence", "self_attn"),
@@ -29,12 +29,12 @@ from router_tuning.model import installing, is_routed, route
         ("llama", "expert_token", "experts"),
     ],
 )
-def test_a_missing_seam_is_named_in_one_line(family, granularity, seam):
+def test_a_missing_module_is_named_in_one_line(family, granularity, missing):
     sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=61, intermediate_size=48)
     ids = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **ids))
     classes = {type(module) for module in model.modules()}
-    with pytest.raises(ValueError, match=f"'{seam}'") as error:
+    with pytest.raises(ValueError, match=f"'{missing}'") as error:
         route(model, mod_n=2, granularity=granularity)
     assert "\n" not in str(error.value) and type(model).__name__ in str(error.value)
     assert {type(module) for module in model.modules()} == classes

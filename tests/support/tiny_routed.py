@@ -10,7 +10,7 @@ from tiny_models import random_batch, tiny_model
 
 from router_tuning.model import route, routed_modules
 from router_tuning.model.configuration_mod import parse_granularity
-from router_tuning.model.seams import decoder_of
+from router_tuning.model.modules import decoder_of
 
 LAYERS = [1, 2, 3]
 PLAIN = (

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from router_tuning.checkpoint.output_folder import new_folder
 from router_tuning.errors import UserError
 from router_tuning.model import routed_modules, unroute
-from router_tuning.model.seams import decoder_of
+from router_tuning.model.modules import decoder_of
 
 MARKER = "frozen_routing.json"
 OUTPUTS = {"attn": ("o_proj", "dense", "out_proj"), "mlp": ("down_proj", "fc2", "dense_4h_to_h")}

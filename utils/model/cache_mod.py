@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from .mixing import mixed
+from .class_swap import mixed
 
 
 class HeldDecisions(CacheLayerMixin):

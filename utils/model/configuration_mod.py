@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .mixing import mixed, plain_class
+from .class_swap import mixed, plain_class
 
 GRANULARITIES = (
     "attn_sequence",

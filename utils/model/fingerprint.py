@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
-from .seams import decoder_of
+from .modules import decoder_of
 
 _PROBES = 16
 ReadRows = Callable[[str, slice], Tensor | None]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import RoutingCall
 from .configuration_mod import ModConfig
+from .context import RoutingContext
 from .installing import skip_path
 from .recording import force_routing, routed_base
 from .routed import Routed
@@ -134,9 +134,9 @@ def _gather(decoder: nn.Module, batches, group: Mapping[str, Routed], on_skipped
     names = {id(module): name for name, module in group.items()}
     moments = {name: Moments() for name in group}
 
-    def observe(module: Routed, features: Tensor, update: Tensor, keep: Tensor, call: RoutingCall) -> None:
+    def observe(module: Routed, features: Tensor, update: Tensor, keep: Tensor, context: RoutingContext) -> None:
         if id(module) in names:
-            chosen = ~call.first if call.real is None else call.real & ~call.first
+            chosen = ~context.first if context.real is None else context.real & ~context.first
             if on_skipped:
                 chosen = chosen & ~(keep if keep.dim() == 2 else keep[:, None])
             chosen = chosen.to(features.device)

@@ -6,8 +6,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .cache_mod import HeldDecisions, RaggedCacheLayer, RowCacheLayer
+from .class_swap import mix_in, mix_out
 from .configuration_mod import ModConfig, select_layers
-from .mixing import mix_in, mix_out
+from .modules import decoder_of, device_of, find_module
 from .routed import Routed
 from .routed_attention import RoutedAttention
 from .routed_block import RoutedBlock, RoutedLayer
@@ -15,7 +16,6 @@ from .routed_experts import RoutedExperts
 from .routed_mlp import RoutedMLP
 from .routed_model import RoutedDecoder
 from .router import ModRouter
-from .seams import decoder_of, device_of, find_module
 from .skip_path import SkipPath
 
 MIXINS: dict[str, type[Routed]] = {

@@ -9,9 +9,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
+from .class_swap import mixed, plain_class
 from .configuration_mod import GUARD, ModConfig, ModFields, own_config, plain_config
 from .installing import install
-from .mixing import mixed, plain_class
 from .routed_model import RoutedCausalLM
 from .trial import postpone, try_at_first_use
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .call import Forced, RouterKey
+from .context import Forced, RouterKey
 from .router import straight_through
 
 

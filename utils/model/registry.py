@@ -19,8 +19,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .class_swap import mixed
 from .configuration_mod import ModFields
-from .mixing import mixed
 from .modeling_mod import routed_class
 
 TASKS = (

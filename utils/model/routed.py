@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import RouterKey, RoutingCall, current_call, forced_decision
+from .context import RouterKey, RoutingContext, current_context, forced_decision
 from .packing import true_places
 from .router import ModRouter, Unlearnt, merge, pooled_mean, threshold_logit
 from .skip_path import SkipPath
@@ -44,21 +44,21 @@ class Routed:
         self.mod_threshold = threshold
         self.mod_logit = threshold_logit(threshold)
 
-    def mod_call(self) -> RoutingCall:
+    def mod_context(self) -> RoutingContext:
         """The pass under way; a module called on its own sees every token as real and no cache.
 
         Raises:
             ValueError: under reentrant checkpointing, which hides the routers of this pass from autograd.
         """
-        call = current_call() or RoutingCall(training=self.training and torch.is_grad_enabled())
-        if call.training and call.observe is None and not torch.is_grad_enabled():
+        context = current_context() or RoutingContext(training=self.training and torch.is_grad_enabled())
+        if context.training and context.observe is None and not torch.is_grad_enabled():
             raise ValueError(
                 "routers get no gradient under reentrant gradient checkpointing: pass "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        return call
+        return context
 
-    def mod_decide(self, hidden: Tensor, call: RoutingCall) -> Decision:
+    def mod_decide(self, hidden: Tensor, context: RoutingContext) -> Decision:
         """``m = 1[σ(W·h) ≥ τ]`` for ``hidden [b, t, d]``.
 
         A sequence's decision is taken in the pass that brings its first token, and held for the life of the cache.
@@ -66,49 +66,49 @@ class Routed:
         never kept, and the first token of a sequence always where there is a skip path.
         """
         sequence = self.mod_level == "sequence"
-        held = self._mod_held(call) if sequence else None
+        held = self._mod_held(context) if sequence else None
         if held is not None:
             held = held.to(hidden.device)
-            if not call.decides:
+            if not context.decides:
                 return Decision(held, None)
         keep = logits = None
-        if call.forced is not None:
+        if context.forced is not None:
             shape = hidden.shape[:1] if sequence else hidden.shape[:2]
-            keep = forced_decision(call.forced, self.mod_layer, self.mod_part, shape, call.past, hidden.device)
+            keep = forced_decision(context.forced, self.mod_layer, self.mod_part, shape, context.past, hidden.device)
         if keep is None:
-            features = pooled_mean(hidden, call.pool) if sequence else hidden
+            features = pooled_mean(hidden, context.pool) if sequence else hidden
             logits = self.mod_router(features)[..., 0]
             keep = logits >= self.mod_logit
-        real = call.decided if sequence else call.real
+        real = context.decided if sequence else context.real
         if real is not None:
             real = real.to(keep.device)
             keep = torch.where(real, keep, True if held is None else held) if sequence else keep & real
-        if not sequence and self.mod_first(call) is not None:
-            keep = keep | call.first
+        if not sequence and self.mod_first(context) is not None:
+            keep = keep | context.first
             if logits is not None and logits.requires_grad:  # no decision of the router's
-                logits = torch.where(call.first, logits.detach(), logits)
-        if call.record is not None:
-            call.record(self.mod_key, keep, logits, real)
-        if sequence and call.cache is not None:
-            call.cache.layers[self.mod_layer].mod_hold(self.mod_part, keep, call.blank)
+                logits = torch.where(context.first, logits.detach(), logits)
+        if context.record is not None:
+            context.record(self.mod_key, keep, logits, real)
+        if sequence and context.cache is not None:
+            context.cache.layers[self.mod_layer].mod_hold(self.mod_part, keep, context.blank)
         return Decision(keep, logits)
 
-    def mod_runs_all(self, decision: Decision, call: RoutingCall, whole: bool = True) -> bool:
+    def mod_runs_all(self, decision: Decision, context: RoutingContext, whole: bool = True) -> bool:
         """Whether what is skipped runs too, since the router's score needs its gradient, in training or not.
 
         Args:
             whole: whether this pass holds all that the module would have seen, had nothing been skipped before.
         """
-        return call.training or (whole and decision.logits is not None and decision.logits.requires_grad)
+        return context.training or (whole and decision.logits is not None and decision.logits.requires_grad)
 
-    def mod_unlearnt(self, output: Tensor, call: RoutingCall) -> Tensor:
+    def mod_unlearnt(self, output: Tensor, context: RoutingContext) -> Tensor:
         """``output`` of what is kept; an error in the backward pass where the router would miss its gradient."""
         learns = torch.is_grad_enabled() and self.mod_router.weight.requires_grad
-        return Unlearnt.apply(output, self.mod_layer) if learns and call.past and call.forced is None else output
+        return Unlearnt.apply(output, self.mod_layer) if learns and context.past and context.forced is None else output
 
-    def mod_first(self, call: RoutingCall) -> Tensor | None:
+    def mod_first(self, context: RoutingContext) -> Tensor | None:
         """Tokens ``[b, t]`` of this pass that run whatever the router says, or None."""
-        return None if self.mod_skip is None else call.first
+        return None if self.mod_skip is None else context.first
 
     def mod_skipped(self, features: Tensor, residual: Tensor | None = None, skipped: Tensor | None = None) -> Tensor:
         """What is skipped gets: ``P(h)`` or zeros, on top of ``residual`` for a block; a tensor of its own.
@@ -139,28 +139,28 @@ class Routed:
         decision: Decision,
         features: Tensor,
         executed: Tensor,
-        call: RoutingCall,
+        context: RoutingContext,
         residual: Tensor | None = None,
     ) -> Tensor:
         """The output of a pass in which everything ran, ``[b, t, d]``, with the straight-through gradient."""
         keep, logits = decision
-        if call.observe is not None:
-            call.observe(self, features, executed if residual is None else executed - residual, keep, call)
-        skipped, first = self.mod_skipped(features, residual), self.mod_first(call)
+        if context.observe is not None:
+            context.observe(self, features, executed if residual is None else executed - residual, keep, context)
+        skipped, first = self.mod_skipped(features, residual), self.mod_first(context)
         if first is not None:
             skipped = torch.where(first[..., None], executed, skipped)
         return merge(keep, executed, skipped, logits)
 
-    def mod_kept_rows(self, keep: Tensor, call: RoutingCall) -> Tensor:
+    def mod_kept_rows(self, keep: Tensor, context: RoutingContext) -> Tensor:
         """Row indices of a sequence-level decision."""
-        if call.cache is None:
+        if context.cache is None:
             return keep.nonzero().flatten()
-        return call.cache.layers[self.mod_layer].mod_kept_rows(self.mod_part).to(keep.device)
+        return context.cache.layers[self.mod_layer].mod_kept_rows(self.mod_part).to(keep.device)
 
-    def _mod_held(self, call: RoutingCall) -> Tensor | None:
-        if call.cache is None or call.past == 0:
+    def _mod_held(self, context: RoutingContext) -> Tensor | None:
+        if context.cache is None or context.past == 0:
             return None
-        held = getattr(call.cache.layers[self.mod_layer], "mod_decisions", {}).get(self.mod_part)
+        held = getattr(context.cache.layers[self.mod_layer], "mod_decisions", {}).get(self.mod_part)
         if held is None:
             raise ValueError(f"layer {self.mod_layer}: this cache holds no decision for {self.mod_part!r}; start anew")
         return held

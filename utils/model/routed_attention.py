@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import RoutingCall
+from .context import RoutingContext
 from .key_views import AllButStored, AllKeys, KeptKeys, MergedKeys
 from .keys_values import project_kv, spared_weights
 from .packed_queries import ChunkedMask, PackedHidden
@@ -50,24 +50,24 @@ class RoutedAttending(Routed):
 
     def mod_forward(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The routed module, ``[b, t, d] → [b, t, d]``."""
-        call = self.mod_call()
+        context = self.mod_context()
         if self.mod_level == "token":
-            kwargs = self._with_mask(hidden_states, kwargs, call)
+            kwargs = self._with_mask(hidden_states, kwargs, context)
         features = self.mod_features(hidden_states)
-        decision = self.mod_decide(features, call)
+        decision = self.mod_decide(features, context)
         keep = decision.keep
         offers_all = self.mod_level == "token" and self.mod_kv_policy == "keep"
-        if self.mod_runs_all(decision, call, whole=offers_all or call.cache is None or call.past == 0):
-            output = self._run_all(hidden_states, keep, kwargs, None if offers_all else call.cache)
-            return self.mod_merge(decision, features, output, call, self.mod_residual(hidden_states))
+        if self.mod_runs_all(decision, context, whole=offers_all or context.cache is None or context.past == 0):
+            output = self._run_all(hidden_states, keep, kwargs, None if offers_all else context.cache)
+            return self.mod_merge(decision, features, output, context, self.mod_residual(hidden_states))
         if self.mod_level == "sequence":
-            return self.mod_unlearnt(self._run_rows(hidden_states, features, keep, kwargs, call), call)
-        counts = row_counts(keep, call.real)
+            return self.mod_unlearnt(self._run_rows(hidden_states, features, keep, kwargs, context), context)
+        counts = row_counts(keep, context.real)
         if offers_all:
             if counts is None:
                 return self.mod_run(hidden_states, kwargs)
             return self._run_tokens(hidden_states, features, keep, counts, kwargs)
-        return self.mod_unlearnt(self._run_ragged(hidden_states, features, keep, counts, kwargs, call), call)
+        return self.mod_unlearnt(self._run_ragged(hidden_states, features, keep, counts, kwargs, context), context)
 
     def _run_all(self, hidden_states: Tensor, keep: Tensor, kwargs: dict, cache: Any) -> Tensor:
         """Everything, for the gradient of the router; what is kept sees, and ``cache`` stores, as if alone."""
@@ -78,13 +78,13 @@ class RoutedAttending(Routed):
         return self.mod_run(hidden_states, kwargs)
 
     def _run_rows(
-        self, hidden_states: Tensor, features: Tensor, keep: Tensor, kwargs: dict, call: RoutingCall
+        self, hidden_states: Tensor, features: Tensor, keep: Tensor, kwargs: dict, context: RoutingContext
     ) -> Tensor:
         batch, tokens = hidden_states.shape[:2]
-        layer = None if call.cache is None else call.cache.layers[self.mod_layer]
-        if layer is not None and call.decides:
+        layer = None if context.cache is None else context.cache.layers[self.mod_layer]
+        if layer is not None and context.decides:
             layer.mod_store(keep)
-        rows = self.mod_kept_rows(keep, call)
+        rows = self.mod_kept_rows(keep, context)
         if rows.shape[0] == batch:
             return self.mod_run(hidden_states, kwargs)
         skipped = true_places(~keep, batch - rows.shape[0]) if tokens > 1 else None
@@ -94,7 +94,7 @@ class RoutedAttending(Routed):
             output.index_copy_(0, rows, ran.to(output.dtype))
         elif layer is not None:
             layer.mod_advance(tokens)
-        first = self.mod_first(call)
+        first = self.mod_first(context)
         if first is not None:
             self._run_first(hidden_states, output, first & ~keep[:, None], kwargs)
         return output
@@ -136,7 +136,7 @@ class RoutedAttending(Routed):
         packing.put_(ran, output)
         return output
 
-    def _with_mask(self, hidden_states: Tensor, kwargs: dict, call: RoutingCall) -> dict:
+    def _with_mask(self, hidden_states: Tensor, kwargs: dict, context: RoutingContext) -> dict:
         """``kwargs`` with a mask where none means that all tokens see each other; no mask then means causal."""
         tokens = hidden_states.shape[1]
         if tokens == 1 or kwargs.get("attention_mask") is not None:
@@ -145,7 +145,7 @@ class RoutedAttending(Routed):
         causal = getattr(attention, "is_causal", True) if causal is None else causal
         if causal and self._implementation() != "eager":
             return kwargs
-        everything = torch.ones(1, 1, tokens, call.past + tokens, dtype=torch.bool, device=hidden_states.device)
+        everything = torch.ones(1, 1, tokens, context.past + tokens, dtype=torch.bool, device=hidden_states.device)
         return {**kwargs, "attention_mask": self._mask_type(everything, hidden_states)}
 
     def _packed_mask(self, mask: Tensor | None, packing: Packing, tokens: int, like: Tensor) -> Tensor | None:
@@ -165,17 +165,17 @@ class RoutedAttending(Routed):
         return MergedKeys(kwargs.get("past_key_values"), packing, keep.shape, skipped, keys[0], values[0])
 
     def _run_ragged(
-        self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, call
+        self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, context
     ) -> Tensor:
         """Queries, keys and values of kept tokens only."""
         batch, tokens = keep.shape
-        layer = None if call.cache is None else call.cache.layers[self.mod_layer]
+        layer = None if context.cache is None else context.cache.layers[self.mod_layer]
         if counts is None:
             if layer is None:
                 return self.mod_run(hidden_states, kwargs)
             counts = keep.sum(1).tolist()
         output = self.mod_skipped_tokens(features, keep, sum(counts), self.mod_residual(hidden_states))
-        view = KeptKeys(layer, call.past)
+        view = KeptKeys(layer, context.past)
         if layer is not None:
             layer.mod_open_rows(batch, keep.device)
         if any(counts):

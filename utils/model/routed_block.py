@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .call import RoutingCall, current_call, routing_call
+from .context import RoutingContext, current_context, routing_context
 from .routed import Routed
 from .routed_attention import RoutedAttending
 
 
-class CarriesCall:
+class CarriesContext:
     """A decoder layer that hands the pass to what gradient checkpointing runs again.
 
     That is in the backward pass, in another thread and after the model's own forward has ended. transformers sets and
@@ -22,29 +22,29 @@ class CarriesCall:
 
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        checkpoint, call = vars(self).get("_gradient_checkpointing_func"), current_call()
+        checkpoint, context = vars(self).get("_gradient_checkpointing_func"), current_context()
         if checkpoint is None:
             raise AttributeError("_gradient_checkpointing_func")
-        return lambda run, *args: checkpoint(functools.partial(_within, call, run), *args)
+        return lambda run, *args: checkpoint(functools.partial(_within, context, run), *args)
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, checkpoint: Callable[..., Any]) -> None:
         vars(self)["_gradient_checkpointing_func"] = checkpoint
 
 
-def _within(call: RoutingCall | None, run: Callable[..., Any], *args: Any) -> Any:
-    with routing_call(call):
+def _within(context: RoutingContext | None, run: Callable[..., Any], *args: Any) -> Any:
+    with routing_context(context):
         return run(*args)
 
 
-class RoutedLayer(CarriesCall):
+class RoutedLayer(CarriesContext):
     """A decoder layer with routed children."""
 
     def __init_subclass__(cls, **kwargs) -> None:
         """Nothing: the layer's own class has wrapped its forward for checkpointing, and once is enough."""
 
 
-class RoutedBlock(CarriesCall, RoutedAttending):
+class RoutedBlock(CarriesContext, RoutedAttending):
     """A decoder layer that runs for kept sequences or tokens only; to skipped ones it adds its skip path at most."""
 
     mod_part = "block"

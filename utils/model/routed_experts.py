@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import forced_decision
+from .context import forced_decision
 from .packing import true_places
 from .routed import Decision, Routed
 from .router import straight_through
@@ -22,19 +22,20 @@ class RoutedExperts(Routed):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``Σ_k m_k·w_k·E_k(h)`` for ``hidden_states [n, d]``, ``top_k_index`` and ``top_k_weights [n, k]``."""
-        call = self.mod_call()
+        context = self.mod_context()
         logits = None
-        keep = forced_decision(call.forced, self.mod_layer, self.mod_part, top_k_index.shape, 0, hidden_states.device)
+        shape, device = top_k_index.shape, hidden_states.device
+        keep = forced_decision(context.forced, self.mod_layer, self.mod_part, shape, 0, device)
         if keep is None:
             logits = self.mod_router(hidden_states).gather(1, top_k_index)
             keep = logits >= self.mod_logit
         real = None
-        if call.real is not None:
-            real = call.real.to(keep.device).flatten()[:, None].expand_as(keep)
+        if context.real is not None:
+            real = context.real.to(keep.device).flatten()[:, None].expand_as(keep)
             keep = keep & real
-        if call.record is not None:
-            call.record(self.mod_key, keep, logits, real, experts=top_k_index)
-        if self.mod_runs_all(Decision(keep, logits), call):
+        if context.record is not None:
+            context.record(self.mod_key, keep, logits, real, experts=top_k_index)
+        if self.mod_runs_all(Decision(keep, logits), context):
             gate = keep.to(top_k_weights.dtype)
             if logits is not None:
                 gate = gate + straight_through(logits).to(gate.dtype)

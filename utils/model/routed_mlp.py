@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .call import RoutingCall
+from .context import RoutingContext
 from .packing import true_places
 from .routed import Routed, row_counts
 
@@ -16,20 +16,20 @@ class RoutedMLP(Routed):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         """``m·MLP(h) + (1−m)·P(h)`` for ``hidden_states [b, t, d]``."""
-        call = self.mod_call()
-        decision = self.mod_decide(hidden_states, call)
+        context = self.mod_context()
+        decision = self.mod_decide(hidden_states, context)
         keep = decision.keep
-        if self.mod_runs_all(decision, call):
+        if self.mod_runs_all(decision, context):
             output = super().forward(hidden_states, *args, **kwargs)
-            return self.mod_merge(decision, hidden_states, output, call)
-        return self.mod_unlearnt(self._run_kept(hidden_states, keep, call, *args, **kwargs), call)
+            return self.mod_merge(decision, hidden_states, output, context)
+        return self.mod_unlearnt(self._run_kept(hidden_states, keep, context, *args, **kwargs), context)
 
-    def _run_kept(self, hidden_states: Tensor, keep: Tensor, call: RoutingCall, *args, **kwargs) -> Tensor:
-        first = self.mod_first(call)
+    def _run_kept(self, hidden_states: Tensor, keep: Tensor, context: RoutingContext, *args, **kwargs) -> Tensor:
+        first = self.mod_first(context)
         if self.mod_level == "sequence" and first is not None:  # a row that is skipped still runs its first token
             keep = keep[:, None] | first
         if keep.dim() == 2:
-            counts = row_counts(keep, call.real)
+            counts = row_counts(keep, context.real)
             if counts is None:
                 return super().forward(hidden_states, *args, **kwargs)
             if not any(counts):
@@ -38,7 +38,7 @@ class RoutedMLP(Routed):
             output = self.mod_skipped_tokens(hidden_states, keep, sum(counts))
             self._run(flat, true_places(keep, sum(counts)), output.flatten(0, 1), *args, **kwargs)
             return output
-        rows = self.mod_kept_rows(keep, call)
+        rows = self.mod_kept_rows(keep, context)
         if rows.shape[0] == hidden_states.shape[0]:
             return super().forward(hidden_states, *args, **kwargs)
         output = self.mod_skipped(hidden_states)

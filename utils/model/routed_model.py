@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from .cache_mod import HeldDecisions, adopt_layers
-from .call import Forced, RouterKey, RoutingCall, routing_call
+from .class_swap import claim_forwards, plain_class
 from .configuration_mod import ModConfig
-from .mixing import claim_forwards, plain_class
+from .context import Forced, RouterKey, RoutingContext, routing_context
 from .penalty import join_penalty, with_penalty
 from .recording import RoutingLog, routed_base
 from .routed import Routed
@@ -32,7 +32,7 @@ INCOMPLETE = {"output_attentions": {"attn", "block"}, "output_router_logits": {"
 
 
 class RoutedDecoder(InitializesRouting):
-    """Mixin for the decoder (``LlamaModel`` …): opens one :class:`RoutingCall` per forward pass."""
+    """Mixin for the decoder (``LlamaModel`` …): opens one :class:`RoutingContext` per forward pass."""
 
     is_routed_decoder = True
     mod_config: ModConfig
@@ -101,7 +101,7 @@ class RoutedDecoder(InitializesRouting):
             first = first_tokens(shape, attention_mask, position_ids, past, past_key_values, self.device)
         learns = self.training and torch.is_grad_enabled()
         logs = [*self.mod_logs, RoutingLog()] if learns else self.mod_logs
-        call = RoutingCall(
+        context = RoutingContext(
             real=real,
             pool=pool,
             first=first,
@@ -115,7 +115,7 @@ class RoutedDecoder(InitializesRouting):
             record=functools.partial(_record, logs, set()) if logs else None,
             observe=self.mod_observer,
         )
-        with routing_call(call):
+        with routing_context(context):
             outputs = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .class_swap import mix_in, mix_out
 from .configuration_mod import Layers, ModConfig, own_config
 from .installing import install, uninstall
-from .mixing import mix_in, mix_out
 from .modeling_mod import ModPreTrained
 from .recording import routed_base
 from .registry import publish

@@ -19,9 +19,9 @@ from ..files import publish, write_text
 from .configuration_mod import ModConfig
 from .dial import logits_at
 from .fingerprint import base_fingerprint, causal_lm, check_base
+from .modules import WHERE, decoder_of
 from .recording import routed_base
 from .routing import is_routed, route, routed_modules, set_thresholds, unroute
-from .seams import WHERE, decoder_of
 
 WEIGHTS_NAME = "router.safetensors"
 CONFIG_NAME = "router_config.json"

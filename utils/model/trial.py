@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 from transformers.activations import ACT2FN
 
-from .mixing import plain_class
+from .class_swap import plain_class
+from .modules import device_of
 from .recording import force_routing, routed_base
 from .router import AddedByRouting
-from .seams import device_of
 
 _HELD = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 """Classes that tests hold at every granularity; a model made of nothing but their code need not be tried."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from router_tuning.model import record_routing, route
-from router_tuning.model.seams import decoder_of
+from router_tuning.model.modules import decoder_of
 from router_tuning.tuning.arguments import RoutingArguments
 from router_tuning.tuning.tuning_model import mark_trainable, routing_of
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from router_tuning.model import routed_modules
-from router_tuning.model.call import current_call
+from router_tuning.model.context import current_context
 from router_tuning.model.routed import Routed
 
 _SLOPE = 0.25  # of the score σ(z) at z = 0, through which the engine hands on the gradient of m
@@ -97,9 +97,9 @@ def _leaf(name: str, module: Routed, seen: dict[str, tuple[Tensor, Tensor, Tenso
     """A hook that puts a score without a past in place of a router's: all that its gradient says is about ``m``."""
 
     def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        leaf, call = torch.zeros_like(output).requires_grad_(), current_call()
-        chosen = torch.ones_like(output[..., 0], dtype=torch.bool) if call.real is None else call.real
-        first = module.mod_first(call)
+        leaf, context = torch.zeros_like(output).requires_grad_(), current_context()
+        chosen = torch.ones_like(output[..., 0], dtype=torch.bool) if context.real is None else context.real
+        first = module.mod_first(context)
         chosen = chosen if first is None else chosen & ~first
         seen[name] = args[0].detach(), leaf, chosen.to(leaf.device)
         return leaf

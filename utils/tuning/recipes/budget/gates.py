@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from router_tuning.model import routed_modules
-from router_tuning.model.call import current_call
+from router_tuning.model.context import current_context
 from router_tuning.model.routing import run_decoder
 from router_tuning.tuning.recipes.budget.closed_form import RIDGE
 
@@ -58,9 +58,9 @@ def gates(modules: Mapping[str, Any], bias: Mapping[str, float], threshold: Tens
 
     def hook(name: str, module: Any) -> Callable[..., Tensor]:
         def see(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            score, call = output.detach()[..., 0] + bias[name], current_call()
-            real = torch.ones_like(score, dtype=torch.bool) if call.real is None else call.real
-            first = module.mod_first(call)
+            score, context = output.detach()[..., 0] + bias[name], current_context()
+            real = torch.ones_like(score, dtype=torch.bool) if context.real is None else context.real
+            first = module.mod_first(context)
             found.decided = real if first is None else real & ~first
             runs = torch.ones_like(real) if threshold is None else score >= threshold[:, None]
             leaf = torch.where(runs, 0.0, -_EVEN)[..., None].to(output.dtype).requires_grad_(threshold is not None)

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from router_tuning.errors import UserError
 from router_tuning.model import force_routing
-from router_tuning.model.call import RouterKey
-from router_tuning.model.seams import decoder_of
+from router_tuning.model.context import RouterKey
+from router_tuning.model.modules import decoder_of
 
 _NORMS = ("norm", "final_layernorm")
 

@@ -12,7 +12,7 @@ WHERE = {"attn": ("self_attn",), "mlp": ("mlp",), "block": (), "expert": ("mlp",
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The decoder with ``layers``; ValueError naming the missing seam for other architectures."""
+    """The decoder with ``layers``; ValueError naming the missing module for other architectures."""
     decoder = getattr(model, model.base_model_prefix, model)
     if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise ValueError(f"{type(model).__name__} cannot be routed: its decoder has no 'layers'")
@@ -20,7 +20,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def find_module(model: PreTrainedModel, layer: int, part: str, level: str) -> nn.Module:
-    """The module that a part of a layer names; ValueError naming the missing seam."""
+    """The module that a part of a layer names; ValueError naming the missing module."""
     module = decoder_of(model).layers[layer]
     for name in WHERE[part]:
         if not isinstance(getattr(module, name, None), nn.Module):

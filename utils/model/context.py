@@ -16,8 +16,8 @@ Forced = bool | Mapping[Any, Any] | Callable[..., Tensor]
 
 
 @dataclass
-class RoutingCall:
-    """State of one forward pass; never kept on a module, so calls on one model cannot disturb each other.
+class RoutingContext:
+    """State of one forward pass; never kept on a module, so passes over one model cannot disturb each other.
 
     Attributes:
         real: bool ``[b, t]``, true for tokens that are not padding; None when all are real.
@@ -31,7 +31,7 @@ class RoutingCall:
         training: run every module densely and let the straight-through gradient pass.
         forced: decisions imposed by :func:`force_routing`.
         record: called as ``record(key, keep, logits, real)`` for each decision taken.
-        observe: called as ``observe(module, features, update, keep, call)`` by modules, which then run densely.
+        observe: called as ``observe(module, features, update, keep, context)`` by modules, which then run densely.
     """
 
     real: Tensor | None = None
@@ -48,21 +48,21 @@ class RoutingCall:
     observe: Callable[..., None] | None = None
 
 
-_CURRENT: ContextVar[RoutingCall | None] = ContextVar("routing_call", default=None)
+_CURRENT: ContextVar[RoutingContext | None] = ContextVar("routing_context", default=None)
 
 
-current_call: Callable[[], RoutingCall | None] = _CURRENT.get
+current_context: Callable[[], RoutingContext | None] = _CURRENT.get
 """The pass under way in this thread, if any."""
 
 
-class routing_call:  # noqa: N801, a context manager that costs less than a generator at every token
-    """Make ``call`` the current pass within the block."""
+class routing_context:  # noqa: N801, a context manager that costs less than a generator at every token
+    """Make ``context`` the current pass within the block."""
 
-    def __init__(self, call: RoutingCall | None) -> None:
-        self.call = call
+    def __init__(self, context: RoutingContext | None) -> None:
+        self.context = context
 
     def __enter__(self) -> None:
-        self.token = _CURRENT.set(self.call)
+        self.token = _CURRENT.set(self.context)
 
     def __exit__(self, *_: object) -> None:
         _CURRENT.reset(self.token)
