@@ -21,7 +21,7 @@ BELOW = {
     "embedded": {"model", "data", "tuning", "checkpoint", "evaluation"},
     "speed": {"model", "data", "tuning", "checkpoint", "evaluation"},
     "viewer": {"model", "data", "tuning", "checkpoint", "evaluation"},
-    "experiments": {"model", "data", "tuning", "checkpoint", "evaluation", "embedded", "speed"},
+    "experiments": {"model", "data", "tuning", "checkpoint", "evaluation", "speed"},
 }
 SHIPPED_MAY_IMPORT = {"__future__", "collections", "contextlib", "contextvars", "dataclasses", "functools", "math"}
 SHIPPED_MAY_IMPORT |= {"copy", "inspect", "sys", "types", "typing", "weakref", "torch", "transformers"}

@@ -1,4 +1,4 @@
-"""Render the tables of README.md and docs/*.md anew from the committed JSON.
+"""Render the tables of README.md, docs/*.md and the embedded base's card anew from the committed JSON.
 
 python entrypoints/analysis/update_readme.py
 """
@@ -19,7 +19,7 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     ).parse_args()
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("ckpt/*/README.md"))):
         try:
             text = render(page.read_text())
         except (FileNotFoundError, ValueError) as error:

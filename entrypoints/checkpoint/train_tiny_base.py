@@ -1,7 +1,6 @@
-"""Train the embedded base model from scratch on the generator's training split, score it, write its checkpoint.
+"""Train the embedded base model from scratch on the generator's training split, and write its checkpoint.
 
-    python entrypoints/checkpoint/train_tiny_base.py                    # train, score, write ckpt/tiny-llama-mod
-    python entrypoints/checkpoint/train_tiny_base.py --eval_only        # score the checkpoint that is there
+    python entrypoints/checkpoint/train_tiny_base.py                    # train, write ckpt/tiny-llama-mod
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 entrypoints/checkpoint/train_tiny_base.py    # two CPU cores
     python entrypoints/checkpoint/train_tiny_base.py --num_experts 4    # a small mixture of experts, its own folder
 An interrupted run continues from its last HF checkpoint in --work_dir; --fresh starts again. On busy CPU cores two
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,20 +28,17 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from router_tuning.embedded.base_checkpoint import read_checkpoint, write_card, write_checkpoint
-from router_tuning.embedded.base_scoring import score_tasks
+from router_tuning.embedded.base_checkpoint import write_checkpoint
 from router_tuning.embedded.base_training import (
     CURRICULUM,
     SampleStream,
     build_tokenizer,
-    collate,
     tiny_config,
     tiny_moe_config,
 )
 from router_tuning.embedded.muon import MuonWithAdamW
-from router_tuning.embedded.sample_files import distinct_items
-from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS
 from router_tuning.errors import UserError, cli
+from router_tuning.tuning.batching import Collator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,14 +59,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--adamw_learning_rate", type=float, default=2e-3, help="of embeddings and norms")
     parser.add_argument("--decay_share", type=float, default=0.8, help="last share of the steps, with falling rate")
     parser.add_argument("--save_steps", type=int, default=500)
-    parser.add_argument("--eval_items", type=int, default=256, help="held-out items per task")
-    parser.add_argument("--first_seed", type=int, default=1_000_000, help="of the held-out items that are scored")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's own choice")
     parser.add_argument("--fresh", action="store_true", help="ignore checkpoints in --work_dir")
-    parser.add_argument("--eval_only", action="store_true", help="score the checkpoint in --output_dir")
     args = parser.parse_args()
-    for name in ("max_steps", "batch_size", "save_steps", "eval_items"):
+    for name in ("max_steps", "batch_size", "save_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.decay_share < 1:
@@ -148,11 +140,16 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
         decay_type="1-sqrt",
         min_lr_ratio=0.02,
     )
+    pad = Collator(tokenizer)
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        return {name: values for name, values in pad(rows).items() if name != "prompt_length"}  # of routed models
+
     trainer = Trainer(
         model=model,
         args=training_arguments(args),
         train_dataset=SampleStream(tokenizer, curriculum(args), args.batch_size, args.seed, start),
-        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        data_collator=collate,
         processing_class=tokenizer,
         optimizers=(optimizer, schedule),
     )
@@ -161,25 +158,15 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def main() -> None:
-    """Train (unless --eval_only), score, write."""
+    """Train, write."""
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.eval_only:
-        model, tokenizer = read_checkpoint(args.output_dir)
-    else:
-        model, tokenizer, log = train(args)
-        if int(os.environ.get("RANK", "0")):
-            return
-        model = model.cpu()
-        write_checkpoint(args.output_dir, model, tokenizer, log, {**vars(args), "world_size": world_size()})
-    held_out = {task: distinct_items(task, "heldout", args.eval_items, args.first_seed) for task in TASKS}
-    scores = score_tasks(model, tokenizer, held_out, FREE_TASKS)
-    write_card(args.output_dir, scores, args.eval_items)
-    for task, share in scores["exact_match"].items():
-        print(f"{task:10s} exact match {share:.3f}")
-    for task, value in scores["perplexity"].items():
-        print(f"{task:10s} perplexity  {value:.3f}")
+    model, tokenizer, log = train(args)
+    if not int(os.environ.get("RANK", "0")):
+        record = {**vars(args), "world_size": world_size()}
+        write_checkpoint(args.output_dir, model.cpu(), tokenizer, log, record)
+        print(f"output: {args.output_dir}; evaluate_mod.py --base scores it")
 
 
 if __name__ == "__main__":

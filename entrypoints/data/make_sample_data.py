@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from router_tuning.embedded.sample_files import write_sample_data
+from router_tuning.embedded.sample_files import sample_files
 from router_tuning.errors import UserError, cli
+from router_tuning.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,13 +21,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--save_path", type=Path, default=ROOT / "data" / "sample")
     parser.add_argument("--heldout_items", type=int, default=128, help="held-out items per task, at most")
+    parser.add_argument("--first_seed", type=int, default=0, help="of the held-out items; another one draws others")
     args = parser.parse_args()
     if args.heldout_items < 1:
         raise UserError(f"--heldout_items must be at least 1, not {args.heldout_items}")
-    sizes = write_sample_data(args.save_path, args.heldout_items)
-    for path, size in sizes.items():
-        print(f"{size:>9,} bytes  {path}")
-    print(f"{sum(sizes.values()):>9,} bytes in {len(sizes)} files")
+    for name, make in sample_files(args.heldout_items, args.first_seed).items():
+        path = write_text(args.save_path / name, make())
+        print(f"{path.stat().st_size:>9,} bytes  {path}")
 
 
 if __name__ == "__main__":

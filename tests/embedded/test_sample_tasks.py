@@ -1,4 +1,4 @@
-"""The generator: right answers by an independent reading of the prompt, disjoint splits, four distinct choices."""
+"""Sample data: right answers by an independent reading of the prompt, disjoint splits, the same bytes as in git."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from router_tuning.embedded.sample_tasks import (
-    FORMAT_OF_TASK,
-    FREE_TASKS,
-    TASKS,
-    Item,
-    final_answer,
-    generate,
-)
-from router_tuning.embedded.sample_tasks_worlds import facts
+from router_tuning.embedded.sample_drafts import facts
+from router_tuning.embedded.sample_files import distinct_items, sample_files
+from router_tuning.embedded.sample_tasks import FORMAT_OF_TASK, FREE_TASKS, TASKS, Item, generate
 from router_tuning.errors import UserError
 
 COUNT = 300
@@ -127,7 +122,7 @@ def test_answers_are_right(task: str, split: str):
     for seed in range(COUNT):
         item = generate(task, seed, split)
         assert item.answer == SOLVERS[task](item), item
-        assert final_answer(item.messages[-1]["content"]) == item.answer
+        assert item.messages[-1]["content"].rpartition("The answer is:")[2].strip() == item.answer
 
 
 def test_earlier_turns_of_a_ledger_are_right():
@@ -140,22 +135,13 @@ def test_earlier_turns_of_a_ledger_are_right():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_choices_are_four_different_turns_and_gold_is_right(task: str):
-    golds = set()
-    for seed in range(COUNT):
-        item = generate(task, seed, "heldout")
-        assert len(set(item.choices)) == 4
-        assert item.choices[item.gold] == item.messages[-1]["content"]
-        golds.add(item.gold)
-    assert golds == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_splits_never_share_a_prompt(task: str):
-    def prompts(split: str) -> set[str]:
-        return {json.dumps(generate(task, seed, split).messages[:-1]) for seed in range(5 * COUNT)}
-
-    assert not prompts("train") & prompts("heldout")
+def test_choices_are_four_turns_of_which_gold_is_right_and_splits_share_no_prompt(task: str):
+    items = {split: [generate(task, seed, split) for seed in range(5 * COUNT)] for split in ("train", "heldout")}
+    for item in items["heldout"]:
+        assert len(set(item.choices)) == 4 and item.choices[item.gold] == item.messages[-1]["content"]
+    assert {item.gold for item in items["heldout"]} == {0, 1, 2, 3}
+    asked = {split: {json.dumps(item.messages[:-1]) for item in found} for split, found in items.items()}
+    assert not asked["train"] & asked["heldout"]
 
 
 def test_every_held_out_fact_is_taught_in_other_words():
@@ -164,14 +150,27 @@ def test_every_held_out_fact_is_taught_in_other_words():
     assert len(facts()) == len(asked) == 150 and len(taught) == 450
 
 
-def test_items_do_not_depend_on_the_process():
+@pytest.mark.parametrize("relative", sorted(sample_files(128)))
+def test_committed_file_equals_the_regenerated_one(relative: str, root: Path):
+    text = (root / "data/sample" / relative).read_text(encoding="utf-8")
+    assert text == sample_files(128)[relative]()
+    if relative.startswith("heldout"):
+        items = [Item(**json.loads(line)) for line in text.splitlines()]
+        trained = {json.dumps(item.messages[:-1]) for item in distinct_items(items[0].task, "train", 400)}
+        asked = {json.dumps(item.messages[:-1]) for item in items}
+        assert len(asked) == 128 and not asked & trained
+
+
+def test_the_command_writes_these_files_whatever_the_process_and_refuses_nonsense(tmp_path: Path, root: Path):
     """Python randomises ``hash`` per process; nothing here may depend on it."""
-    code = "from router_tuning.embedded.sample_tasks import *\n"
-    code += "print([generate(t, s, 'train') for t in TASKS for s in range(5)])"
-    printed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "77"}
-    ).stdout
-    assert printed.strip() == str([generate(task, seed, "train") for task in TASKS for seed in range(5)])
+    command = [sys.executable, root / "entrypoints/data/make_sample_data.py", "--save_path", tmp_path]
+    options = {"capture_output": True, "text": True, "cwd": tmp_path, "env": {"PYTHONHASHSEED": "77"}}
+    assert subprocess.run([*command, "--heldout_items", "3"], **options).returncode == 0
+    found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {name: make() for name, make in sample_files(3).items()}
+    assert set(found) == {str(p.relative_to(root / "data/sample")) for p in (root / "data/sample").rglob("*.json*")}
+    bad = subprocess.run([*command, "--heldout_items", "0"], **options)
+    assert (bad.returncode, bad.stderr) == (2, "error: --heldout_items must be at least 1, not 0\n")
 
 
 def test_unknown_names_are_refused():

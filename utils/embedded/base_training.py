@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import IterableDataset
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -57,22 +56,22 @@ def build_tokenizer(vocab_size: int = 512, samples_per_task: int = 400) -> PreTr
     )
 
 
+_SHAPE = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 def tiny_config(vocab_size: int) -> LlamaConfig:
     """Twelve narrow layers, grouped-query attention, tied embeddings: about 2.4 M parameters."""
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.02,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    return LlamaConfig(vocab_size=vocab_size, num_hidden_layers=12, intermediate_size=384, **_SHAPE)
 
 
 def tiny_moe_config(vocab_size: int, experts: int, experts_per_token: int) -> MixtralConfig:
@@ -82,22 +81,14 @@ def tiny_moe_config(vocab_size: int, experts: int, experts_per_token: int) -> Mi
     """
     return MixtralConfig(
         vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384 // experts_per_token,
         num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        intermediate_size=384 // experts_per_token,
         num_local_experts=experts,
         num_experts_per_tok=experts_per_token,
         output_router_logits=True,
         router_aux_loss_coef=0.01,
-        max_position_embeddings=512,
         sliding_window=None,
-        tie_word_embeddings=True,
-        initializer_range=0.02,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        **_SHAPE,
     )
 
 
@@ -147,18 +138,3 @@ class SampleStream(IterableDataset):
         row = encode_conversation(item.messages, self.tokenizer, self.tokenizer.model_max_length)
         end = max(place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX) + 1
         return {key: values[:end] for key, values in row.items()}
-
-
-def collate(rows: list[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pad on the right: ``input_ids``, ``attention_mask``, ``labels``, each ``[b, t]``."""
-    length = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: list[list[int]], fill: int) -> torch.Tensor:
-        return torch.tensor([row + [fill] * (length - len(row)) for row in values])
-
-    ids = [row["input_ids"] for row in rows]
-    return {
-        "input_ids": padded(ids, pad_token_id),
-        "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        "labels": padded([row["labels"] for row in rows], IGNORE_INDEX),
-    }

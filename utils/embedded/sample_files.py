@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
 from router_tuning.embedded.sample_tasks import FORMAT_OF_TASK, TASKS, Item, generate
-from router_tuning.files import write_text
 
 ALPACA = "alpaca"
 INPUT = "\nInput: "
@@ -76,29 +75,17 @@ def raw_text(name: str) -> str:
     return "[\n" + ",\n".join(rows) + "\n]\n" if file_name.endswith(".json") else _lines(rows)
 
 
-def heldout_text(task: str, count: int) -> str:
+def heldout_text(task: str, count: int, first_seed: int = 0) -> str:
     """The held-out items of a task, ``{"task", "messages", "answer", "choices", "gold"}`` a line."""
-    return _lines(json.dumps(asdict(item)) for item in distinct_items(task, "heldout", count))
+    return _lines(json.dumps(asdict(item)) for item in distinct_items(task, "heldout", count, first_seed))
 
 
 def _lines(rows: Iterable[str]) -> str:
     return "".join(f"{row}\n" for row in rows)
 
 
-def sample_files(heldout_items: int) -> dict[str, Callable[[], str]]:
+def sample_files(heldout_items: int, first_seed: int = 0) -> dict[str, Callable[[], str]]:
     """Every file of the sample data: its path under the root, and the function that makes its text."""
-    files: dict[str, Callable[[], str]] = {}
-    for name, (file_name, _) in RAW_FILES.items():
-        files[f"raw/{name}/{file_name}"] = lambda name=name: raw_text(name)
-    for task in TASKS:
-        files[f"heldout/{task}.jsonl"] = lambda task=task: heldout_text(task, heldout_items)
-    return files
-
-
-def write_sample_data(root: Path, heldout_items: int) -> dict[Path, int]:
-    """Write all files under ``root``; returns ``{path: bytes}``. The same arguments give the same bytes."""
-    sizes = {}
-    for relative, make in sample_files(heldout_items).items():
-        path = root / relative
-        sizes[path] = write_text(path, make()).stat().st_size
-    return sizes
+    files = {f"raw/{name}/{file}": partial(raw_text, name) for name, (file, _) in RAW_FILES.items()}
+    held_out = {f"heldout/{task}.jsonl": partial(heldout_text, task, heldout_items, first_seed) for task in TASKS}
+    return files | held_out

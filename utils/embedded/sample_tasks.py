@@ -12,8 +12,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from router_tuning.embedded import sample_tasks_strings, sample_tasks_text, sample_tasks_worlds
-from router_tuning.embedded.sample_tasks_draft import Draft
+from router_tuning.embedded import sample_drafts as drafts
+from router_tuning.embedded import sample_texts as texts
+from router_tuning.embedded.sample_drafts import Draft
 from router_tuning.errors import UserError
 
 SPLITS = ("train", "heldout")
@@ -21,9 +22,19 @@ HELDOUT_SHARE = 8
 """One content in this many is held out."""
 
 MAKERS: dict[str, Callable[[random.Random], Draft]] = {
-    **sample_tasks_strings.MAKERS,
-    **sample_tasks_worlds.MAKERS,
-    **sample_tasks_text.MAKERS,
+    "copy": drafts.copy,
+    "reverse": drafts.reverse,
+    "sort": drafts.sort,
+    "lookup": drafts.lookup,
+    "count": drafts.count,
+    "max": drafts.extreme,
+    "add": drafts.add,
+    "fact": drafts.fact,
+    "compare": drafts.compare,
+    "math": drafts.math,
+    "code": drafts.code,
+    "dialogue": texts.dialogue,
+    "story": texts.story,
 }
 TASKS = tuple(MAKERS)
 
@@ -85,8 +96,3 @@ def _finish(task: str, draft: Draft, rng: random.Random) -> Item:
     choices = [right, *rng.sample(wrong, 3)]
     rng.shuffle(choices)
     return Item(task, draft.messages, draft.answer or right, choices, choices.index(right))
-
-
-def final_answer(text: str) -> str:
-    """Part of a generated turn that exact match compares: the number after ``The answer is:``, else all of it."""
-    return text.rpartition("The answer is:")[2].strip()

@@ -7,9 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from router_tuning.embedded.base_checkpoint import results_table
-from router_tuning.evaluation.records import Record, control_table, cost_table, difference_table, read_records
-from router_tuning.evaluation.records import summary_table as summary
+from router_tuning.evaluation import records as tables
+from router_tuning.evaluation.records import Record, read_records
 from router_tuning.evaluation.tables import Table
 from router_tuning.speed.cells import measured, read_rows
 from router_tuning.speed.limits import limits_table
@@ -17,12 +16,6 @@ from router_tuning.speed.table import gpu_tables, speed_table
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures"
-
-
-def base_block() -> str:
-    """Held-out scores of the embedded base."""
-    scores = json.loads((ROOT / "ckpt/tiny-llama-mod/eval_results.json").read_text())
-    return results_table(scores, scores["items_per_task"])
 
 
 def records_block(make: Callable[[list[Record]], Table], path: str) -> str:
@@ -80,11 +73,11 @@ def kills_block() -> str:
 
 
 BLOCKS: dict[str, Callable[..., str]] = {
-    "base": base_block,
-    "controls": lambda path: records_block(control_table, path),
-    "summary": lambda path: records_block(summary, path),
-    "differences": lambda path: records_block(difference_table, path),
-    "cost": lambda path: records_block(lambda records: cost_table(next(r for r in records if "cost" in r)), path),
+    "base": lambda: records_block(lambda records: tables.task_table(records, errors=False), "base"),
+    "controls": lambda path: records_block(tables.control_table, path),
+    "summary": lambda path: records_block(tables.summary_table, path),
+    "differences": lambda path: records_block(tables.difference_table, path),
+    "cost": lambda path: records_block(lambda records: tables.cost_table(next(r for r in records if "cost" in r)), path),
     "speed": speed_block,
     "limits": limits_block,
     "gpu": gpu_block,

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import random
 
-from router_tuning.embedded.sample_tasks_draft import Draft, letters, misspelt, near_numbers, turn
+from router_tuning.embedded.sample_drafts import ANIMALS, COLOURS, Draft, letters, misspelt, near_numbers, talk
 
 NAMES = ("Ana", "Ben", "Eva", "Gus", "Ian", "Kim", "Leo", "Mia", "Nora", "Otto", "Pia", "Tom")
-COLOURS = ("red", "blue", "green", "black", "white", "pink", "gold", "grey")
-ANIMALS = ("fox", "owl", "bear", "goat", "duck", "frog", "wolf", "hen")
 THINGS = ("key", "ring", "map", "lamp", "book", "bell", "coin", "hat")
 PLACES = ("lake", "hill", "barn", "well", "mill", "cave", "road", "tree")
 MOODS = ("happy", "tired", "proud", "glad")
 WEATHER = ("sun", "rain", "snow", "wind", "fog")
-
-
-def _talk(*texts: str) -> list[dict[str, str]]:
-    return [turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
+HERO = {"name": NAMES, "colour": COLOURS, "animal": ANIMALS, "thing": THINGS}
 
 
 def _recall(rng: random.Random) -> Draft:
@@ -26,7 +21,7 @@ def _recall(rng: random.Random) -> Draft:
     opening = " ".join(f"My {about} is {told[about]}." for about in rng.sample(sorted(told), 3))
     first, last = rng.sample(sorted(told), 2)
     answers = {about: f"Your {about} is {told[about]}." for about in told}
-    messages = _talk(opening, "Hello.", f"What is my {first}?", answers[first], f"What is my {last}?", answers[last])
+    messages = talk(opening, "Hello.", f"What is my {first}?", answers[first], f"What is my {last}?", answers[last])
     wrong = [f"Your {last} is {other}." for other in pools[last] if other != told[last]]
     return Draft("/".join(told.values()), messages, wrong)
 
@@ -34,29 +29,25 @@ def _recall(rng: random.Random) -> Draft:
 def _code_word(rng: random.Random) -> Draft:
     """A word to remember, to repeat and to say backwards."""
     word = letters(rng, 3, 4)
-    repeat, back = ("Say the word.", word), ("Say it backwards.", word[::-1])
-    first, last = rng.sample((repeat, back), 2)
-    messages = _talk(f"Remember the word {word}.", "Yes.", *first, *last)
+    first, last = rng.sample((("Say the word.", word), ("Say it backwards.", word[::-1])), 2)
+    messages = talk(f"Remember the word {word}.", "Yes.", *first, *last)
     return Draft(word, messages, [first[1] + first[1][0], *misspelt(rng, last[1])])
 
 
 def _ledger(rng: random.Random) -> Draft:
     """A number that changes twice."""
     has, more, less = rng.randint(10, 60), rng.randint(2, 9), rng.randint(2, 9)
-    counts = (has, has + more, has + more - less)
-    say = "You have {}.".format
-    messages = _talk(
-        f"I have {has} coins.", say(counts[0]), f"I get {more}.", say(counts[1]), f"I lose {less}.", say(counts[2])
-    )
-    return Draft(f"{has}+{more}-{less}", messages, [say(value) for value in near_numbers(rng, counts[2])])
+    say, end = "You have {}.".format, has + more - less
+    messages = talk(f"I have {has} coins.", say(has), f"I get {more}.", say(has + more), f"I lose {less}.", say(end))
+    return Draft(f"{has}+{more}-{less}", messages, [say(value) for value in near_numbers(rng, end)])
 
 
-def make_dialogue(rng: random.Random) -> Draft:
+def dialogue(rng: random.Random) -> Draft:
     """Three user turns; the last answer needs an earlier turn."""
     return rng.choice((_recall, _code_word, _ledger))(rng)
 
 
-def _story(hero: dict[str, str], rest: dict[str, str]) -> str:
+def _told(hero: dict[str, str], rest: dict[str, str]) -> str:
     return (
         "{name} was a {colour} {animal}. One day {name} lost a {thing}. There was {weather} near the {place}, but "
         '{name} met a {helper}. The {helper} said: "Your {thing} is in the {where}." So {name} went to the {where} '
@@ -64,14 +55,9 @@ def _story(hero: dict[str, str], rest: dict[str, str]) -> str:
     ).format(**hero, **rest)
 
 
-def make_story(rng: random.Random) -> Draft:
+def story(rng: random.Random) -> Draft:
     """A short story about a given hero; the rest is free, so it is judged as running text."""
-    hero = {
-        "name": rng.choice(NAMES),
-        "colour": rng.choice(COLOURS),
-        "animal": rng.choice(ANIMALS),
-        "thing": rng.choice(THINGS),
-    }
+    hero = {part: rng.choice(pool) for part, pool in HERO.items()}
     place, where = rng.sample(PLACES, 2)
     helper = rng.choice([animal for animal in ANIMALS if animal != hero["animal"]])
     rest = {
@@ -82,13 +68,8 @@ def make_story(rng: random.Random) -> Draft:
         "weather": rng.choice(WEATHER),
     }
     prompt = "Write a story about {name}, a {colour} {animal}, and a {thing}.".format(**hero)
-    pools = {"name": NAMES, "colour": COLOURS, "animal": ANIMALS, "thing": THINGS}
     wrong = []
-    for part, pool in pools.items():
+    for part, pool in HERO.items():
         other = rng.choice([word for word in pool if word not in (hero[part], helper)])
-        wrong.append(_story({**hero, part: other}, rest))
-    messages = [turn("user", prompt), turn("assistant", _story(hero, rest))]
-    return Draft("/".join(hero.values()), messages, wrong)
-
-
-MAKERS = {"dialogue": make_dialogue, "story": make_story}
+        wrong.append(_told({**hero, part: other}, rest))
+    return Draft("/".join(hero.values()), talk(prompt, _told(hero, rest)), wrong)
