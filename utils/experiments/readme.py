@@ -30,6 +30,11 @@ def speed_block(name: str) -> str:
     return f"{about['device']}, {about['date'][:10]}:\n\n{speed_table(rows).markdown()}\n\n`{about['command']}`"
 
 
+def cost_block(path: str) -> str:
+    """What the first timed policy of a file costs."""
+    return records_block(lambda records: tables.cost_table(next(r for r in records if "cost" in r)), path)
+
+
 def limits_block() -> str:
     """Speed-up limits of Llama-3-8B on a GPU."""
     result = json.loads((FIGURES / "speed_limits.json").read_text())
@@ -77,7 +82,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "controls": lambda path: records_block(tables.control_table, path),
     "summary": lambda path: records_block(tables.summary_table, path),
     "differences": lambda path: records_block(tables.difference_table, path),
-    "cost": lambda path: records_block(lambda records: tables.cost_table(next(r for r in records if "cost" in r)), path),
+    "cost": cost_block,
     "speed": speed_block,
     "limits": limits_block,
     "gpu": gpu_block,
