@@ -22,6 +22,7 @@ BELOW = {
     "speed": {"model", "data", "tuning", "checkpoint", "evaluation"},
     "viewer": {"model", "data", "tuning", "checkpoint", "evaluation"},
     "experiments": {"model", "data", "tuning", "checkpoint", "evaluation", "speed"},
+    "serving": {"model"},
 }
 SHIPPED_MAY_IMPORT = {"__future__", "collections", "contextlib", "contextvars", "dataclasses", "functools", "math"}
 SHIPPED_MAY_IMPORT |= {"copy", "inspect", "sys", "types", "typing", "weakref", "torch", "transformers"}

@@ -1,0 +1,90 @@
+"""Routed models of vLLM: its own classes, of which the modules named in the configuration are routed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from router_tuning.serving.modules import KeptQueries, Pass, RoutedAttention, RoutedMLP, put_in_front, route_module
+from router_tuning.serving.settings import served_routing
+
+RANKS = {"zero": None, "mean": 0}
+
+
+class RoutedCausalLM:
+    """Mixin in front of a causal LM of vLLM."""
+
+    supports_lora = False  # its kernels know the adapter of a token by its place in the batch, which gathering changes
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        if not vllm_config.model_config.enforce_eager:
+            raise ValueError("routed models run without graphs: add --enforce-eager")
+        routing = served_routing(config)
+        thresholds = routing.thresholds(routing.targets)
+        self.mod_pass, self.mod_first_runs = Pass(), routing.skip != "zero"
+        for layer, part in routing.targets:
+            if isinstance(self.model.layers[layer], PPMissingLayer):
+                continue
+            module = self.model.layers[layer].mlp if part == "mlp" else self.model.layers[layer].self_attn
+            rank = RANKS.get(routing.skip, routing.skip_rank)
+            mixin = RoutedMLP if part == "mlp" else RoutedAttention
+            route_module(module, mixin, config.hidden_size, rank, thresholds[layer, part])
+            module.mod_pass = self.mod_pass
+            if part == "attn":
+                put_in_front(module.attn, KeptQueries)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As of any model; the first token of a sequence runs where there is a skip path, which says nothing of it."""
+        if get_forward_context().attn_metadata is None:  # the memory that a pass needs is being measured
+            self.mod_pass.always = torch.ones_like(positions, dtype=torch.bool)
+        else:
+            self.mod_pass.always = positions == 0 if self.mod_first_runs else None
+        return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As of any model; ValueError for routers and skip paths with values that are not finite."""
+        loaded = super().load_weights(weights)
+        for name, weight in self.named_parameters():
+            if (".mod_router." in name or ".mod_skip." in name) and not bool(weight.isfinite().all()):
+                raise ValueError(f"{name} holds values that are not finite; export the run anew")
+        return loaded
+
+
+class LlamaModForCausalLM(RoutedCausalLM, LlamaForCausalLM):
+    """Llama with routed layers."""
+
+
+class MistralModForCausalLM(RoutedCausalLM, MistralForCausalLM):
+    """Mistral with routed layers."""
+
+
+class Qwen2ModForCausalLM(RoutedCausalLM, Qwen2ForCausalLM):
+    """Qwen2 with routed layers."""
+
+
+class Qwen3ModForCausalLM(RoutedCausalLM, Qwen3ForCausalLM):
+    """Qwen3 with routed layers."""
+
+
+class Gemma3ModForCausalLM(RoutedCausalLM, Gemma3ForCausalLM):
+    """Gemma 3 with routed layers."""
