@@ -2,21 +2,28 @@
 
 vLLM finds :func:`register` by the entry point group ``vllm.general_plugins`` and calls it in each of its processes, so
 this file imports nothing of weight. An export's ``config.json`` names ``LlamaModForCausalLM`` and the like, by which
-vLLM finds the classes of :mod:`models`.
+vLLM finds its settings and the classes of :mod:`models`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
 """Families of vLLM that are served routed."""
 
 
 def register() -> None:
-    """Make the routed classes of all :data:`FAMILIES` known to vLLM, importing none."""
+    """Make the routed classes of all :data:`FAMILIES` known to vLLM."""
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-    from router_tuning.serving.settings import RoutedSettings
+    class RoutedSettings(VerifyAndUpdateConfig):
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            from router_tuning.serving.settings import prepare
+
+            prepare(vllm_config)
 
     for family in FAMILIES:
         name = f"{family}ModForCausalLM"
