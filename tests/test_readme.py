@@ -1,39 +1,106 @@
-"""The README's commands exist as printed, and its numbers are those of the committed JSON."""
+"""What README.md and docs/ print is true: commands and files exist, snippets run, numbers are the committed JSON's."""
 
 from __future__ import annotations
 
+import argparse
+import functools
+import importlib.util
 import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from router_tuning.tuning.command_line import parse_command
+
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
 PAGES = {page.name: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-BASH = "\n".join(re.findall(r"```bash\n(.*?)```", "\n".join(p.read_text() for p in PAGES.values()), re.DOTALL))
-COMMANDS = [line for line in BASH.splitlines() if line.strip()]
+TEXTS = {name: page.read_text() for name, page in PAGES.items()} | {"ckpt": (ROOT / "ckpt/README.md").read_text()}
+ELSEWHERE = ("pip", "unzip", "for", "sbatch", "pytest")
+"""What printed commands begin with that are not of this repository."""
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_names_a_script_and_flags_that_exist(command):
-    words = [w for w in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=.*", w)]
-    if words[0] == "lm_eval":
-        assert (ROOT / words[words.index("--include_path") + 1]).is_dir()
+def printed(language: str) -> list[str]:
+    """Blocks of a language, of all pages."""
+    return re.findall(rf"```{language}\n(.*?)```", "\n".join(TEXTS.values()), re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Lines of every bash block, and commands of this repository within the text."""
+    lines = [line for block in printed("bash") for line in block.splitlines()]
+    ours = r"`((?:[A-Z_]+=\S+ )*(?:python (?:entrypoints|tests)|bash scripts)/[^`]+)`"
+    lines += re.findall(ours, "\n".join(TEXTS.values()))
+    return sorted({line for line in lines if line.strip() and line.split()[0] not in ELSEWHERE})
+
+
+class Parsed(Exception):
+    """A command line was accepted; the rest of the command is not run."""
+
+
+@functools.cache
+def entrypoint(script: str) -> ModuleType:
+    """The module of a script."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_arguments(script: str, arguments: list[str], monkeypatch) -> None:
+    """What the script itself says of a command line: flags, numbers, choices."""
+    if script.startswith("tests/"):
+        assert all(f'"{word}"' in (ROOT / script).read_text() for word in arguments if word.startswith("--"))
+    elif script.endswith("finetune_mod.py"):
+        parse_command(arguments)
+    else:
+        parse = argparse.ArgumentParser.parse_args
+
+        def stop(*given, **options):
+            parse(*given, **options)
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(Parsed):
+            entrypoint(script).main()
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_is_accepted_as_printed(command, monkeypatch):
+    words = shlex.split(command, comments=True)
+    given = [word.partition("=")[0] for word in words if re.fullmatch(r"[A-Z_]+=.*", word)]
+    words = words[len(given) :]
+    for before, word in pairwise(words):
+        if re.match(r"(configs|data/sample|ckpt)/", word) and before != "--output":
+            assert (ROOT / word).exists(), word
+    if words[0] in ("lm_eval", "transformers"):
         return
-    assert words[0] in ("bash", "python")
-    assert (ROOT / words[1]).is_file()
+    assert words[0] in ("bash", "python") and (ROOT / words[1]).is_file()
     if words[0] == "python":
-        usage = subprocess.run([sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True)
-        assert usage.returncode == 0
-        for flag in (w for w in words[2:] if w.startswith("--")):
-            assert re.search(rf"{flag}\b", usage.stdout), f"{words[1]} has no {flag}"
+        check_arguments(words[1], words[2:], monkeypatch)
+        return
+    script = (ROOT / words[1]).read_text()
+    for name in given:
+        assert re.search(rf"\b{name}\b", script), f"{words[1]} reads no {name}"
+    if words[1].endswith("finetune_mod.sh"):
+        parse_command(words[2:])
 
 
-@pytest.mark.parametrize("snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("snippet", printed("python"))
 def test_python_runs_as_printed_in_an_empty_folder(snippet, tmp_path):
+    if '"exports/tiny"' in snippet:  # what the commands above it make
+        make = """
+import router_tuning.model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from router_tuning.embedded import TINY_LLAMA
+for kind in (AutoModelForCausalLM, AutoTokenizer):
+    kind.from_pretrained(TINY_LLAMA).save_pretrained("exports/tiny")
+"""
+        subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True, capture_output=True)
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "GHBIK" in done.stdout, "the embedded base reverses a word"
@@ -41,29 +108,34 @@ def test_python_runs_as_printed_in_an_empty_folder(snippet, tmp_path):
 
 def test_environment_variables_are_read_by_the_launcher():
     launcher = (ROOT / "scripts/finetune_mod.sh").read_text()
-    named = set(re.findall(r"^\| `([A-Z_`, ]+)` \|", README, re.MULTILINE))
+    named = set(re.findall(r"^\| `([A-Z_`, ]+)` \|", TEXTS["tuning.md"], re.MULTILINE))
     names = {name for group in named for name in re.findall(r"[A-Z_]+", group)}
     assert names and all(re.search(rf"\b{name}\b", launcher) for name in names)
+    offered = re.findall(r"^  ([A-Z_]+):[a-z_]+ ", launcher, re.MULTILINE)
+    assert len(offered) >= 15 and set(offered) <= names
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_linked_files_exist(page):
-    for target in re.findall(r"\]\(([^)#]+?)\)", PAGES[page].read_text()):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", TEXTS[page]):
         if not target.startswith("http"):
             assert (PAGES[page].parent / target).exists(), target
+
+
+def test_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 180
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_numbers_are_those_of_the_committed_json(page):
     from router_tuning.experiments.readme import render
 
-    text = PAGES[page].read_text()
-    assert render(text) == text, "run: python entrypoints/analysis/update_readme.py"
+    assert render(TEXTS[page]) == TEXTS[page], "run: python entrypoints/analysis/update_readme.py"
 
 
 def test_numbers_in_blocks_come_from_json_alone(monkeypatch):
-    """Changing a JSON changes the README: the test above cannot pass by accident."""
+    """Changing a JSON changes the page: the test above cannot pass by accident."""
     from router_tuning.experiments import readme
 
     monkeypatch.setitem(readme.BLOCKS, "kills", lambda: "other numbers")
-    assert readme.render(README) != README
+    assert readme.render(TEXTS["tuning.md"]) != TEXTS["tuning.md"]

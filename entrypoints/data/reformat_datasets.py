@@ -5,7 +5,7 @@
     python entrypoints/data/reformat_datasets.py --workers 6 --resume
 Each data set is a folder (or file) <raw_data_root>/<name> with .json (an array), .jsonl, either of them .gz or .zst,
 .parquet or .arrow files, also many of them, also as downloaded from the hub. Which rows are left out, and why, is
-in data/README.md.
+in docs/data.md.
 """
 
 from __future__ import annotations
