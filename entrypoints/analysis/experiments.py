@@ -52,7 +52,7 @@ def main() -> None:
     if not args.build_only:
         set_up_logs(0)
         logging.getLogger().setLevel(logging.WARNING)
-        lab = Laboratory(plan, results, args.work / plan.name)
+        lab = Laboratory(plan, results, args.work)
         groups = [
             [cell for cell in group if not args.only or any(part in cell.name for part in args.only)]
             for group in shard(plan.groups(), *args.shard)

@@ -1,12 +1,13 @@
-"""The six converters and the policy: every branch, and equality with the published converter."""
+"""The converters and the policy: every branch, and equality with the published converter."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-from raw_data import SHARED, published, read_jsonl
+from raw_data import SHARED, SIX, published, read_jsonl
 
 from router_tuning.data.formats import FORMATS
 from router_tuning.data.policy import Reject
@@ -19,9 +20,13 @@ def talk(*turns: tuple[object, object], **extra: object) -> dict:
     return {"conversations": [{"from": sender, "value": value, **extra} for sender, value in turns]}
 
 
+def messages(name: str, row: dict) -> list[dict]:
+    return FORMATS[name].convert(row)["messages"]
+
+
 def refusal(name: str, row: dict) -> str:
     with pytest.raises(Reject) as caught:
-        FORMATS[name].convert(row)
+        messages(name, row)
     assert caught.value.detail
     return caught.value.reason
 
@@ -29,7 +34,7 @@ def refusal(name: str, row: dict) -> str:
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize(("human", "gpt"), [("human", "gpt"), ("user", "chatgpt")])
 def test_senders_become_roles(name: str, human: str, gpt: str):
-    made = FORMATS[name].convert(talk((human, "q"), (gpt, "a"), (human, " q2 "), (gpt, "b"), weight=1.0))
+    made = messages(name, talk((human, "q"), (gpt, "a"), (human, " q2 "), (gpt, "b"), weight=1.0))
     assert [turn["role"] for turn in made] == ["user", "assistant"] * 2
     assert [turn["content"] for turn in made] == ["q", "a", " q2 ", "b"]
 
@@ -45,7 +50,7 @@ def test_senders_become_roles(name: str, human: str, gpt: str):
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_senders_of_one_set_only(name: str, sender: str, roles: dict[str, str]):
     row, wanted = talk(("human", "q"), (sender, "s"), ("gpt", "a")), roles[name]
-    assert wanted == (refusal(name, row) if "_" in wanted else FORMATS[name].convert(row)[1]["role"])
+    assert wanted == (refusal(name, row) if "_" in wanted else messages(name, row)[1]["role"])
 
 
 @pytest.mark.parametrize(
@@ -60,11 +65,11 @@ def test_senders_of_one_set_only(name: str, sender: str, roles: dict[str, str]):
 )
 def test_irregular_conversations_that_are_kept_as_they_are(turns: list):
     row = talk(*turns)
-    assert FORMATS["vicuna_sharegpt"].convert(row) == published("vicuna_sharegpt", [row])[0]["messages"]
+    assert messages("vicuna_sharegpt", row) == published("vicuna_sharegpt", [row])[0]["messages"]
 
 
 def test_blank_system_turns_are_left_out_and_the_row_kept():
-    made = FORMATS["slim_orca"].convert(talk(("system", " \n"), ("human", "q"), ("gpt", "a"), ("system", "s")))
+    made = messages("slim_orca", talk(("system", " \n"), ("human", "q"), ("gpt", "a"), ("system", "s")))
     assert [turn["role"] for turn in made] == ["user", "assistant", "system"]
 
 
@@ -103,7 +108,7 @@ def test_conversations_that_are_left_out(row: dict, reason: str):
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs(name: str):
     question, answer = PAIRS[name]
-    made = FORMATS[name].convert({question: " q\n", answer: "a", "more": 1})
+    made = messages(name, {question: " q\n", answer: "a", "more": 1})
     assert made == [{"role": "user", "content": " q\n"}, {"role": "assistant", "content": "a"}]
     assert refusal(name, {question: "q"}) == "missing_field"
     assert refusal(name, {answer: "a"}) == "missing_field"
@@ -115,7 +120,7 @@ def test_pairs(name: str):
 
 
 def test_alpaca_input_follows_the_instruction():
-    convert = FORMATS["alpaca"].convert
+    convert = partial(messages, "alpaca")
     assert convert({"instruction": "i", "input": "x", "output": "o"})[0]["content"] == "i\nInput: x\n"
     assert convert({"instruction": "i", "input": " ", "output": "o"})[0]["content"] == "i\nInput:  \n"
     for row in ({"input": ""}, {"input": None}, {}):
@@ -126,6 +131,12 @@ def test_alpaca_input_follows_the_instruction():
     assert refusal("alpaca", {"input": "", "output": "o"}) == "missing_field"
 
 
+def test_plain_text_goes_without_a_prompt():
+    assert FORMATS["c4"].convert({"text": " a\n", "url": "u"}) == {"prompt": "", "completion": " a\n"}
+    assert refusal("c4", {"text": " \n"}) == "empty_turn"
+    assert refusal("c4", {"text": 1}) == "wrong_type"
+
+
 def source_rows(path) -> list[dict]:
     text = path.read_text(encoding="utf-8")
     return (
@@ -133,8 +144,8 @@ def source_rows(path) -> list[dict]:
     )
 
 
-REAL = [SHARED / "raw" / name for name in FORMATS] + [SHARED / "raw_alt" / "meta_math_qa_gsm8k_train"]
-SAMPLES = [Path(__file__).parents[2] / "data" / "sample" / "raw" / name for name in FORMATS]
+REAL = [SHARED / "raw" / name for name in SIX] + [SHARED / "raw_alt" / "meta_math_qa_gsm8k_train"]
+SAMPLES = [Path(__file__).parents[2] / "data" / "sample" / "raw" / name for name in SIX]
 
 
 @pytest.mark.parametrize("place", [*REAL, *SAMPLES], ids=lambda place: f"{place.parent.name}-{place.name}")

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from raw_data import NO_LIMIT, published, read_jsonl, sample_rows
+from raw_data import NO_LIMIT, SIX, published, read_jsonl, sample_rows
 
 from router_tuning.data.formats import FORMATS
 
@@ -93,7 +93,7 @@ def slow_result(name: str, number: int, line: bytes) -> dict | None:
     return {"dataset": made["dataset"], "id": f"{made['dataset']}_{number}", "messages": turns}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", SIX)
 def test_every_line_is_accepted_as_published_or_listed(name: str, tmp_path: Path, convert):
     draw = random.Random(name)
     lines = [random_line(name, draw) for _ in range(ROWS)]

@@ -69,6 +69,7 @@ def test_provenance(tmp_path: Path):
         "file": "b/data.jsonl",
         "sha256": hashlib.sha256((tmp_path / "b" / "data.jsonl").read_bytes()).hexdigest(),
         "rows": 10,
+        "held_out": 0,
         "duplicates": 0,
         "portion": "2",
         "cap": 15,
@@ -122,6 +123,52 @@ def test_duplicates_within_and_across_sets(tmp_path: Path):
     assert [report["sets"][name]["duplicates"] for name in "ab"] == [2, 20]
     report = mix(plan("a=1", "b=2"), tmp_path, tmp_path / "mixed")
     assert report["rows"] == 22 + 60
+
+
+def test_single_exchanges_are_rendered_in_proportion_and_the_last_rows_held_out(tmp_path: Path):
+    user, answer = {"role": "user", "content": "q?\n"}, {"role": "assistant", "content": " a"}
+    talks = {
+        "one": [user, answer],
+        "two": [user, answer] * 2,
+        "told": [{"role": "system", "content": "s"}, user, answer],
+    }
+    for name, talk in talks.items():
+        rows = [{"dataset": name, "id": f"{name}_{n}", "messages": talk} for n in range(300)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "plan.yaml").write_text(
+        "portions: {one: 1, two: 1, told: 1}\nrenderings: {chat: 1, question: 2}\nheld_out: {one: 100}\n"
+    )
+    report = mix(make_plan(tmp_path / "plan.yaml", [], [], None, None), tmp_path, tmp_path / "mixed")
+    made = {row["id"]: row for row in read_jsonl(tmp_path / "mixed" / "data.jsonl")}
+    assert set(made) == {f"one_{n}" for n in range(200)} | {
+        f"{name}_{n}" for name in ("two", "told") for n in range(300)
+    }
+    assert report["sets"]["one"]["held_out"] == 100 and all("messages" in made[f"two_{n}"] for n in range(300))
+    asked = [row for name, row in made.items() if "prompt" in row and name.startswith("one")]
+    assert 110 <= len(asked) <= 155 and {(row["prompt"], row["completion"]) for row in asked} == {
+        ("Question: q?\nAnswer:", " a")
+    }
+    assert {row["prompt"] for row in made.values() if "prompt" in row} == {
+        "Question: q?\nAnswer:",
+        "Question: s\nq?\nAnswer:",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("renderings: {poem: 1}", "rendering poem is none of chat, question, plain"),
+        ("renderings: {chat: 0}", "no rendering has a proportion above 0"),
+        ("held_out: {a: 3}", "held_out keeps 3 rows of a out of the mix, and it has 3"),
+        ("held_out: {b: 1}", "held_out is given for b"),
+    ],
+)
+def test_what_cannot_be_rendered_or_held_out(tmp_path: Path, line: str, told: str):
+    make_set(tmp_path, "a", 3)
+    (tmp_path / "plan.yaml").write_text(f"portions: {{a: 1}}\n{line}\n")
+    with pytest.raises(UserError, match=told):
+        mix(make_plan(tmp_path / "plan.yaml", [], [], None, None), tmp_path, tmp_path / "mixed")
 
 
 def test_every_order_is_as_likely(tmp_path: Path, monkeypatch):
@@ -213,7 +260,7 @@ def test_plans_from_flags_and_yaml(tmp_path: Path, root: Path):
         ("portions: {a: true}", "no number"),
         ("portions: {a: .inf}", "no number"),
         ("portions: {a: 1}\ncaps: {a: 1.5}", "whole number"),
-        ("portions: {a: 1}\ncaps: {b: 1}", "cap is given for b"),
+        ("portions: {a: 1}\ncaps: {b: 1}", "cap or held_out is given for b"),
         ("portions: {a: 1}\nseed: x", "'seed' a whole number"),
         ("portions: {a: 1}\nproportions: {}", "unknown key proportions"),
         ("portions: [a]", "no 'portions'"),

@@ -99,11 +99,16 @@ def sample_rows(name: str, count: int) -> list[dict]:
             rows.append({"type": "t", "query": question, "response": answer})
         elif name == "evol_code_alpaca":
             rows.append({"instruction": question, "output": answer})
+        elif name == "c4":
+            rows.append({"text": f"{question}\n{answer}"})
         else:
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}] * (1 + number % 3)
             rows.append({"id": f"r{number}", "conversations": turns})
     return rows
 
+
+SIX = [name for name in FORMATS if name != "c4"]
+"""The published sets, all of which are conversations."""
 
 GOOD = json.dumps(sample_rows("alpaca", 1)[0]).encode()
 """A line that alpaca accepts."""

@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 
 from router_tuning.model import routed_modules
 from router_tuning.tuning.recipes.budget.closed_form import fit_router
-from router_tuning.tuning.recipes.budget.damage import fisher_damage
+from router_tuning.tuning.recipes.budget.damage import drawn, fisher_damage
 
 
 def batches(count=2):
@@ -26,6 +26,13 @@ def batches(count=2):
 
 def inputs(batch):
     return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def test_indices_are_drawn_by_their_probability():
+    chances = torch.tensor([[0.0, 0.25, 0.0, 0.75], [1.0, 0.0, 0.0, 0.0]]).repeat(4000, 1)
+    found = drawn(chances, torch.Generator().manual_seed(0)).view(-1, 2)
+    assert set(found[:, 1].tolist()) == {0} and set(found[:, 0].tolist()) == {1, 3}
+    assert abs((found[:, 0] == 1).float().mean() - 0.25) < 0.02
 
 
 def one_module_at_a_time(dense, layer, part, path, batch, targets):
@@ -62,7 +69,7 @@ def test_damage_of_all_modules_at_once_is_that_of_each_alone(granularity, skip):
         learnt = batch["labels"][:, 1:] != -100
         with torch.no_grad():
             chances = dense(**inputs(batch), use_cache=False).logits[:, :-1][learnt].softmax(-1)
-        targets = torch.multinomial(chances, 1, generator=generator)
+        targets = drawn(chances, generator)
         decided = torch.zeros_like(batch["labels"], dtype=torch.bool)
         for row, carries in enumerate(learnt):
             decided[row, int(skip != "zero") : int(carries.nonzero().max()) + 1] = True

@@ -1,8 +1,8 @@
-"""The six raw data sets: what their rows look like, and how a row becomes messages.
+"""The raw data sets: what their rows look like, and how a row becomes messages, or plain text.
 
-Facts (file names, senders, labels, prompt texts) are those of the published recipe, so that the rows which both
-accept are equal: same ``dataset`` label, same ``id``, same messages in the same order. What is left out and why is
-in :mod:`router_tuning.data.policy`.
+Facts (file names, senders, labels, prompt texts) of six of them are those of the published recipe, so that the rows
+which both accept are equal: same ``dataset`` label, same ``id``, same messages in the same order. What is left out and
+why is in :mod:`router_tuning.data.policy`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from router_tuning.data.policy import Message, Reject, checked, json_type
 
 Row = Mapping[str, object]
-Converter = Callable[[Row], list[Message]]
+Content = dict[str, object]
+"""``{"messages": […]}``, or of plain text ``{"prompt": "", "completion": text}``: every token of it carries loss."""
+Converter = Callable[[Row], Content]
 
 _HUMAN_AND_GPT = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
 _WITH_SYSTEM = {**_HUMAN_AND_GPT, "system": "system"}
@@ -25,7 +27,7 @@ class Format:
     """A raw data set.
 
     ``label`` is the published name that rows carry, ``raw_file`` the published file, ``columns`` the fields that are
-    read, and ``convert`` maps a row (a parsed JSON object) to checked messages or raises :class:`Reject`.
+    read, and ``convert`` maps a row (a parsed JSON object) to its checked content or raises :class:`Reject`.
     """
 
     name: str
@@ -38,13 +40,13 @@ class Format:
 def _conversation(senders: Mapping[str, str], filtered: Mapping[str, str]) -> Converter:
     """Rows ``{"conversations": [{"from", "value"}, …]}``; ``filtered``: senders whose rows are left out, and why."""
 
-    def convert(row: Row) -> list[Message]:
+    def convert(row: Row) -> Content:
         turns = _field(row, "conversations", list)
         try:
             messages = [{"role": senders[turn["from"]], "content": turn["value"]} for turn in turns]
         except (KeyError, TypeError):
             raise _fault(turns, senders, filtered) from None
-        return checked(messages)
+        return _talk(messages)
 
     return convert
 
@@ -75,25 +77,41 @@ def _field(holder: Row, key: str, kind: type, where: str = "") -> object:
 def _pair(question: str, answer: str) -> Converter:
     """Rows of a question and an answer: one exchange."""
 
-    def convert(row: Row) -> list[Message]:
+    def convert(row: Row) -> Content:
         user, assistant = _field(row, question, str), _field(row, answer, str)
-        return checked([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+        return _exchange(user, assistant)
 
     return convert
 
 
-def _alpaca(row: Row) -> list[Message]:
+def _talk(messages: list[Message]) -> Content:
+    return {"messages": checked(messages)}
+
+
+def _exchange(user: str, assistant: str) -> Content:
+    return _talk([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+
+
+def _text(row: Row) -> Content:
+    """A document as it is."""
+    text = _field(row, "text", str)
+    if not text.strip():
+        raise Reject("empty_turn", "'text' is blank")
+    return {"prompt": "", "completion": text}
+
+
+def _alpaca(row: Row) -> Content:
     """Instruction and output; an input that is not the empty string follows the instruction on a line of its own."""
     instruction, output = _field(row, "instruction", str), _field(row, "output", str)
     given = row.get("input")
     if given is not None and not isinstance(given, str):
         raise Reject("wrong_type", f"'input' is {json_type(given)}, not a string")
     user = f"{instruction}\nInput: {given}\n" if given else instruction
-    return checked([{"role": "user", "content": user}, {"role": "assistant", "content": output}])
+    return _exchange(user, output)
 
 
 _TURNS, _MATH, _CODE = ("conversations",), ("query", "response"), ("instruction", "output")
-_PUBLISHED = (
+_KNOWN = (
     Format(
         "vicuna_sharegpt",
         "ShareGPT_Vicuna_unfiltered",
@@ -112,7 +130,8 @@ _PUBLISHED = (
     Format("meta_math_qa", "MetaMathQA", "MetaMathQA-395K.json", _MATH, _pair(*_MATH)),
     Format("evol_code_alpaca", "evol_codealpaca_v1", "train.jsonl", _CODE, _pair(*_CODE)),
     Format("alpaca", "alpaca", "alpaca_data.json", ("instruction", "input", "output"), _alpaca),
+    Format("c4", "c4", "c4-train.00000-of-01024.json", ("text",), _text),
 )
 
-FORMATS: dict[str, Format] = {known.name: known for known in _PUBLISHED}
-"""The six data sets by folder name."""
+FORMATS: dict[str, Format] = {known.name: known for known in _KNOWN}
+"""The data sets by folder name: the six published ones, and plain text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,22 +21,34 @@ PUBLISHED_PORTIONS = {
 }
 PUBLISHED_SEED = 233
 
+RENDERINGS = {"chat": None, "question": ("Question: {}\nAnswer:", " {}"), "plain": ("{}\n\n", "{}")}
+"""Prompt and completion that a single exchange is written as; ``chat`` leaves that to the tokenizer's template."""
+
 
 @dataclass(frozen=True)
 class MixPlan:
-    """``portions`` of 2.9 mean each row twice and nine tenths of the rows once more; ``caps`` bound a set's rows."""
+    """``portions`` of 2.9 mean each row twice and nine tenths of the rows once more; ``caps`` bound a set's rows.
+
+    ``renderings``: how often single exchanges are written in each way of :data:`RENDERINGS`, in proportion.
+    ``held_out``: number of rows at the end of a set that are not mixed, so that they can be evaluated on.
+    """
 
     portions: Mapping[str, Fraction]
     caps: Mapping[str, int]
     seed: int = PUBLISHED_SEED
     dedup: bool = False
+    renderings: Mapping[str, Fraction] = field(default_factory=lambda: {"chat": Fraction(1)})
+    held_out: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        strangers = sorted(set(self.caps) - set(self.names))
-        if strangers:
-            raise UserError(f"a cap is given for {', '.join(strangers)}, of which no portion is mixed")
+        if strangers := sorted({*self.caps, *self.held_out} - set(self.names)):
+            raise UserError(f"a cap or held_out is given for {', '.join(strangers)}, of which no portion is mixed")
         if not self.names:
             raise UserError("no data set has a portion above 0: nothing to mix")
+        if odd := sorted(set(self.renderings) - set(RENDERINGS)):
+            raise UserError(f"rendering {', '.join(odd)} is none of {', '.join(RENDERINGS)}")
+        if not any(self.renderings.values()):
+            raise UserError("no rendering has a proportion above 0")
 
     @property
     def names(self) -> list[str]:
@@ -64,21 +76,29 @@ def make_plan(
 
 
 def read_plan(path: Path) -> MixPlan:
-    """A plan from YAML with the keys ``portions`` and, if wanted, ``caps``, ``seed``, ``dedup``."""
+    """A plan from YAML with the keys ``portions`` and, if wanted, ``caps``, ``seed``, ``dedup``, ``renderings``,
+    ``held_out``.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("portions"), dict):
         raise UserError(f"{path} has no 'portions' (a mapping of data sets to numbers)")
-    unknown = sorted(set(map(str, content)) - {"portions", "caps", "seed", "dedup"})
-    if unknown:
-        raise UserError(f"{path}: unknown key {', '.join(unknown)}; known: portions, caps, seed, dedup")
+    known = [known.name for known in fields(MixPlan)]
+    if unknown := sorted(set(map(str, content)) - set(known)):
+        raise UserError(f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
     caps, seed, dedup = content.get("caps") or {}, content.get("seed", PUBLISHED_SEED), content.get("dedup", False)
-    if not isinstance(caps, dict) or type(seed) is not int or type(dedup) is not bool:
-        raise UserError(f"{path}: 'caps' must be a mapping, 'seed' a whole number, 'dedup' true or false")
+    renderings, held_out = content.get("renderings") or {"chat": 1}, content.get("held_out") or {}
+    maps = all(isinstance(value, dict) for value in (caps, renderings, held_out))
+    if not maps or type(seed) is not int or type(dedup) is not bool:
+        raise UserError(
+            f"{path}: 'caps', 'renderings', 'held_out' must be mappings, 'seed' a whole number, 'dedup' true or false"
+        )
     portions = _numbers(content["portions"], portion, f"{path}: portion of")
-    return MixPlan(portions, _numbers(caps, _count, f"{path}: cap of"), seed, dedup)
+    renderings = _numbers(renderings, portion, f"{path}: rendering")
+    held_out = _numbers(held_out, _count, f"{path}: held out of")
+    return MixPlan(portions, _numbers(caps, _count, f"{path}: cap of"), seed, dedup, renderings, held_out)
 
 
 def portion(number: object, where: str) -> Fraction:

@@ -13,13 +13,14 @@ import os
 import random
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import orjson
 from tqdm import tqdm
 
-from router_tuning.data.mix_plan import MixPlan
+from router_tuning.data.mix_plan import RENDERINGS, MixPlan
 from router_tuning.data.rows import checked_row, content_of, lines_of
 from router_tuning.errors import UserError
 from router_tuning.files import scratch_folder, writing
@@ -34,7 +35,7 @@ class Survey:
     """What the first pass finds in a data set of ``rows`` rows: their ``size`` in bytes, and the file's ``sha256``.
 
     ``digests`` ``[rows, 2]`` tell which rows are equal, ``repeats`` ``[rows]`` marks those that equal an earlier one,
-    also of another set; both are empty where duplicates are to stay.
+    also of another set; both are empty where duplicates are to stay. The last ``held_out`` rows are not mixed.
     """
 
     name: str
@@ -44,11 +45,13 @@ class Survey:
     sha256: str
     digests: np.ndarray
     repeats: np.ndarray
+    held_out: int
 
     @property
     def distinct(self) -> int:
         """Rows that may be mixed."""
-        return self.rows - int(self.repeats.sum())
+        usable = self.rows - self.held_out
+        return usable - int(self.repeats[:usable].sum())
 
 
 def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
@@ -67,7 +70,7 @@ def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
             f"{', '.join(absent)}: no data.jsonl under {reformatted}; make it with reformat_datasets.py, or mix "
             f"without: --portion {' '.join(f'{name}=0' for name in absent)}"
         )
-    surveys = [_survey(name, path, plan.dedup) for name, path in paths.items()]
+    surveys = [_survey(name, path, plan) for name, path in paths.items()]
     if plan.dedup:
         _mark_repeats(surveys)
     wanted = {survey.name: plan.wanted(survey.name, survey.distinct) for survey in surveys}
@@ -77,10 +80,11 @@ def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
         size = sum(survey.size * wanted[survey.name] // survey.rows for survey in surveys)
         buckets = _Buckets(scratch, max(1, -(-size // BUCKET_BYTES)))
         for survey in surveys:
-            _scatter(survey, wanted[survey.name], plan.seed, buckets)
+            _scatter(survey, wanted[survey.name], plan, buckets)
         buckets.flush()
         digest = _gather(buckets, plan.seed, scratch / "data.jsonl")
         report = {"rows": sum(wanted.values()), "sha256": digest, "seed": plan.seed, "dedup": plan.dedup}
+        report["renderings"] = {name: float(weight) for name, weight in plan.renderings.items()}
         report["sets"] = {survey.name: _provenance(survey, plan, wanted[survey.name]) for survey in surveys}
         text = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
         (scratch / "mix.json").write_bytes(text)
@@ -94,26 +98,31 @@ def _provenance(survey: Survey, plan: MixPlan, mixed: int) -> dict:
         "file": f"{survey.path.parent.name}/{survey.path.name}",
         "sha256": survey.sha256,
         "rows": survey.rows,
-        "duplicates": survey.rows - survey.distinct,
+        "held_out": survey.held_out,
+        "duplicates": survey.rows - survey.held_out - survey.distinct,
         "portion": str(plan.portions[survey.name]),
         "cap": plan.caps.get(survey.name),
         "mixed": mixed,
     }
 
 
-def _survey(name: str, path: Path, dedup: bool) -> Survey:
+def _survey(name: str, path: Path, plan: MixPlan) -> Survey:
     rows, size, digests = 0, 0, bytearray()
     for number, line in _progress(lines_of(path), f"check {name}", unit=" rows"):
         row = checked_row(line, f"{path}:{number}")
-        if dedup:
+        if plan.dedup:
             digests += hashlib.blake2b(orjson.dumps(content_of(row)), digest_size=16).digest()
         rows += 1
         size += len(line) + 1
     if not rows:
         raise UserError(f"{path} holds no row; reformat {name} again, or mix without: --portion {name}=0")
+    held_out = plan.held_out.get(name, 0)
+    if held_out >= rows:
+        raise UserError(f"{path}: held_out keeps {held_out} rows of {name} out of the mix, and it has {rows}")
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Survey(name, path, rows, size, sha256, np.frombuffer(digests, "<u8").reshape(-1, 2), np.zeros(0, bool))
+    found = np.frombuffer(digests, "<u8").reshape(-1, 2)
+    return Survey(name, path, rows, size, sha256, found, np.zeros(0, bool), held_out)
 
 
 def _mark_repeats(surveys: list[Survey]) -> None:
@@ -150,23 +159,44 @@ class _Buckets:
         self._size = 0
 
 
-def _scatter(survey: Survey, wanted: int, seed: int, buckets: _Buckets) -> None:
-    """Every copy of every row into a bucket drawn at random.
+def _scatter(survey: Survey, wanted: int, plan: MixPlan, buckets: _Buckets) -> None:
+    """Every copy of every row into a bucket drawn at random, in a rendering drawn at random.
 
     Each row is taken ``wanted // rows`` times, and ``wanted % rows`` rows, drawn without replacement (Knuth 3.4.2,
     algorithm S), once more.
     """
     left = survey.distinct
     whole, extra = divmod(wanted, left)
-    draw = random.Random(f"{seed} {survey.name}").random
+    draw = random.Random(f"{plan.seed} {survey.name}").random
+    choose = random.Random(f"{plan.seed} {survey.name} renderings").choices
+    names, often = list(plan.renderings), [float(weight) for weight in plan.renderings.values()]
     count = len(buckets.paths)
-    for index, (_, line) in enumerate(_progress(lines_of(survey.path), f"scatter {survey.name}")):
+    usable = islice(lines_of(survey.path), survey.rows - survey.held_out)
+    for index, (_, line) in enumerate(_progress(usable, f"scatter {survey.name}")):
         if len(survey.repeats) and survey.repeats[index]:
             continue
         chosen = draw() * left < extra
         left, extra = left - 1, extra - chosen
         for _ in range(whole + chosen):
-            buckets.add(int(draw() * count), line)
+            buckets.add(int(draw() * count), rendered(line, choose(names, often)[0]))
+
+
+def rendered(line: bytes, name: str) -> bytes:
+    """The line of a row, as ``prompt`` and ``completion`` where it is a single exchange and not to be a chat.
+
+    A system text stands before the prompt. Rows that are anything else stay as they are.
+    """
+    if (form := RENDERINGS[name]) is None:
+        return line
+    row = orjson.loads(line)
+    *before, asked, answer = row.get("messages") or [{}, {}]
+    roles = [turn.get("role") for turn in (*before, asked, answer)]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        return line
+    del row["messages"]
+    prompt = "\n".join(turn["content"].strip() for turn in (*before, asked))
+    row |= {"prompt": form[0].format(prompt), "completion": form[1].format(answer["content"].strip())}
+    return orjson.dumps(row)
 
 
 def _gather(buckets: _Buckets, seed: int, target: Path) -> str:

@@ -179,7 +179,7 @@ def converted(known: Format, row: object, row_id: str) -> bytes:
     if row.__class__ is not dict:
         raise row if isinstance(row, Reject) else Reject("not_an_object", f"the row is {json_type(row)}, no object")
     try:
-        line = orjson.dumps({"dataset": known.label, "id": row_id, "messages": known.convert(row)}, option=LINE)
+        line = orjson.dumps({"dataset": known.label, "id": row_id, **known.convert(row)}, option=LINE)
     except orjson.JSONEncodeError:
         raise Reject("lone_surrogate", "half of a surrogate pair: no text") from None
     if len(line) > MAX_ROW_BYTES:

@@ -52,7 +52,7 @@ class Plan:
         recipes: ``{label: {flag: value}}`` of ``finetune_mod.py``; one with its own ``granularity`` runs at it alone.
             All but ``recipe: paper`` have a dial and are scored at every budget; that one at what it reaches.
         granularities, budgets, seeds: the grid; budgets are shares of the decoder's operations.
-        random: whether random decisions at the rates of every routed cell are scored.
+        random: whether random decisions at the rates of every routed cell of the first seed are scored.
         static: skip paths (``zero``, ``mean``, ``low_rank``) with which modules are removed for good, until what every
             routed cell of the first seed leaves is left.
         search_tokens: number of tokens of ``data`` that removal is chosen on; candidates: see ``removal_order``.
@@ -123,13 +123,12 @@ class Plan:
     def groups(self) -> list[list[Cell]]:
         """Cells that belong together: the dense base; each run at its budgets, with its controls."""
         found = [[Cell("dense")]]
-        controls = ["random"] if self.random else []
         for seed, (label, flags) in product(self.seeds, self.recipes.items()):
             own = flags.get("granularity")
-            removals = [f"static_{kind}" for kind in self.static] if seed == self.seeds[0] else []
+            controls = [*["random"] * self.random, *(f"static_{kind}" for kind in self.static)]
             for granularity in [own] if own else self.granularities:
                 budgets = self.budgets if self.has_dial(label) else [None]
-                policies = product(budgets, ["routed", *controls, *removals])
+                policies = product(budgets, ["routed", *(controls if seed == self.seeds[0] else [])])
                 found.append([Cell(policy, label, granularity, seed, budget) for budget, policy in policies])
         return found
 

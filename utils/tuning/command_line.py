@@ -167,8 +167,6 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     problems = [*parser.found, *_unknown(unknown, values)]
     parts = [part(**{f.name: values.pop(f.name) for f in dataclasses.fields(part) if f.init}) for part in PARTS[:-1]]
     model, routing, budget, data = parts
-    if routing.recipe == "budget" and budget.lowest_budget is None:
-        budget.lowest_budget = max(0.05, min(0.5, routing.target_capacity))
     for part in parts:
         problems += part.problems()
     if routing.recipe not in RECIPES:

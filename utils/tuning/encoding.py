@@ -121,7 +121,8 @@ def encode_row(
     """Encode a row of a training file: ``messages``, or ``prompt`` and ``completion``, which go without a template.
 
     Returns ``{"input_ids": [t], "labels": [t]}``, cut to ``max_length`` tokens; labels are -100 or the id. Of the
-    second kind the completion and ``eos`` carry loss; a blank separates the two unless one brings white space.
+    second kind the completion and ``eos`` carry loss; a blank separates the two unless one brings white space or there
+    is no prompt.
 
     Raises:
         TemplateRefusal: for a conversation that the template refuses, leaves text out of, or renders so that its
@@ -131,7 +132,8 @@ def encode_row(
         text, spans = _rendered_answers(row["messages"], tokenizer)
     else:
         prompt, completion = bos_of(tokenizer) + row["prompt"], row["completion"]
-        gap = "" if prompt.endswith((" ", "\n", "\t")) or completion.startswith((" ", "\n", "\t")) else " "
+        blank = (" ", "\n", "\t")
+        gap = " " if row["prompt"] and not prompt.endswith(blank) and not completion.startswith(blank) else ""
         text = f"{prompt}{gap}{completion}{tokenizer.eos_token}"
         spans = [(len(prompt), len(text))]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -78,6 +78,16 @@ def fisher_damage(
     return {name: (torch.cat([h for h, _ in kept]), torch.cat([d for _, d in kept])) for name, kept in found.items()}
 
 
+def drawn(chances: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One index of each row of ``chances [n, V]`` by its probability, ``[n, 1]``.
+
+    ``torch.multinomial`` draws a number for each of the ``V``, a tenth of a training step on a CPU.
+    """
+    total = chances.cumsum(-1)
+    number = torch.rand(len(total), 1, generator=generator, device=total.device) * total[:, -1:]
+    return torch.searchsorted(total, number, right=True).clamp(max=total.shape[-1] - 1)
+
+
 def damage_in_parts(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], names: Sequence[str], seed: int, at_once: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -111,7 +121,7 @@ def _leaf(name: str, module: Routed, seen: dict[str, tuple[Tensor, Tensor, Tenso
 def _drawn_gradient(logits: Tensor, predicts: Tensor, generator: torch.Generator) -> Tensor:
     """Gradient of ``Σ log p(y)`` over some positions with respect to ``logits [b, t, V]``, ``y`` drawn from ``p``."""
     chances = logits[predicts].float().softmax(-1)
-    targets = torch.multinomial(chances, 1, generator=generator)
+    targets = drawn(chances, generator)
     gradient = torch.zeros_like(logits)
     one = torch.ones_like(targets, dtype=torch.float32)
     gradient[predicts] = chances.neg_().scatter_add_(1, targets, one).to(gradient.dtype)

@@ -9,6 +9,7 @@ reaches any other share without training.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from router_tuning.tuning.recipes.budget.gates import inputs_seen
 from router_tuning.tuning.recipes.budget.policy import FitSettings, fit
 from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
 from router_tuning.tuning.recipes.budget.search import Explored, explore, joined
+from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 from router_tuning.tuning.recipes.budget.thresholds import biased, routers_that_train
 from router_tuning.tuning.recipes.budget.training import BudgetTrainer, input_norms
 from router_tuning.tuning.routing_statistics import CAPACITY, layer_key
@@ -151,7 +153,7 @@ def _by_regression(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, di
     inputs, scores = inputs_seen(run.model, batches, bias)
     trainer = RegressionTrainer(
         **trainer_options(run),
-        recipe=run.command.budget,
+        recipe=_budgets(run),
         saved=saved_shares(run.model),
         inputs=inputs,
         bias=bias,
@@ -167,7 +169,7 @@ def _straight_through(run: Run, start: dict[str, float]) -> tuple[RouterTrainer,
     with biased(model, {name: -logit for name, logit in start.items()}):
         trainer = BudgetTrainer(
             **trainer_options(run),
-            recipe=run.command.budget,
+            recipe=_budgets(run),
             weights={name: share / sum(saved.values()) for name, share in saved.items()},
             multiplier=run.routing.gradient_scale,
             distil=run.routing.trains == "routers",
@@ -176,6 +178,12 @@ def _straight_through(run: Run, start: dict[str, float]) -> tuple[RouterTrainer,
         trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
         end = {n: -float(full_tensor(router.bias)) for n, router in routers_that_train(model).items() if n in start}
     return trainer, end
+
+
+def _budgets(run: Run) -> BudgetArguments:
+    """The recipe's settings with the lowest budget that this run trains at."""
+    budget, saved = run.command.budget, sum(saved_shares(run.model).values())
+    return replace(budget, lowest_budget=budget.lowest(run.routing.target_capacity, saved))
 
 
 def _start(run: Run) -> tuple[dict[str, float], dict[str, float]]:

@@ -27,6 +27,7 @@ from transformers.trainer_callback import ExportableState
 
 from router_tuning.model import capacity_penalty, record_routing, routed_modules
 from router_tuning.tuning.customized_trainer import RouterTrainer
+from router_tuning.tuning.recipes.budget.damage import drawn
 from router_tuning.tuning.recipes.budget.gates import SLOPE, Gates, Seen, gates
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments, path_rate
 
@@ -128,9 +129,9 @@ class RegressionTrainer(RouterTrainer):
         routed = log_softmax(logits, dim=-1)
         weight = torch.exp(-_GROWTH / 2 * (1 - share)).to(routed.device)[predicts.nonzero()[:, 0]]
         divergence = (dense.exp() * (dense - routed)).sum(-1)
-        drawn = torch.multinomial(routed.detach().exp(), 1)
+        target = drawn(routed.detach().exp())
         leaves = routed_pass.leaves()
-        surprise = (weight.sqrt() * routed.gather(1, drawn)[:, 0]).sum()
+        surprise = (weight.sqrt() * routed.gather(1, target)[:, 0]).sum()
         slopes = torch.autograd.grad(surprise, leaves, retain_graph=True)
         counted = num_items_in_batch is not None
         tokens = num_items_in_batch if counted else predicts.sum().clamp(min=1)

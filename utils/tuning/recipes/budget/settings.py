@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+_LOWEST_SHARE = 0.72
+"""Of the decoder's operations. Training at lower budgets costs quality at those in use."""
+
 
 @dataclass
 class BudgetArguments:
     """Settings of the recipe ``budget``, whose ``learning_rate`` is that of skip paths: share of a matrix's rms."""
 
     lowest_budget: float | None = field(
-        default=None, metadata={"help": "training draws budgets between this (default: 0.5, or the target if lower)"}
+        default=None,
+        metadata={"help": "training draws budgets from this (default: 0.72 of the decoder, or below the target)"},
     )
     highest_budget: float = field(default=0.95, metadata={"help": "and this share of the routed operations"})
     multiplier_rate: float = field(default=0.3, metadata={"help": "straight-through: pace of capacity's cost"})
@@ -30,6 +34,16 @@ class BudgetArguments:
         if not 0 < low <= high < 1:
             return [f"--lowest_budget {low} and --highest_budget {high} must lie in (0, 1), in this order"]
         return []
+
+    def lowest(self, target: float, saved: float) -> float:
+        """Share of the routed operations that training goes down to: what was asked for, or the default.
+
+        Args:
+            target: capacity asked for. saved: share of the decoder's operations that skipping every module saves.
+        """
+        if self.lowest_budget is not None:
+            return self.lowest_budget
+        return max(0.05, min(1 - (1 - _LOWEST_SHARE) / saved, target - 0.05))
 
 
 def path_rate(matrix: Tensor, learning_rate: float) -> float:
