@@ -8,10 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Who may import whom inside utils, besides the modules of the ground floor.
-GROUND = {"errors", "files", "provenance"}
+GROUND = {"errors", "files", "places", "provenance"}
 BELOW = {
     "errors": set(),
+    "__main__": set(),
     "files": set(),
+    "places": set(),
     "provenance": set(),
     "model": set(),
     "data": set(),

@@ -6,12 +6,12 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from router_tuning.places import CHECKOUT, ROOT
+
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "peft", "datasets", "lm_eval", "router-tuning")
 
 
@@ -28,6 +28,8 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
+    if not CHECKOUT:
+        return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None

@@ -22,9 +22,9 @@ from pathlib import Path
 from router_tuning.data.mix_plan import PUBLISHED_PORTIONS
 from router_tuning.errors import UserError, cli
 from router_tuning.files import write_json
+from router_tuning.places import ROOT
 from router_tuning.provenance import provenance
 
-ROOT = Path(__file__).resolve().parents[2]
 PLAIN_LOOP = """
 import json, sys
 source, target, kind = sys.argv[1:]

@@ -21,7 +21,7 @@ from router_tuning.evaluation.records import difference_table, read_records, sum
 from router_tuning.experiments.laboratory import Laboratory, shard
 from router_tuning.experiments.plan import read_plan
 from router_tuning.files import write_text
-from router_tuning.tuning.arguments import ROOT
+from router_tuning.places import ROOT
 from router_tuning.tuning.console import set_up_logs
 
 

@@ -18,9 +18,9 @@ from router_tuning.evaluation.models import default_device, load_dense
 from router_tuning.evaluation.tables import Table
 from router_tuning.files import write_json
 from router_tuning.model import ModConfig, route
+from router_tuning.places import ROOT
 from router_tuning.provenance import provenance
 from router_tuning.speed.tuning_step import MODES, measure_steps
-from router_tuning.tuning.arguments import ROOT
 
 
 def parse_args() -> argparse.Namespace:

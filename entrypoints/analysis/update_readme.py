@@ -6,13 +6,11 @@ python entrypoints/analysis/update_readme.py
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from router_tuning.errors import UserError, cli
 from router_tuning.experiments.readme import render
 from router_tuning.files import write_text
-
-ROOT = Path(__file__).resolve().parents[2]
+from router_tuning.places import ROOT
 
 
 def main() -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from router_tuning.checkpoint.import_published import import_published
 from router_tuning.errors import UserError, cli
-
-ROOT = Path(__file__).resolve().parents[2]
+from router_tuning.places import ROOT
 
 
 def parse_args() -> argparse.Namespace:

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from router_tuning.checkpoint.prepare_base import prepare_base
 from router_tuning.errors import UserError, cli
-
-ROOT = Path(__file__).resolve().parents[2]
+from router_tuning.places import ROOT
 
 
 def main() -> None:

@@ -38,9 +38,8 @@ from router_tuning.embedded.base_training import (
 )
 from router_tuning.embedded.muon import MuonWithAdamW
 from router_tuning.errors import UserError, cli
+from router_tuning.places import ROOT
 from router_tuning.tuning.batching import Collator
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,8 +12,7 @@ from pathlib import Path
 from router_tuning.embedded.sample_files import sample_files
 from router_tuning.errors import UserError, cli
 from router_tuning.files import write_text
-
-ROOT = Path(__file__).resolve().parents[2]
+from router_tuning.places import ROOT
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from router_tuning.data.mix_plan import PUBLISHED_PORTIONS, PUBLISHED_SEED, make_plan
 from router_tuning.data.mixing import mix
 from router_tuning.errors import UserError, cli
+from router_tuning.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = ", ".join(f"{name} {float(portion):g}" for name, portion in PUBLISHED_PORTIONS.items())
 
 

@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from router_tuning.errors import UserError, cli
-
-ROOT = Path(__file__).resolve().parents[2]
+from router_tuning.places import ROOT
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from router_tuning.data.formats import FORMATS
 from router_tuning.data.reformat import Outcome, Settings, reformat
 from router_tuning.data.sources import locate
 from router_tuning.errors import UserError, cli
+from router_tuning.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 WORKERS = min(2, os.cpu_count() or 1)
 
 

@@ -19,9 +19,8 @@ from router_tuning.evaluation.records import COMPARISON, all_tables
 from router_tuning.evaluation.rows import encoded, prompt_batches, read_rows, rendered
 from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.files import write_text
+from router_tuning.places import ROOT
 from router_tuning.tuning.batching import Collator
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse_args() -> argparse.Namespace:

@@ -58,7 +58,7 @@ torch.save(found, target)
 
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    return IsolatedPython(tmp_path_factory.mktemp("outside"))
+    return IsolatedPython(tmp_path_factory.mktemp("outside"), ["torch", "transformers", "peft", "lm-eval[hf]"])
 
 
 @pytest.fixture(scope="module")

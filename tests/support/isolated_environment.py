@@ -1,4 +1,4 @@
-"""A Python environment with torch, transformers, peft and lm-eval alone, as a user of an export has it."""
+"""A Python environment with some installed distributions alone, as users of an export or of the wheel have it."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ import re
 import subprocess
 import sys
 import venv
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-PACKAGES = ("torch", "transformers", "peft", "lm-eval[hf]")
-
 
 class IsolatedPython:
-    """A virtual environment with :data:`PACKAGES` and what they require, by links to the installed files.
+    """A virtual environment with ``packages`` and what they require, by links to the installed files.
 
     Nothing else is there: not this repository (``pip install -e .`` works by a file that is not linked), nor what it
     alone requires. ``-I`` drops PYTHONPATH and the working directory.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packages: Sequence[str]) -> None:
         venv.create(folder, with_pip=False, symlinks=True)
         self.python = folder / "bin" / "python"
         [site] = folder.glob("lib/python*/site-packages")
-        for name in sorted(closure(PACKAGES)):
+        for name in sorted(closure(packages)):
             link_distribution(name, site)
         self.home = folder
 
@@ -43,7 +42,7 @@ class IsolatedPython:
         return done.stdout
 
 
-def closure(packages: tuple[str, ...]) -> set[str]:
+def closure(packages: Sequence[str]) -> set[str]:
     """Names of the installed distributions that these and their requirements need."""
     found, seen, waiting = set(), set(), [Requirement(text) for text in packages]
     while waiting:

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
+from router_tuning.places import ROOT
 from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.tuning.run_folder import TEMPLATE
 
-ROOT = Path(__file__).resolve().parents[2]
 ADAPTER, MODEL = "adapter", "model"
 """Folders of a run that hold what peft saved, or all weights where all were tuned."""
 PARTS = ("arguments", "base", "data", "tokenizer")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -14,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
 from router_tuning.evaluation.routed_lm import RoutedLM
+from router_tuning.places import SHIPPED
 
-TASK_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "lm_eval"
+TASK_CONFIGS = SHIPPED / "configs" / "lm_eval"
 HEADLINES = ("exact_match", "acc_norm", "acc", "word_perplexity", "bits_per_byte")
 """Metrics that a task may be judged by; the first that it reports counts."""
 

@@ -29,11 +29,11 @@ from router_tuning.experiments.plan import Cell, Plan
 from router_tuning.files import append_json, read_json_lines, write_json
 from router_tuning.model import fit_skip_paths, route
 from router_tuning.model.saving import read_router_config
-from router_tuning.tuning.arguments import ROOT
+from router_tuning.places import SHIPPED
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import load_tokenizer
 
-FINETUNE = ROOT / "entrypoints" / "finetune" / "finetune_mod.py"
+FINETUNE = SHIPPED / "entrypoints" / "finetune" / "finetune_mod.py"
 logger = logging.getLogger(__name__)
 
 

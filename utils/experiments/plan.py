@@ -16,7 +16,7 @@ import yaml
 from router_tuning.errors import UserError
 from router_tuning.evaluation.records import cell_name
 from router_tuning.model.configuration_mod import parse_granularity
-from router_tuning.tuning.arguments import ROOT
+from router_tuning.places import ROOT
 
 DEFAULTS = {"documents": 64, "max_tokens": 256, "first": 0}
 """Of a text: how many documents are scored, their tokens, and rows of the file that are passed over."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from router_tuning.evaluation import records as tables
 from router_tuning.evaluation.records import Record, read_records
 from router_tuning.evaluation.tables import Table
+from router_tuning.places import ROOT
 from router_tuning.speed.cells import measured, read_rows
 from router_tuning.speed.limits import limits_table
 from router_tuning.speed.table import gpu_tables, speed_table
 
-ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from router_tuning.checkpoint.base import dense_config
+from router_tuning.places import ROOT
 
-CKPT = Path(__file__).resolve().parents[2] / "ckpt"
+CKPT = ROOT / "ckpt"
 BASES = ("llama3-8b", "mistral-7b", "qwen-2.5-7b")
 SMALL = {
     "small": LlamaConfig(

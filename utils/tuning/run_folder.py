@@ -11,7 +11,7 @@ from typing import Any
 
 from router_tuning.errors import UserError
 from router_tuning.files import scratch_folder, write_text
-from router_tuning.tuning.arguments import ROOT
+from router_tuning.places import ROOT
 from router_tuning.tuning.checkpoints import checkpoints, find_fault, remove
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.routing_statistics import CAPACITY

@@ -18,7 +18,8 @@ from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import select_layers
 from router_tuning.model.saving import base_fingerprint
-from router_tuning.tuning.arguments import ROOT, ModelArguments, RoutingArguments
+from router_tuning.places import ROOT
+from router_tuning.tuning.arguments import ModelArguments, RoutingArguments
 from router_tuning.tuning.placement import candidates
 
 _LARGE = 50_000_000
