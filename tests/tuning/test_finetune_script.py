@@ -16,8 +16,10 @@ import tiny_tuning
 import torch
 from safetensors.torch import load_file
 
+from router_tuning.tuning.arguments import PARTS
 from router_tuning.tuning.checkpoints import NEUTRAL
-from router_tuning.tuning.command_line import VARIABLES, launch_command, parse_command
+from router_tuning.tuning.command_line import launch_command, parse_command
+from router_tuning.tuning.usage import VARIABLES, usage
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/finetune_mod.sh"
@@ -143,6 +145,25 @@ def test_the_variables_of_the_script_are_those_that_commands_name():
     knobs = dict(re.findall(r"^  ([A-Z_]+):(\w+)", SCRIPT.read_text(), re.MULTILINE))
     bases = {"FOLDER_NAME": "folder_name", "MODEL_NAME_OR_PATH": "model_name_or_path"}
     assert {variable: name for name, variable in VARIABLES.items()} == knobs | bases
+    port = re.search(r"^PORT=.*:-(\d+)", SCRIPT.read_text(), re.MULTILINE)[1]
+    assert f"PORT ({port})" in usage() and f"`{port}`" in (ROOT / "docs/tuning.md").read_text()
+
+
+def test_help_names_all_our_options_on_one_screen_and_help_all_those_of_the_trainer(capsys):
+    told = {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stopped:
+            parse_command(["--mod_n", "3", flag])
+        assert stopped.value.code == 0
+        told[flag] = capsys.readouterr().out
+    lines = told["--help"].splitlines()
+    assert len(lines) <= 60 and max(map(len, lines)) <= 119
+    own = {name for part in PARTS for name in part.__annotations__}
+    assert own | set(VARIABLES) == set(re.findall(r"--(\w+)", told["--help"])) - {"config", "help_all", "OPTION"}
+    assert all(
+        re.search(rf"^  --{name} {variable} ", told["--help"], re.MULTILINE) for name, variable in VARIABLES.items()
+    )
+    assert own | {"adam_beta1"} <= set(re.findall(r"--(\w+)", told["--help_all"]))
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,11 @@ class RoutingArguments:
 
     mod_n: int | None = field(default=None, metadata={"help": "routed layers, deepest but one; default: half"})
     mod_layers: str | None = field(
-        default=None,
-        metadata={"help": "routed layers: 4,6,8, or attn:4,6+mlp:7,8, or auto (measured; mod_n a part on average)"},
+        default=None, metadata={"help": "which: 4,6,8, or attn:4,6+mlp:7,8, or auto (mod_n a part, measured)"}
     )
-    granularity: str = field(default="attn_sequence", metadata={"help": "what a router decides on; combine with +"})
+    granularity: str = field(
+        default="attn_sequence", metadata={"help": "attn_ mlp_ block_ + sequence or token; expert_token"}
+    )
     threshold: float = field(default=0.5, metadata={"help": "τ of the decision score ≥ τ"})
     router_pooling: str = field(
         default="sequence", metadata={"help": "what a sequence's score sees: sequence, prompt"}
@@ -75,14 +76,14 @@ class RoutingArguments:
     kv_policy: str = field(
         default="keep", metadata={"help": "token level: whether skipped tokens offer keys: keep, drop"}
     )
-    skip: str = field(default="zero", metadata={"help": "what a skipped token gets: zero, mean, low_rank"})
+    skip: str = field(default="zero", metadata={"help": "for what is skipped: zero, mean, low_rank"})
     skip_rank: int = field(default=32, metadata={"help": "rank of low_rank"})
     train_skip: bool = field(default=False, metadata={"help": "skip paths train with the routers"})
     target_capacity: float = field(default=0.5, metadata={"help": "share of the routed work that should run"})
     gradient_scale: float = field(default=1.0, metadata={"help": "λ of λ·Σ ReLU(capacity - target)"})
     router_only: bool = field(default=True, metadata={"help": "False trains the base too (full MoD tuning)"})
     router_dir: str | None = field(default=None, metadata={"help": "start from the routers saved in this folder"})
-    recipe: str = field(default="paper", metadata={"help": "how routers are tuned, see utils/tuning/recipes"})
+    recipe: str = field(default="paper", metadata={"help": "paper, or budget: holds its target, has a dial"})
     lora: bool = field(default=False, metadata={"help": "train LoRA adapters beside the routers"})
     lora_r: int = field(default=8, metadata={"help": "rank"})
     lora_alpha: int = field(default=16, metadata={"help": "scale is alpha / r"})
@@ -167,8 +168,7 @@ class DataArguments:
     max_train_samples: int = field(default=1000, metadata={"help": "the first N rows; 0: all"})
     max_seq_length: int = field(default=2048, metadata={"help": "tokens; longer conversations are cut"})
     chat_template: str = field(
-        default="auto",
-        metadata={"help": "rendering: own (the tokenizer's template), published, auto (own where there is one)"},
+        default="auto", metadata={"help": "own (the tokenizer's), published, auto: own where there is one"}
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "processes that encode the data"})
     length_grouping: bool = field(default=True, metadata={"help": "micro-batches of like lengths within a step"})

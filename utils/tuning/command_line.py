@@ -34,33 +34,7 @@ from router_tuning.tuning.published_names import RENAMED, modernise
 from router_tuning.tuning.recipes import RECIPES, recipe_defaults
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 from router_tuning.tuning.rehearsal import tried
-
-VARIABLES = {
-    "folder_name": "FOLDER_NAME",
-    "model_name_or_path": "MODEL_NAME_OR_PATH",
-    "mod_n": "MOD_N",
-    "mod_layers": "MOD_LAYERS",
-    "granularity": "GRANULARITY",
-    "skip": "SKIP",
-    "skip_rank": "SKIP_RANK",
-    "router_only": "ROUTER_ONLY",
-    "recipe": "RECIPE",
-    "data_type": "DATA_TYPE",
-    "max_train_samples": "MAX_TRAIN_SAMPLES",
-    "max_seq_length": "MAX_SEQ_LENGTH",
-    "chat_template": "CHAT_TEMPLATE",
-    "learning_rate": "LEARNING_RATE",
-    "weight_decay": "WEIGHT_DECAY",
-    "num_train_epochs": "NUM_EPOCHS",
-    "gradient_scale": "GRADIENT_SCALE",
-    "target_capacity": "TARGET_CAPACITY",
-    "global_batch_size": "GLOBAL_BATCH_SIZE",
-    "per_device_train_batch_size": "MICRO_BATCH_SIZE",
-    "seed": "SEED",
-    "output_dir": "OUTPUT_DIR",
-    "resume_from_checkpoint": "RESUME",
-}
-"""Argument → environment variable of ``scripts/finetune_mod.sh`` that sets it."""
+from router_tuning.tuning.usage import VARIABLES, usage
 
 _PATHS = ("router_dir", "train_file", "output_dir", "resume_from_checkpoint", "cache_dir")
 _PATHS_OR_NAMES = ("model_name_or_path", "tokenizer_name")
@@ -160,6 +134,9 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     argv, notes = modernise(with_config(sys.argv[1:] if argv is None else list(argv)))
     parser = _Parser(PARTS, allow_abbrev=False, description="Tune the routers of a Mixture-of-Depths model.")
     parser.set_defaults(**recipe_defaults(*_given(argv, "recipe", "granularity")))
+    if {"-h", "--help", "--help_all"} & set(argv):
+        sys.stdout.write(f"{parser.format_help() if '--help_all' in argv else usage()}\n")
+        raise SystemExit(0)
     namespace, unknown = parser.parse_known_args(argv)
     values = vars(namespace)
     for name in (*_PATHS, *_PATHS_OR_NAMES):

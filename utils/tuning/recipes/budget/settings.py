@@ -15,10 +15,9 @@ class BudgetArguments:
     """Settings of the recipe ``budget``, whose ``learning_rate`` is that of skip paths: share of a matrix's rms."""
 
     lowest_budget: float | None = field(
-        default=None,
-        metadata={"help": "training draws budgets from this (default: 0.72 of the decoder, or below the target)"},
+        default=None, metadata={"help": "budgets are drawn from here (0.72 of the decoder, or below the target)"}
     )
-    highest_budget: float = field(default=0.95, metadata={"help": "and this share of the routed operations"})
+    highest_budget: float = field(default=0.95, metadata={"help": "to here, shares of the routed operations"})
     multiplier_rate: float = field(default=0.3, metadata={"help": "straight-through: pace of capacity's cost"})
     router_rate: float = field(default=0.05, metadata={"help": "straight-through: change of a logit per step"})
     other_rate: float = field(default=1e-4, metadata={"help": "learning rate of adapters, or of the base"})
