@@ -3,6 +3,7 @@
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/model -k padding
 #   bash scripts/test.sh -m full                   # the families beyond the four of the default run
+#   bash scripts/test.sh -m real -rs               # a real model, from PyPI
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment
