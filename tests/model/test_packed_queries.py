@@ -1,46 +1,15 @@
-"""Tensors that packed queries run on: plain to all but the projections that are spared and attention under a mask."""
+"""Attention of packed queries in chunks is attention under their mask."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
-from router_tuning.model.packed_queries import ChunkedMask, PackedHidden
+from router_tuning.model.packed_queries import ChunkedMask
 from router_tuning.model.packing import pack
 
 HEAD_DIM = 4
-
-
-@pytest.fixture
-def tensors():
-    torch.manual_seed(0)
-    return torch.randn(2, 3, 8), torch.randn(16, 8), torch.randn(16, 8)
-
-
-def test_spared_projections_are_not_computed(tensors):
-    plain, spared, other = tensors
-    hidden = PackedHidden.of(plain, [spared], HEAD_DIM)
-    assert torch.equal(linear(hidden, spared), torch.zeros(2, 3, HEAD_DIM))
-    for made in (linear(hidden, other), linear(input=hidden, weight=other)):
-        assert torch.equal(made.as_subclass(torch.Tensor), linear(plain, other))
-    assert type(linear(hidden, other)) is torch.Tensor
-
-
-def test_what_is_spared_is_known_through_a_norm_and_a_residual(tensors):
-    plain, spared, other = tensors
-    hidden = PackedHidden.of(plain, [spared], HEAD_DIM)
-    normed = (hidden * hidden.pow(2).mean(-1, keepdim=True).rsqrt()).to(torch.float32)
-    assert linear(normed, spared).shape == (2, 3, HEAD_DIM)
-    assert linear(plain + normed, spared).shape == (2, 3, HEAD_DIM)
-    unwrapped = (hidden + 1).as_subclass(torch.Tensor)
-    assert type(unwrapped) is torch.Tensor and torch.equal(linear(unwrapped, spared), linear(plain + 1, spared))
-
-
-def test_operations_on_several_tensors_give_plain_ones(tensors):
-    plain, spared, _ = tensors
-    joined = torch.cat([PackedHidden.of(plain, [spared], HEAD_DIM), plain])
-    assert torch.equal(linear(joined, spared), linear(torch.cat([plain, plain]), spared))
 
 
 @pytest.mark.parametrize("counts", [(256, 256), (130, 201), (511, 128)])

@@ -96,15 +96,19 @@ def test_autograd_records_nothing_below_the_first_routed_layer(checkpointing):
 
 
 @pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
-@pytest.mark.parametrize("frozen", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(family, granularity, policy, frozen):
+@pytest.mark.parametrize(("frozen", "when"), [(True, "before"), (False, "after")])
+def test_gradient_checkpointing_gives_the_same_gradients(family, granularity, policy, frozen, when):
+    """Whether it was enabled before the model was routed or after."""
     ids, mask = random_batch(padding="right")
 
     def run(checkpointing):
-        model = routed_model(family, granularity, kv_policy=policy).train()
+        model = tiny_model(family)
+        if checkpointing and when == "before":
+            model.activation_checkpointing_enable()
+        model = routed_model(family, granularity, model=model, kv_policy=policy).train()
         if frozen:
             freeze_base(model)
-        if checkpointing:
+        if checkpointing and when == "after":
             model.activation_checkpointing_enable()
         with record_routing(model) as log:
             loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # A layer index, or (layer, part) where several parts of a layer are routed.
 RouterKey = int | tuple[int, str]
@@ -66,6 +68,41 @@ class routing_context:  # noqa: N801, a context manager that costs less than a g
 
     def __exit__(self, *_: object) -> None:
         _CURRENT.reset(self.token)
+
+
+class CarriesContext:
+    """Mixin for a transformers model: gradient checkpointing runs its layers again under the pass that they ran in.
+
+    That is in the backward pass, in another thread and after the model's own forward has ended.
+    """
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, carrying(gradient_checkpointing_func), **kwargs)
+
+
+def carrying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpointing function that hands on the pass in which it is called."""
+    return functools.partial(_carried, function)
+
+
+def carry(modules: Iterable[nn.Module], back: bool = False) -> None:
+    """See to modules whose checkpointing was set before they were routed; ``back``: as it was."""
+    for module in modules:
+        function = vars(module).get("_gradient_checkpointing_func")
+        ours = getattr(function, "func", None) is _carried
+        if function is not None and ours == back:
+            module._gradient_checkpointing_func = function.args[0] if back else carrying(function)
+
+
+def _carried(function: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
+    return function(functools.partial(_within, current_context(), run), *args)
+
+
+def _within(context: RoutingContext | None, run: Callable[..., Any], *args: Any) -> Any:
+    with routing_context(context):
+        return run(*args)
 
 
 def forced_decision(

@@ -8,10 +8,11 @@ from transformers import PreTrainedModel
 from .cache_mod import HeldDecisions, RaggedCacheLayer, RowCacheLayer
 from .class_swap import mix_in, mix_out
 from .configuration_mod import ModConfig, select_layers
+from .context import carry
 from .modules import decoder_of, device_of, find_module
 from .routed import Routed
 from .routed_attention import RoutedAttention
-from .routed_block import RoutedBlock, RoutedLayer
+from .routed_block import RoutedBlock
 from .routed_experts import RoutedExperts
 from .routed_mlp import RoutedMLP
 from .routed_model import RoutedDecoder
@@ -42,10 +43,8 @@ def install(model: PreTrainedModel, config: ModConfig) -> None:
         module.mod_key = layer if len(parts) == 1 else (layer, part)
         module.mod_set_threshold(thresholds[layer, part])
         module.train(module.training)
-    if "block" not in parts:
-        for layer in config.layers:
-            mix_in(decoder.layers[layer], RoutedLayer)
     mix_in(decoder, RoutedDecoder)
+    carry(decoder.modules())
     decoder.mod_config, decoder.mod_cache_plan = config, _cache_plan(config)
     decoder.mod_modules = list(targets.values())
     decoder.mod_deciding = min((layer for layer, part in targets if parts[part] == "sequence"), default=None)
@@ -79,6 +78,7 @@ def skip_path(module: nn.Module, part: str, config: ModConfig, hidden_size: int)
 def uninstall(model: PreTrainedModel) -> None:
     """Give every routed module its own class back and delete its router."""
     decoder = decoder_of(model)
+    carry(decoder.modules(), back=True)
     for module in list(decoder.modules()):
         if hasattr(module, "mod_mixture"):
             mix_out(module)

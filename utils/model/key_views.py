@@ -11,52 +11,37 @@ from torch.nn.utils.rnn import pad_sequence
 from .packing import Packing, key_mask, query_mask
 
 
-class AllKeys:
-    """Keys and values of all tokens, known before the packed queries run; what the module itself brings is unused.
-
-    Args:
-        packing: of the tokens that run. keys, values: ``[b, heads, keys, head_dim]``, those of the cache included.
-    """
-
-    def __init__(self, packing: Packing, keys: Tensor, values: Tensor) -> None:
-        self.packing, self.states = packing, (keys, values)
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> Sequence[Tensor]:
-        """Called by the module with ``[r, heads, q, head_dim]`` of the packed tokens; returns what they attend to."""
-        rows = self.packing.row_list
-        if len(rows) == self.states[0].shape[0]:
-            return self.states
-        adjacent = rows[-1] - rows[0] + 1 == len(rows)
-        return [s[rows[0] : rows[-1] + 1] if adjacent else s[self.packing.rows] for s in self.states]
-
-
-class MergedKeys(AllKeys):
+class MergedKeys:
     """Keys and values of all tokens: those of the skipped ones, merged with those that the packed queries bring.
 
     Args:
-        cache: the real cache or None. packing: as above. shape: ``(b, t)``. skipped: int64 ``[n]``, flat indices
-        ``row·t + position``. keys, values: theirs, ``[heads, n, head_dim]``.
+        cache: the real cache or None. packing: of the tokens that run. shape: ``(b, t)``.
+        skipped: int64 ``[n]``, flat indices ``row·t + position``. keys, values: theirs, ``[heads, n, head_dim]``.
     """
 
     def __init__(
         self, cache, packing: Packing, shape: torch.Size, skipped: Tensor, keys: Tensor, values: Tensor
     ) -> None:
-        self.cache, self.flat = cache, []
+        self.cache, self.packing, self.shape, self.flat = cache, packing, shape, []
         for states in (keys, values):
             heads, _, width = states.shape
             everything = states.new_empty(shape.numel(), heads * width)
             self.flat.append(everything.index_copy_(0, skipped, states.transpose(0, 1).flatten(1)))
-        by_head = (flat.view(*shape, -1, keys.shape[-1]).transpose(1, 2) for flat in self.flat)
-        super().__init__(packing, *by_head)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> Sequence[Tensor]:
-        """As above."""
+        """Called by the module with ``[r, heads, q, head_dim]`` of the packed tokens; returns what they attend to."""
+        merged = []
         for everything, packed in zip(self.flat, (keys, values), strict=True):
             # Filler slots hold skipped tokens, whose keys come out the same: no need to leave them out.
             everything.index_copy_(0, self.packing.flat, packed.transpose(1, 2).flatten(0, 1).flatten(1))
+            merged.append(everything.view(*self.shape, -1, packed.shape[-1]).transpose(1, 2))
         if self.cache is not None:
-            self.states = self.cache.update(*self.states, layer, *args, **kwargs)
-        return super().update(keys, values, layer, *args, **kwargs)
+            merged = self.cache.update(*merged, layer, *args, **kwargs)
+        rows = self.packing.row_list
+        if len(rows) == self.shape[0]:
+            return merged
+        adjacent = rows[-1] - rows[0] + 1 == len(rows)
+        return [s[rows[0] : rows[-1] + 1] if adjacent else s[self.packing.rows] for s in merged]
 
 
 class AllButStored:

@@ -46,22 +46,6 @@ def project_kv(
     return torch.cat([turned, keys[..., width:]], dim=-1), values
 
 
-def spared_weights(attention: nn.Module) -> tuple[Tensor, ...]:
-    """Weights whose product an attention need not compute where :func:`project_kv` has given keys and values of all.
-
-    Empty where it must: in a graph that is being compiled, and for projections that are fused, quantised, adapted,
-    or normalised over all heads at once.
-    """
-    if torch.compiler.is_compiling():
-        return ()
-    traits = _traits_of(attention)
-    if traits.fused or traits.normed_flat:
-        return ()
-    projections = attention.k_proj, attention.v_proj
-    plain = all(type(projection) is nn.Linear for projection in projections)
-    return tuple(projection.weight for projection in projections) if plain else ()
-
-
 class _Traits(NamedTuple):
     """What a family's attention does to keys: fixed by its code and config, and slow to ask for at every token.
 

@@ -1,16 +1,13 @@
-"""What a module is given to run on packed queries: tensors that know what need not be computed, or not at once.
-
-Both are plain tensors to all functions but one: no other operation of the module passes through Python.
-"""
+"""The mask with which packed queries attend in chunks: a plain tensor to all functions but attention itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from .packing import Packing
 
@@ -20,37 +17,6 @@ _LEAST = 32
 """Queries in a chunk, at least: the block of queries that the CPU kernel works on."""
 _MOST_CHUNKS = 8
 """n chunks leave (n + 1) / 2n of the pairs: 0.56 at eight, against the 0.5 that no number of chunks goes below."""
-
-
-class PackedHidden(Tensor):
-    """Hidden states ``[r, q, d]`` whose projections to keys and values the cache's stand-in has already.
-
-    Attributes:
-        spared: weights of those projections. head_dim: how many zeros the module gets instead of their result.
-    """
-
-    spared: Sequence[Tensor]
-    head_dim: int
-
-    @classmethod
-    def of(cls, hidden: Tensor, spared: Sequence[Tensor], head_dim: int) -> Tensor:
-        """``hidden``, which forgets what is spared with the first projection that it passes through."""
-        hidden = hidden.as_subclass(cls)
-        hidden.spared, hidden.head_dim = spared, head_dim
-        return hidden
-
-    @classmethod
-    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            known = next((value for value in args if isinstance(value, cls)), None)
-            if func is linear and known is not None:
-                if any(weight is spared for weight in args[1:2] for spared in known.spared):
-                    return known.new_zeros(()).expand(*known.shape[:-1], known.head_dim)
-                return func(*args, **(kwargs or {}))
-            result = func(*args, **(kwargs or {}))
-            if known is None or not isinstance(result, Tensor) or func is Tensor.as_subclass:
-                return result
-            return cls.of(result, known.spared, known.head_dim)
 
 
 class ChunkedMask(Tensor):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .context import RoutingContext
-from .key_views import AllButStored, AllKeys, KeptKeys, MergedKeys
-from .keys_values import project_kv, spared_weights
-from .packed_queries import ChunkedMask, PackedHidden
+from .key_views import AllButStored, KeptKeys, MergedKeys
+from .keys_values import project_kv
+from .packed_queries import ChunkedMask
 from .packing import (
     Packing,
     check_packable,
@@ -117,21 +117,13 @@ class RoutedAttending(Routed):
                 cache.update(*project_kv(attention, features, kwargs["position_embeddings"]), self.mod_layer)
             return self.mod_skipped(features, self.mod_residual(hidden_states))
         check_packable(attention, self.mod_layer)
-        spared = spared_weights(attention)
-        if spared:  # first of all, while the features are at hand
-            states = project_kv(attention, features, kwargs["position_embeddings"])
-            states = states if cache is None else cache.update(*states, self.mod_layer)
         packing = pack(keep, counts)
         packed = select_tokens(kwargs, packing)
-        mask = kwargs.get("attention_mask")
-        packed["attention_mask"] = self._packed_mask(mask, packing, keep.shape[1], hidden_states)
-        taken = packing.take(hidden_states)
-        if spared:
-            packed["past_key_values"] = AllKeys(packing, *states)
-            ran = self.mod_run(PackedHidden.of(taken, spared, attention.head_dim), packed).as_subclass(Tensor)
-        else:
-            packed["past_key_values"] = self._merged_keys(features, keep, packing, kwargs)
-            ran = self.mod_run(taken, packed)
+        packed["attention_mask"] = self._packed_mask(
+            kwargs.get("attention_mask"), packing, keep.shape[1], hidden_states
+        )
+        packed["past_key_values"] = self._merged_keys(features, keep, packing, kwargs)
+        ran = self.mod_run(packing.take(hidden_states), packed)
         output = self.mod_skipped_tokens(features, keep, sum(counts), self.mod_residual(hidden_states))
         packing.put_(ran, output)
         return output
@@ -157,7 +149,7 @@ class RoutedAttending(Routed):
         return ChunkedMask.of(mask, packing, tokens) if chunked else mask
 
     def _merged_keys(self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict) -> MergedKeys:
-        """Keys and values of all tokens, where the module projects those that are packed: only the rest here."""
+        """Keys and values of all tokens: the module projects those that are packed, the rest is projected here."""
         skipped = true_places(~keep, keep.numel() - sum(packing.counts))
         chosen = features.flatten(0, 1).index_select(0, skipped)[None]
         positions = flat_positions(kwargs["position_embeddings"], skipped, keep.shape[1])

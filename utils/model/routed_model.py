@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from .cache_mod import HeldDecisions, adopt_layers
 from .class_swap import claim_forwards, plain_class
 from .configuration_mod import ModConfig
-from .context import Forced, RouterKey, RoutingContext, routing_context
+from .context import CarriesContext, Forced, RouterKey, RoutingContext, routing_context
 from .penalty import join_penalty, with_penalty
 from .recording import RoutingLog, routed_base
 from .routed import Routed
@@ -31,7 +31,7 @@ INCOMPLETE = {"output_attentions": {"attn", "block"}, "output_router_logits": {"
 """Outputs that lack what is skipped, by the parts whose skipping they suffer from."""
 
 
-class RoutedDecoder(InitializesRouting):
+class RoutedDecoder(InitializesRouting, CarriesContext):
     """Mixin for the decoder (``LlamaModel`` …): opens one :class:`RoutingContext` per forward pass."""
 
     is_routed_decoder = True
@@ -201,7 +201,7 @@ def _record(logs: list[RoutingLog], seen: set, key: RouterKey, *args, **kwargs) 
             log.add(key, *args, **kwargs)
 
 
-class RoutedCausalLM(InitializesRouting):
+class RoutedCausalLM(InitializesRouting, CarriesContext):
     """Mixin for the causal LM: labels say where prompts end, and bring a loss that holds the regulariser."""
 
     def _get_name(self) -> str:
