@@ -12,6 +12,7 @@ from router_tuning.errors import UserError
 from router_tuning.evaluation.figures import capacity_figure, quality_figure
 from router_tuning.evaluation.records import (
     all_tables,
+    closeness_table,
     control_table,
     cost_table,
     difference_table,
@@ -24,6 +25,9 @@ from router_tuning.files import append_json, read_json_lines
 TIMES = {"seconds_dense": 2.0, "seconds_routed": 1.0, "time_ratio": 0.51}
 COST = {"share": 0.7, "kv_bytes_dense": 4000, "kv_bytes_routed": 3000, "kv_share": 0.75, "new_tokens": 16}
 
+TOKENS = {"tokens": [1, 2, 3]}
+NEAR = {"perplexity": 9.0, "dense_perplexity": 6.0, "agreement": 0.75}
+
 
 def record(policy, documents, kl=(0.0, 0.0, 0.0), share=1.0, **cell):
     task = {"metric": "acc", "value": documents.count("1") / len(documents), "stderr": 0.01, "documents": documents}
@@ -32,7 +36,9 @@ def record(policy, documents, kl=(0.0, 0.0, 0.0), share=1.0, **cell):
         "share": share,
         "capacity": share,
         "tasks": {"t": task, "mmlu_law": task, "mmlu_art": task},
-        "texts": {"wiki": {"kl": sum(kl) / 6, "perplexity": 9.0, "documents": {"tokens": [1, 2, 3], "kl": list(kl)}}},
+        "texts": {
+            "wiki": {"kl": sum(kl) / 6, "share": share, **NEAR, "documents": {"tokens": [1, 2, 3], "kl": list(kl)}}
+        },
     }
 
 
@@ -74,6 +80,13 @@ def test_controls_stand_beside_the_policy_that_they_are_of(records):
     [dense, ours] = rows_of(control_table(records))
     assert (ours["choices"], ours["random"], ours["static zero"]) == ("0.625 ± 0.177", "0.250", "0.250")
     assert dense["policy"] == "dense" and dense["static zero"] is None
+
+
+def test_closeness_has_a_row_per_text_and_policy(records):
+    [ours] = rows_of(closeness_table(records))
+    assert (ours["text"], ours["asked"], ours["FLOPs"]) == ("wiki", 0.7, "0.700 ± 0.000")
+    assert (ours["KL"], ours["random"], ours["static zero"]) == ("1.250 ± 0.354", "2.000", "2.500")
+    assert ours["perplexity"] == "1.500 ± 0.000"
 
 
 def test_differences_are_paired_by_document(records):

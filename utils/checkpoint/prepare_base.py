@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import functools
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -144,11 +145,18 @@ def _check_architecture(ours: PretrainedConfig, theirs: PretrainedConfig, folder
     if ours.model_type != theirs.model_type:
         raise UserError(f"{source} is a {theirs.model_type} model, {folder} needs a {ours.model_type} model")
     pairs = [(name, getattr(theirs, name, None), getattr(ours, name, None)) for name in ARCHITECTURE]
-    wrong = [f"{name} is {there}, not {here}" for name, there, here in pairs if there != here]
+    wrong = [f"{name} is {there}, not {here}" for name, there, here in pairs if not _equal(there, here)]
     if wrong:
         raise UserError(
             f"{source} does not fit {folder / 'config.json'}: {'; '.join(wrong)}; bring another base under a new name"
         )
+
+
+def _equal(there: object, here: object) -> bool:
+    """Numbers that went through float32 on their way, as in GGUF files, are those that they came from."""
+    if isinstance(there, float) and isinstance(here, float):
+        return math.isclose(there, here, rel_tol=1e-6)
+    return there == here
 
 
 def _checked_files(origin: Path, base: PretrainedConfig) -> list[str]:

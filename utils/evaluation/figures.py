@@ -52,7 +52,10 @@ def quality_figure(records: Sequence[Record], path: Path) -> Path | None:
     groups = grouped(records)
     values = {metric: {id(g): g.averages(metric) for g in groups} for metric in dict.fromkeys(METRICS.values())}
     texts = dict.fromkeys(name for record in records for name in record.get("texts", {}))
-    values |= {f"KL, {text} (nats)": {id(g): g.texts(text, "kl") for g in groups} for text in texts}
+    spent = {name: {id(g): [r.get("share", r["capacity"]) for r in g.records] for g in groups} for name in values}
+    for text in texts:
+        values[f"KL, {text} (nats)"] = {id(g): g.texts(text, "kl") for g in groups}
+        spent[f"KL, {text} (nats)"] = {id(g): g.texts(text, "share") for g in groups}
     values = {name: found for name, found in values.items() if any(found.values())}
     if not values:
         return None
@@ -61,7 +64,7 @@ def quality_figure(records: Sequence[Record], path: Path) -> Path | None:
         lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
         for group in groups:
             if found[id(group)]:
-                share = statistics.fmean(record.get("share", record["capacity"]) for record in group.records)
+                share = statistics.fmean(spent[name][id(group)] or [1.0])
                 key = (group.cell["policy"], group.label, group.cell.get("granularity") or "")
                 lines.setdefault(key, []).append((share, statistics.fmean(found[id(group)])))
         for (policy, label, granularity), points in lines.items():

@@ -152,6 +152,27 @@ def control_table(records: Sequence[Record]) -> Table:
     return Table(["policy", "granularity", "budget", "FLOPs", "capacity", metric, *titles], rows)
 
 
+def closeness_table(records: Sequence[Record]) -> Table:
+    """A row per text, routed policy and budget: divergence from the dense model beside the controls' at equal FLOPs.
+
+    ``FLOPs`` is what was left of the decoder's operations on that text, ``perplexity`` a multiple of the dense base's.
+    """
+    groups = grouped(records)
+    names = dict.fromkeys(g.cell["policy"] for g in groups if g.cell["policy"] not in ("dense", "routed"))
+    rows: list[list[Cell]] = []
+    for text in _text_names(records):
+        for ours in (group for group in groups if group.cell["policy"] == "routed" and group.texts(text, "kl")):
+            found = {g.cell["policy"]: _mean(g.texts(text, "kl")) for g in groups if _is_control(g.cell, ours.cell)}
+            pairs = zip(ours.texts(text, "perplexity"), ours.texts(text, "dense_perplexity"), strict=True)
+            name = [text, ours.label, ours.cell.get("granularity"), ours.cell.get("budget")]
+            closeness = [_mean(ours.texts(text, "share")), _mean(ours.texts(text, "kl"))]
+            likeness = [_mean(ours.texts(text, "agreement")), _mean([a / b for a, b in pairs])]
+            rows.append([*name, *closeness, *(found.get(name) for name in names), *likeness])
+    controls = [name.replace("_", " ", 1) for name in names]
+    header = ["text", "policy", "granularity", "asked", "FLOPs", "KL", *controls, "agreement", "perplexity"]
+    return Table(header, rows)
+
+
 def difference_table(records: Sequence[Record]) -> Table | None:
     """Each routed policy less each control, ± standard error of the mean over the same documents; None without any.
 

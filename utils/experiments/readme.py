@@ -81,6 +81,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "base": lambda: records_block(lambda records: tables.task_table(records, errors=False), "base"),
     "controls": lambda path: records_block(tables.control_table, path),
     "summary": lambda path: records_block(tables.summary_table, path),
+    "closeness": lambda path: records_block(tables.closeness_table, path),
     "differences": lambda path: records_block(tables.difference_table, path),
     "cost": cost_block,
     "speed": speed_block,

@@ -22,7 +22,7 @@ class BudgetArguments:
     router_rate: float = field(default=0.05, metadata={"help": "straight-through: change of a logit per step"})
     other_rate: float = field(default=1e-4, metadata={"help": "learning rate of adapters, or of the base"})
     label_tokens: int = field(default=24_000, metadata={"help": "tokens that routers are fitted on in closed form"})
-    calibration_tokens: int = field(default=12_000, metadata={"help": "tokens that thresholds are calibrated on"})
+    calibration_tokens: int = field(default=8_000, metadata={"help": "tokens that thresholds are calibrated on"})
     search_inputs: int = field(default=2048, metadata={"help": "sequence level: rows that are run under many masks"})
     search_masks: int = field(default=64, metadata={"help": "sequence level: most masks of a row"})
 
