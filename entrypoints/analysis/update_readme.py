@@ -1,4 +1,4 @@
-"""Render the tables of README.md, docs/*.md and the embedded base's card anew from the committed JSON.
+"""Render the tables of README.md, docs/*.md and the embedded base's card, and the picture, from the committed JSON.
 
 python entrypoints/analysis/update_readme.py
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from router_tuning.errors import UserError, cli
-from router_tuning.experiments.readme import render
+from router_tuning.experiments.readme import draw_front, render
 from router_tuning.files import write_text
 from router_tuning.places import ROOT
 
@@ -23,6 +23,7 @@ def main() -> None:
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"{page.relative_to(ROOT)}: {error}") from None
         write_text(page, text)
+    draw_front()
 
 
 if __name__ == "__main__":

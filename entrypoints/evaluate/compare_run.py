@@ -1,6 +1,8 @@
 """Compare a tuned run with its dense base, with static removal at the same operations, and with random decisions.
 
     python entrypoints/evaluate/compare_run.py --run trained_models/tiny-llama-mod/mixed/...
+    python entrypoints/evaluate/compare_run.py --run OURS --flops 0.75 --beside PUBLISHED
+A run of another recipe is turned to what the first one leaves of the operations; one without a dial is calibrated.
 Writes evaluation/comparison.jsonl, report.md, capacity_by_layer.png and quality_against_compute.png under the run.
 """
 
@@ -8,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from router_tuning.checkpoint.run_folder import base_of, data_of, read_run, tokenizer_of, training_log
 from router_tuning.errors import UserError, cli
+from router_tuning.evaluation.comparison import comparison_table, legend, reading
 from router_tuning.evaluation.controls import random_masks, removal_order, removed
 from router_tuning.evaluation.figures import capacity_figure, quality_figure
 from router_tuning.evaluation.models import load_dense, load_tuned
@@ -19,8 +25,12 @@ from router_tuning.evaluation.records import COMPARISON, all_tables
 from router_tuning.evaluation.rows import encoded, prompt_batches, read_rows, rendered
 from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.files import write_text
+from router_tuning.model import set_thresholds
+from router_tuning.model.dial import Batch, calibrate
+from router_tuning.model.saving import thresholds_for
 from router_tuning.places import ROOT
 from router_tuning.tuning.batching import Collator
+from router_tuning.tuning.calibration import inputs_to_calibrate_on, is_sequence_level
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,8 +40,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of the tuning run")
     parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
-    parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
-    parser.add_argument("--tasks", nargs="+", default=["mod_heldout"], help="lm-eval tasks or groups")
+    dial = parser.add_mutually_exclusive_group()
+    dial.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+    dial.add_argument("--flops", type=float, help="turn it to this share of the decoder's operations")
+    parser.add_argument("--beside", type=Path, help="folder of another run on this base, of another recipe")
+    parser.add_argument("--tasks", nargs="*", default=["mod_heldout"], help="lm-eval tasks or groups")
     parser.add_argument("--limit", type=int, help="documents per task")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--prompts", type=Path, nargs="+", help="rows for divergence and cost (default: held-out)")
@@ -42,19 +55,33 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     args = parser.parse_args()
-    if not args.run.is_dir():
-        raise UserError(f"--run {args.run} is no folder; name the output folder of a tuning run")
+    for name in ("run", "beside"):
+        if (folder := getattr(args, name)) is not None and not folder.is_dir():
+            raise UserError(f"--{name} {folder} is no folder; name the output folder of a tuning run")
+    if args.beside and recipe_of(args.beside) == recipe_of(args.run):
+        raise UserError(f"--beside {args.beside} is of the recipe of --run, {recipe_of(args.run)}: one name, two rows")
     if (args.search_rows or data_of(args.run)) is None:
         raise UserError(f"{args.run}/run.json names no data; give rows for the static search with --search_rows")
     return args
+
+
+def turned(base: Path, run: Path, dtype: str, share: float, batches: Sequence[Batch]) -> PreTrainedModel:
+    """What a run trained, with thresholds at which ``share`` of the operations is left on ``batches``."""
+    model = load_tuned(base, run, dtype=dtype)
+    try:
+        set_thresholds(model, thresholds_for({"dial": calibrate(model, batches)}, share, run, "flops"))
+    except ValueError as error:
+        raise UserError(f"--beside {run}: {error}") from None
+    return model
 
 
 def main() -> None:
     args = parse_args()
     base = base_of(args.run, args.base)
     tokenizer = tokenizer_of(args.run, base)
+    collate = Collator(tokenizer)
     dense = load_dense(base, args.dtype)
-    tuned = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype)
+    tuned = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype, flops=args.flops)
     length = min(tokenizer.model_max_length, dense.config.max_position_embeddings)
     files = args.prompts or sorted((ROOT / "data/sample/heldout").glob("*.jsonl"))
     asked = [row for file in files for row in read_rows(file, args.prompts_per_file)]
@@ -66,32 +93,42 @@ def main() -> None:
         prompts=prompt_batches(shown, tokenizer, args.batch_size, dense.device),
         timing={"new_tokens": args.new_tokens, "repeats": args.repeats},
     )
-    recipe, seed = read_run(args.run).get("arguments", {}).get("recipe", "routed"), 0
-    cell = {"recipe": recipe, "budget": args.capacity}
+    cell = {"recipe": recipe_of(args.run), "budget": args.flops if args.capacity is None else args.capacity}
     records = [score(benchmark, dense, dense, tokenizer, {"policy": "dense"})]
     ours = score(benchmark, dense, tuned, tokenizer, {"policy": "routed", **cell})
     if ours is None:
         raise UserError("a comparison runs in one process; score single models in parallel with evaluate_mod.py")
-    rates = {**ours["tasks"], **ours["texts"], "prompts": ours["cost"]}
+    records.append(ours)
     search = encoded(read_rows(args.search_rows or data_of(args.run), args.search_count), tokenizer, length)
-    order = removal_order(dense, tuned, search, Collator(tokenizer), ours["share"])
+    if args.beside:
+        batches = inputs_to_calibrate_on(search, collate, is_sequence_level(tuned))
+        other = turned(base, args.beside, args.dtype, ours["share"], batches)
+        beside = {"policy": "routed", "recipe": recipe_of(args.beside), "budget": cell["budget"]}
+        records.append(score(benchmark, dense, other, tokenizer, beside))
+    rates = {**ours.get("tasks", {}), **ours["texts"], "prompts": ours["cost"]}
+    order = removal_order(dense, tuned, search, collate, min(part["share"] for part in rates.values()))
     for policy, under in {
-        "random": lambda name: random_masks(tuned, rates[name]["capacity"], seed),
-        "static": lambda name: removed(tuned, order, ours["share"], seed),
+        "random": lambda name: random_masks(tuned, rates[name]["capacity"], seed=0),
+        "static": lambda name: removed(tuned, order, rates[name]["share"]),
     }.items():
         records.append(score(benchmark, dense, tuned, tokenizer, {"policy": policy, **cell}, under))
-    records[1:1] = [ours]
     records[-1]["removed"] = order
     write_text(args.run / COMPARISON, "".join(json.dumps(record) + "\n" for record in records))
     figures = [quality_figure(records, args.run / "quality_against_compute.png").name]
     if log := training_log(args.run):
         target = read_run(args.run).get("arguments", {}).get("target_capacity")
         figures.insert(0, capacity_figure(log, args.run / "capacity_by_layer.png", target).name)
-    tables = all_tables(records)
-    parts = [f"# {base.name}: {args.run.name}", *(table.markdown() for table in tables)]
+    shown = [comparison_table(records), *all_tables(records)]
+    words = f"{reading(records)}\n\n{legend(records)}"
+    parts = [f"# {base.name}: {args.run.name}", shown[0].markdown(), words, *(table.markdown() for table in shown[1:])]
     write_text(args.run / "report.md", "\n\n".join([*parts, *(f"![{name}]({name})" for name in figures)]) + "\n")
-    print("\n\n".join(table.text() for table in tables))
+    print(f"{shown[0].text()}\n\n{words}")
     print(f"\nreport: {args.run / 'report.md'}\nfigures: {', '.join(str(args.run / name) for name in figures)}")
+
+
+def recipe_of(run: Path) -> str:
+    """Name of the recipe that tuned a run."""
+    return read_run(run).get("arguments", {}).get("recipe", "routed")
 
 
 if __name__ == "__main__":

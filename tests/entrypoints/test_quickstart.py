@@ -45,7 +45,18 @@ def test_scripts_parse(root, name):
 def test_unknown_argument_is_one_line_before_anything_is_installed(clone):
     done = run(["bash", "scripts/quickstart.sh", "--smok"], clone)
     assert done.returncode == 2 and done.stdout == "" and not (clone / ".venv").exists()
-    assert done.stderr == "error: unknown argument --smok; usage: bash scripts/quickstart.sh [--smoke]\n"
+    assert (
+        done.stderr
+        == "error: unknown argument --smok; usage: bash scripts/quickstart.sh [--smoke] [folder under ckpt/]\n"
+    )
+
+
+@pytest.mark.parametrize("base", ["smollm2-135m-instruct", "unknown"])
+def test_a_base_without_weights_is_one_line_that_says_how_to_bring_them(clone, base):
+    done = run(["bash", "scripts/quickstart.sh", base], clone)
+    assert done.returncode == 2 and done.stdout == "" and not (clone / ".venv").exists()
+    [line] = done.stderr.splitlines()
+    assert f"prepare_base.py --folder_name {base};" in line and "ckpt/README.md" in line
 
 
 def test_old_python_is_one_line(clone, tmp_path):

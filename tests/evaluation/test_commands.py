@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_checkpoint import write_run
 
 TASKS = ["mod_copy_gen", "mod_math_mc"]
 
@@ -36,33 +37,30 @@ def test_two_processes_share_the_documents_and_one_writes(command, root, base, r
     assert r"$\pm$" in (tmp_path / "table.tex").read_text()
 
 
-def test_a_run_stands_beside_dense_random_and_static(command, root, base, run, tmp_path, capsys):
+def test_a_run_stands_beside_dense_another_recipe_random_and_static(command, root, base, run, tmp_path, capsys):
     rows = root / "data/sample/heldout/add.jsonl"
-    where = [
-        "--run",
-        run,
-        "--base",
-        base,
-        "--tasks",
-        "mod_math_mc",
-        "--limit",
-        "4",
-        "--prompts",
-        rows,
-        "--search_rows",
-        rows,
-    ]
+    published = write_run(tmp_path / "published", base, granularity="attn_token", seed=1)
+    (published / "run.json").write_text(json.dumps({"arguments": {"recipe": "paper"}}))
+    where = ["--run", run, "--base", base, "--beside", published, "--prompts", rows, "--search_rows", rows]
     few = ["--prompts_per_file", "4", "--search_count", "6", "--new_tokens", "2", "--repeats", "1"]
-    assert command("evaluate/compare_run.py", *where, *few) == 0
+    assert command("evaluate/compare_run.py", *where, *few, "--tasks", "mod_math_mc", "--limit", "4") == 0
+    told = capsys.readouterr().out
     records = [json.loads(line) for line in (run / "evaluation/comparison.jsonl").read_text().splitlines()]
-    shares = {record["cell"]["policy"]: record["share"] for record in records}
-    assert list(shares) == ["dense", "routed", "random", "static"] and shares["dense"] == 1
-    assert shares["random"] == pytest.approx(shares["routed"], abs=0.1)
+    kinds = [record["cell"]["policy"] for record in records]
+    assert kinds == ["dense", "routed", "routed", "random", "static"] and records[2]["cell"]["recipe"] == "paper"
+    shares = [record["share"] for record in records]
+    assert shares[0] == 1 and shares[2:] == pytest.approx([shares[1]] * 3, abs=0.1)
     assert {step[0] for step in records[-1]["removed"]} <= {"1.attn", "2.attn", "3.attn"}
+    for kind in ("dense model", "published recipe", "modules removed for good", "decisions at random"):
+        assert kind in told
+    cost = records[1]["cost"]["prefill"]
+    assert f"{cost['seconds_dense']:.2f} s for 4 prompts" in told  # every number is explained
+    assert f"With {shares[1]:.2f} of the operations" in told
     report = (run / "report.md").read_text()
     assert "| static" in report and "KV cache" in report and (run / "quality_against_compute.png").is_file()
     assert command("evaluate/results_table.py", run / "evaluation/comparison.jsonl") == 0
     assert "seconds, prompts" in capsys.readouterr().out
+    assert command("evaluate/compare_run.py", "--run", run, "--base", base, "--beside", run) == 2
 
 
 def test_wrong_input_is_one_line(command, tmp_path, capsys):

@@ -67,9 +67,9 @@ def cache_bytes(model: PreTrainedModel, batch: Batch) -> int:
 def interleaved_times(
     dense: PreTrainedModel, routed: PreTrainedModel, batches: Sequence[Batch], new_tokens: int, repeats: int
 ) -> dict[str, float]:
-    """``seconds_dense``, ``seconds_routed`` and ``time_ratio``: medians over rounds in which both take turns.
+    """``seconds_dense`` and ``seconds_routed``, medians over rounds in which both take turns, and ``time_ratio``.
 
-    The ratio is taken within each round, so that a drift of the machine cancels; a first round warms up.
+    The ratio is that of the two medians. A first round warms up.
 
     Args:
         new_tokens: 0 times the forward over the prompts, else generation of exactly that many tokens.
@@ -83,11 +83,8 @@ def interleaved_times(
                 pair[side] += _seconds((dense, routed)[side], batch, new_tokens)
         if number:
             rounds.append((pair[0], pair[1]))
-    return {
-        "seconds_dense": statistics.median(pair[0] for pair in rounds),
-        "seconds_routed": statistics.median(pair[1] for pair in rounds),
-        "time_ratio": statistics.median(pair[1] / pair[0] for pair in rounds),
-    }
+    dense_time, routed_time = (statistics.median(side) for side in zip(*rounds, strict=True))
+    return {"seconds_dense": dense_time, "seconds_routed": routed_time, "time_ratio": routed_time / dense_time}
 
 
 def _seconds(model: PreTrainedModel, batch: Batch, new_tokens: int) -> float:

@@ -44,7 +44,7 @@ def capacity_figure(log: Sequence[Mapping[str, Any]], path: Path, target: float 
         axes.axhline(target, color="grey", linestyle=":", label=f"target {target:g}")
     axes.set(xlabel="optimizer step", ylabel="capacity (share run)", ylim=(-0.03, 1.03))
     axes.legend(fontsize=7, ncols=2)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def quality_figure(records: Sequence[Record], path: Path) -> Path | None:
@@ -75,11 +75,11 @@ def quality_figure(records: Sequence[Record], path: Path) -> Path | None:
                           label=f"{label}: {granularity}")  # fmt: skip
         axis.set(xlabel="share of the decoder's operations", ylabel=name)
     axes[0][-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    # A fixed salt and no date: the same numbers give the same bytes.
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure; a fixed salt and no date give the same bytes for the same numbers."""
     svg = path.suffix == ".svg"
     with publish(path) as draft, matplotlib.rc_context({"svg.hashsalt": "router-tuning"}):
         figure.savefig(draft, dpi=150, metadata={"Date": None} if svg else None)

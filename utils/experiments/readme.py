@@ -8,14 +8,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from router_tuning.evaluation import records as tables
+from router_tuning.evaluation.comparison import comparison_table
 from router_tuning.evaluation.records import Record, read_records
 from router_tuning.evaluation.tables import Table
+from router_tuning.experiments.front import bases_table, front_figure
 from router_tuning.places import ROOT
 from router_tuning.speed.cells import measured, read_rows
 from router_tuning.speed.limits import limits_table
 from router_tuning.speed.table import gpu_tables, speed_table
 
 FIGURES = ROOT / "figures"
+PICTURE = "smollm2_budgets", "front.svg"
+"""Experiment whose records are drawn, and the picture of the README."""
+BASES = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct", "gemma": "Gemma-3-270m"}
+"""Experiments on real bases."""
 
 
 def records_block(make: Callable[[list[Record]], Table], path: str) -> str:
@@ -28,6 +34,18 @@ def speed_block(name: str) -> str:
     rows = read_rows(FIGURES / f"{name}.jsonl")
     about = rows[0]["run"]
     return f"{about['device']}, {about['date'][:10]}:\n\n{speed_table(rows).markdown()}\n\n`{about['command']}`"
+
+
+def bases_block() -> str:
+    """Real bases, those that have been run."""
+    files = {name: FIGURES / "experiments" / f"{plan}.jsonl" for plan, name in BASES.items()}
+    return bases_table((name, read_records(file)) for name, file in files.items() if file.is_file()).markdown()
+
+
+def draw_front() -> Path:
+    """The picture of the README."""
+    plan, picture = PICTURE
+    return front_figure(read_records(FIGURES / "experiments" / f"{plan}.jsonl"), FIGURES / picture)
 
 
 def cost_block(path: str) -> str:
@@ -79,6 +97,8 @@ def kills_block() -> str:
 
 BLOCKS: dict[str, Callable[..., str]] = {
     "base": lambda: records_block(lambda records: tables.task_table(records, errors=False), "base"),
+    "bases": bases_block,
+    "comparison": lambda path: records_block(comparison_table, path),
     "controls": lambda path: records_block(tables.control_table, path),
     "summary": lambda path: records_block(tables.summary_table, path),
     "closeness": lambda path: records_block(tables.closeness_table, path),
