@@ -18,7 +18,8 @@ import pytest
 from router_tuning.tuning.command_line import parse_command
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {page.name: page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+OURS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+PAGES = {page.name: page for page in (*(ROOT / name for name in OURS), *sorted((ROOT / "docs").glob("*.md")))}
 TEXTS = {name: page.read_text() for name, page in PAGES.items()} | {"ckpt": (ROOT / "ckpt/README.md").read_text()}
 ELSEWHERE = ("pip", "unzip", "for", "sbatch", "pytest")
 """What printed commands begin with that are not of this repository."""
@@ -139,3 +140,24 @@ def test_numbers_in_blocks_come_from_json_alone(monkeypatch):
 
     monkeypatch.setitem(readme.BLOCKS, "kills", lambda: "other numbers")
     assert readme.render(TEXTS["tuning.md"]) != TEXTS["tuning.md"]
+
+
+def record(policy, share, kl, recipe="budget", granularity="attn_token+mlp_token", budget=0.8):
+    cell = {"policy": policy, "recipe": recipe, "granularity": granularity, "budget": budget}
+    texts = {"wikitext": {"kl": kl + 0.1}, "code": {"kl": kl - 0.1}}
+    tasks = {"boolq": {"metric": "acc", "value": 0.5 - kl / 10}}
+    return {"cell": cell, "share": share, "capacity": share, "texts": texts, "tasks": tasks}
+
+
+def test_picture_and_table_of_real_bases(tmp_path):
+    from router_tuning.experiments.front import bases_table, front_figure
+
+    records = [record("dense", 1.0, 0.0, None, None, None), record("routed", 0.81, 0.2)]
+    records += [record("random", 0.82, 0.9), record("static_low_rank", 0.8, 0.6), record("static_zero", 0.8, 3.0)]
+    [row] = bases_table([("a base", records)]).rows
+    assert row[:8] == ["a base", 0.81, *map(pytest.approx, (0.2, 0.6, 0.9, 0.5, 0.48, 0.44))]
+    picture = front_figure(records, tmp_path / "a.svg").read_bytes()
+    assert front_figure(records, tmp_path / "b.svg").read_bytes() == picture
+    records.append(record("routed", 0.9, 3.0, "paper", "attn_sequence", None))
+    assert front_figure(records, tmp_path / "c.svg").read_bytes() != picture
+    assert len(bases_table([("a base", records)]).rows) == 1
