@@ -144,8 +144,8 @@ def test_numbers_in_blocks_come_from_json_alone(monkeypatch):
 
 def record(policy, share, kl, recipe="budget", granularity="attn_token+mlp_token", budget=0.8):
     cell = {"policy": policy, "recipe": recipe, "granularity": granularity, "budget": budget}
-    texts = {"wikitext": {"kl": kl + 0.1}, "code": {"kl": kl - 0.1}}
-    tasks = {"boolq": {"metric": "acc", "value": 0.5 - kl / 10}}
+    texts = {"wikitext": {"kl": kl + 0.1, "share": share}, "code": {"kl": kl - 0.1, "share": share}}
+    tasks = {"boolq": {"metric": "acc", "value": 0.5 - kl / 10, "share": share - 0.01}}
     return {"cell": cell, "share": share, "capacity": share, "texts": texts, "tasks": tasks}
 
 
@@ -155,7 +155,7 @@ def test_picture_and_table_of_real_bases(tmp_path):
     records = [record("dense", 1.0, 0.0, None, None, None), record("routed", 0.81, 0.2)]
     records += [record("random", 0.82, 0.9), record("static_low_rank", 0.8, 0.6), record("static_zero", 0.8, 3.0)]
     [row] = bases_table([("a base", records)]).rows
-    assert row[:8] == ["a base", 0.81, *map(pytest.approx, (0.2, 0.6, 0.9, 0.5, 0.48, 0.44))]
+    assert row[:9] == ["a base", *map(pytest.approx, (0.81, 0.2, 0.6, 0.9, 0.8, 0.5, 0.48, 0.44))]
     picture = front_figure(records, tmp_path / "a.svg").read_bytes()
     assert front_figure(records, tmp_path / "b.svg").read_bytes() == picture
     records.append(record("routed", 0.9, 3.0, "paper", "attn_sequence", None))

@@ -36,7 +36,7 @@ def front_figure(records: Sequence[Record], path: Path) -> Path:
         policy = "published" if _published(group) else group.cell["policy"]
         own = policy == "published" or (policy in LINES and group.cell.get("granularity") == GRANULARITY)
         if own and (value := divergence(group)) is not None:
-            lines.setdefault(policy, []).append((_share(group), value))
+            lines.setdefault(policy, []).append((share_left(group, "texts"), value))
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
     for policy, (label, colour, style) in LINES.items():
@@ -74,22 +74,26 @@ def bases_table(bases: Iterable[tuple[str, Sequence[Record]]]) -> Table:
             rows.append(
                 [
                     name,
-                    _share(ours),
+                    share_left(ours, "texts"),
                     *(group and divergence(group) for group in (ours, static, random)),
+                    share_left(ours, "tasks"),
                     *(group and _mean(group.averages("choices")) for group in (dense, ours, static)),
                     *(_mean(ours.costs(phase, "time_ratio")) for phase in ("prefill", "generate")),
                 ]
             )
-    titles = ["KL: ours", "KL: removed", "KL: random", "tasks: dense", "tasks: ours", "tasks: removed"]
-    return Table(["base", "FLOPs", *titles, "time, prefill", "time, generation"], rows)
+    titles = ["base", "FLOPs, texts", "KL: ours", "KL: removed", "KL: random", "FLOPs, tasks"]
+    titles += ["tasks: dense", "tasks: ours", "tasks: removed", "time, prefill", "time, generation"]
+    return Table(titles, rows)
 
 
 def _published(group: Group) -> bool:
     return group.cell["policy"] == "routed" and group.cell.get("recipe") == "paper"
 
 
-def _share(group: Group) -> float:
-    return statistics.fmean(record["share"] for record in group.records)
+def share_left(group: Group, of: str) -> float | None:
+    """Share of the decoder's operations that was left, mean over the ``texts`` or ``tasks`` scored and over seeds."""
+    parts = [part for record in group.records for part in record.get(of, {}).values()]
+    return statistics.fmean(part.get("share", 1.0) for part in parts) if parts else None
 
 
 def _mean(values: Sequence[float]) -> float | None:
