@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.records import task_table
 from router_tuning.evaluation.scoring import Benchmark, score
+from router_tuning.evaluation.tasks import requested_tokens
 from router_tuning.files import write_text
 from router_tuning.tuning.encoding import load_tokenizer
+from router_tuning.tuning.estimate import LONG, duration, reading_rate
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,6 +54,16 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def tell_cost(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Say how long the reading takes, and where that is hours, what makes it minutes."""
+    tokens = requested_tokens(args.tasks, args.limit, tokenizer, args.num_fewshot, args.metadata)
+    seconds = tokens / reading_rate(model)
+    told = f"estimate: about {duration(seconds)} to read {tokens:,} tokens, beside what is generated"
+    if seconds > LONG:
+        told += "; --limit 100 scores the first 100 documents of each task"
+    print(told, file=sys.stderr)
+
+
 def main() -> None:
     args = parse_args()
     base = base_of(args.run, args.base) if args.run else args.base
@@ -59,6 +74,7 @@ def main() -> None:
     tokenizer = tokenizer_of(args.run, base) if args.run else load_tokenizer(base)
     size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
     options = {"batch_size": size, "limit": args.limit, "num_fewshot": args.num_fewshot, "metadata": args.metadata}
+    tell_cost(args, model, tokenizer)
     benchmark = Benchmark(args.tasks, options)
     budget = args.flops if args.capacity is None else args.capacity
     cell = {"policy": "routed" if args.run else "dense", "recipe": args.run and args.run.name, "budget": budget}

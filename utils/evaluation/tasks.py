@@ -105,11 +105,15 @@ def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 def requested_tokens(
-    tasks: Sequence[str], limit: int | None, tokenizer: PreTrainedTokenizerBase, num_fewshot: int | None = None
+    tasks: Sequence[str],
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    num_fewshot: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> int:
     """Tokens that a model reads to be scored on tasks; what it generates is not among them."""
     total = 0
-    for task in task_manager(tasks, tokenizer).load(list(tasks))["tasks"].values() if tasks else ():
+    for task in task_manager(tasks, tokenizer, metadata).load(list(tasks))["tasks"].values() if tasks else ():
         if num_fewshot is not None:
             task.set_config("num_fewshot", num_fewshot)
         task.build_all_requests(limit=limit, rank=0, world_size=1)

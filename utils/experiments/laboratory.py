@@ -24,7 +24,7 @@ from router_tuning.evaluation.records import Record, cell_name
 from router_tuning.evaluation.rows import Document, prompt_batches, read_documents, read_rows, rendered
 from router_tuning.evaluation.scoring import Benchmark, Under, score
 from router_tuning.evaluation.tasks import requested_tokens
-from router_tuning.evaluation.texts import answer_loss, batches_of, vocabulary
+from router_tuning.evaluation.texts import batches_of, vocabulary
 from router_tuning.experiments.plan import Cell, Plan
 from router_tuning.files import append_json, read_json_lines, write_json
 from router_tuning.model import fit_skip_paths, route
@@ -32,6 +32,7 @@ from router_tuning.model.saving import read_router_config
 from router_tuning.places import SHIPPED
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import load_tokenizer
+from router_tuning.tuning.estimate import duration, reading_rate
 
 FINETUNE = SHIPPED / "entrypoints" / "finetune" / "finetune_mod.py"
 logger = logging.getLogger(__name__)
@@ -90,9 +91,7 @@ class Laboratory:
         if not cells:
             return "nothing is missing"
         search = self._search_documents()
-        started, probed = time.perf_counter(), sum(len(document["input_ids"]) for document in search)
-        answer_loss(self.dense, search, self.collate)
-        rate = probed / (time.perf_counter() - started)
+        probed, rate = sum(len(document["input_ids"]) for document in search), reading_rate(self.dense)
         texts = [document for documents in self.benchmark.texts.values() for document in documents]
         tokens = requested_tokens(plan.tasks, plan.documents, self.tokenizer, plan.num_fewshot)
         tokens = len(cells) * (tokens + 2 * sum(len(document["input_ids"]) for document in texts))
@@ -100,8 +99,7 @@ class Laboratory:
         looks = modules * (1 + plan.candidates // 4)
         tokens += probed * looks * len({cell.policy for cell in cells if cell.policy.startswith("static")})
         runs = len({(cell.recipe, cell.granularity, cell.seed) for cell in cells if cell.policy == "routed"})
-        hours = tokens / rate / 3600
-        told = f"{len(cells)} cells at {rate:.0f} tokens a second: about {hours:.2f} hours"
+        told = f"{len(cells)} cells at {rate:.0f} tokens a second: about {duration(tokens / rate)}"
         return f"{told}, beside {runs} tuning runs, which tell their own time"
 
     # ---- what cells are scored on

@@ -21,6 +21,7 @@ from router_tuning.tuning.batching import Collator, StepOrder
 from router_tuning.tuning.calibration import Row, drawn_rows, in_batches, inputs_of
 from router_tuning.tuning.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer, template_kind
+from router_tuning.tuning.estimate import tell
 from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.placement import CHOICE_TOKENS, PATH_TOKENS, choose, fit_paths
 from router_tuning.tuning.rehearsal import learns_at
@@ -173,6 +174,7 @@ class Run:
         """
         self.resume, routing = resume, self.routing
         model = load_base(self.base, self.command.model, self.config)
+        tell(self, model)
         try:
             self.skip_explained = self._add_routing(model)
         except ValueError as error:

@@ -1,0 +1,60 @@
+"""How long a run takes is told before it starts, and where that is hours, the setting that makes it minutes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from tiny_tuning import command, write_conversations, write_parts
+
+from router_tuning.tuning import estimate
+from router_tuning.tuning.estimate import LONG, SHORT, duration, reading_rate, tokens_read
+from router_tuning.tuning.run import Run
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    made = write_parts(tmp_path_factory.mktemp("parts"))
+    return made | {"data": write_conversations(made["data"], rows=160)}
+
+
+def encoded_run(parts, folder, **settings) -> Run:
+    run = Run(command(parts, folder / "out", router_dir=None, **settings))
+    run.encode()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "phase", "flag"),
+    [
+        ({}, "training", "max_train_samples"),
+        ({"recipe": "budget", "granularity": "attn_token", "label_tokens": 1, "calibration_tokens": 1}, "training",
+         "max_train_samples"),
+        ({"recipe": "budget", "calibration_tokens": 1}, "mask search", "search_inputs"),
+        ({"recipe": "budget", "granularity": "attn_token", "label_tokens": 90000}, "closed form", "label_tokens"),
+    ],
+)  # fmt: skip
+def test_what_is_named_makes_a_long_run_short(parts, tmp_path, monkeypatch, caplog, settings, phase, flag):
+    run = encoded_run(parts, tmp_path, **settings)
+    rate = sum(tokens_read(run).values()) / (2 * LONG)
+    monkeypatch.setattr(estimate, "reading_rate", lambda *_: rate)
+    caplog.set_level("INFO", logger="router_tuning")
+    estimate.tell(run, tiny_model())
+    told = caplog.text
+    assert "estimate: about 2.0 hours" in told and f"{phase} " in told
+    name, number = re.search(r"--(\w+) (\d+) makes its", told).groups()
+    assert name == flag
+    shorter = encoded_run(parts, tmp_path, **settings | {flag: int(number)})
+    assert tokens_read(shorter)[phase] / rate <= 1.5 * SHORT
+
+
+def test_the_probe_reads_and_leaves_random_numbers_alone():
+    model, before = tiny_model().eval(), torch.get_rng_state()
+    assert reading_rate(model, rows=2, tokens=32) > 0 and torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (90, "90 s"), (600, "10 minutes"), (9000, "2.5 hours")])
+def test_durations_in_words(seconds, text):
+    assert duration(seconds) == text
