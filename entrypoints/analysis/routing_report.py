@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSONL files or folders of them")
     parser.add_argument("--per_file", type=int, default=4, help="prompts shown per file")
-    parser.add_argument("--dial_rows", type=int, default=16, help="rows per file behind the dial curve, 0: no curve")
+    parser.add_argument("--dial_rows", type=int, default=4, help="rows per file behind the dial curve, 0: no curve")
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--output", type=Path, help="HTML file (default: routing_report.html in the run or model)")

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import torch
 
 from router_tuning.checkpoint.base import read_config
-from router_tuning.checkpoint.card import front_matter
+from router_tuning.checkpoint.card import front_matter, training_facts
 from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
-from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
+from router_tuning.checkpoint.run_folder import base_of, read_run, tokenizer_of
 from router_tuning.errors import UserError, cli
 from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.rows import encoded, read_rows
@@ -79,11 +81,11 @@ def main() -> None:
     what += [f"{', '.join(frozen.silenced)} silenced"] if frozen.silenced else []
     head = front_matter(str(read_config(base).get("mod_base")))
     what += [f"their skip paths have no place in a plain checkpoint: {', '.join(frozen.lost)}"] if frozen.lost else []
-    card = (
-        f"{head}\n\n# {base.name}, frozen routing\n\nFrom the routers of `{args.run.name}`: {'; '.join(what)}; "
-        f"everything else always runs. A plain `{model.config.model_type}` checkpoint.\n\n{table.markdown()}\n\n"
-        f"Measured on {len(rows)} rows.\n"
-    )
+    text = f"From the routers of `{args.run.name}`: {'; '.join(what)}; everything else always runs."
+    again = f"```bash\npython entrypoints/checkpoint/freeze_static.py {shlex.join(sys.argv[1:])}\n```"
+    parts = [head, f"# {base.name}, frozen routing", f"{text} A plain `{model.config.model_type}` checkpoint.", again]
+    parts += [table.markdown(), f"Measured on {len(rows)} rows.", *training_facts(read_run(args.run))]
+    card = "\n\n".join(parts) + "\n"
     facts = {
         "removed": frozen.removed,
         "silenced": frozen.silenced,

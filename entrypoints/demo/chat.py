@@ -2,7 +2,7 @@
 
     python entrypoints/demo/chat.py --run trained_models/tiny-llama-mod/... --compare
     python entrypoints/demo/chat.py --model exports/tiny
-Commands: /capacity 0.5 (turn the dial), /capacity own (the trained thresholds), /compare, /reset, /help, /quit.
+Commands: /dial 0.8 (share of the decoder that runs), /dial own (as trained), /compare, /reset, /help, /quit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, help="folder of a tuning run")
     parser.add_argument("--base", type=Path, help="folder of its base (default: the one the run names)")
     parser.add_argument("--model", type=Path, help="an export instead of a run")
-    parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+    parser.add_argument("--flops", type=float, help="turn the stored dial to this share of the decoder's operations")
     parser.add_argument("--compare", action="store_true", help="generate densely as well and show the time saved")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max_new_tokens", type=int, default=128)
@@ -60,25 +60,25 @@ class Chat:
         self.compare, self.limit = args.compare, args.max_new_tokens
         self.start = [{"role": "system", "content": args.system}] if args.system else []
         self.messages = list(self.start)
-        if args.capacity is not None:
-            self.turn(str(args.capacity))
+        if args.flops is not None:
+            self.turn(str(args.flops))
 
     def turn(self, value: str) -> str:
-        """``/capacity``: thresholds for a share of the routed work from the stored dial, or the trained ones."""
+        """``/dial``: thresholds for a share of the decoder's operations from the stored dial, or the trained ones."""
         if value == "own":
             set_thresholds(self.model, self.own)
             return "trained thresholds"
         try:
             share = float(value)
         except ValueError:
-            raise UserError(f"/capacity {value}: a number from 0 to 1, or own") from None
-        set_thresholds(self.model, thresholds_for(read_router_config(self.folder), share, self.folder))
+            raise UserError(f"/dial {value}: a number from 0 to 1, or own") from None
+        set_thresholds(self.model, thresholds_for(read_router_config(self.folder), share, self.folder, "flops"))
         return f"dial at {share:g}"
 
     def command(self, line: str) -> str:
         """Carry out a ``/command`` and say what changed."""
         name, _, value = line.partition(" ")
-        if name == "/capacity":
+        if name == "/dial":
             return self.turn(value.strip())
         if name == "/compare":
             self.compare = not self.compare
@@ -89,7 +89,7 @@ class Chat:
         return HELP
 
     def say(self, text: str) -> str:
-        """Answer one turn, streaming it to the terminal; returns the line about capacity and time."""
+        """Answer one turn, streaming it to the terminal; returns the line about depth and time."""
         self.messages.append({"role": "user", "content": text})
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:

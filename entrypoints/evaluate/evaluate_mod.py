@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def main() -> None:
     tokenizer = tokenizer_of(args.run, base) if args.run else load_tokenizer(base)
     size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
     options = {"batch_size": size, "limit": args.limit, "num_fewshot": args.num_fewshot, "metadata": args.metadata}
-    tell_cost(args, model, tokenizer)
+    if int(os.environ.get("RANK", 0)) == 0:
+        tell_cost(args, model, tokenizer)
     benchmark = Benchmark(args.tasks, options)
     budget = args.flops if args.capacity is None else args.capacity
     cell = {"policy": "routed" if args.run else "dense", "recipe": args.run and args.run.name, "budget": budget}

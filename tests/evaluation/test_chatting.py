@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, record_routing
+from router_tuning.model.flops import flops_share
 from router_tuning.viewer.chatting import Answer, answer
 
 TALK = [{"role": "user", "content": "Add 3 and 9."}]
@@ -36,7 +37,8 @@ def test_answer_is_that_of_generate(model, tokenizer):
         output = model.generate(ids, do_sample=False, max_new_tokens=5)
     assert found.text == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
     expected = {f"{layer}.attn": share for layer, share in log.capacity().items() if layer != "total"}
-    assert found.capacity == {**expected, "total": log.capacity()["total"]}
+    assert found.capacity == pytest.approx(expected, abs=1e-4)
+    assert found.share == pytest.approx(flops_share(model, found.capacity), abs=1e-3)
     assert found.tokens == output.shape[1] - ids.shape[1] and found.seconds > 0 and found.seconds_dense > 0
 
 
@@ -48,22 +50,20 @@ def test_what_cannot_be_answered_is_refused_in_one_line(model, tokenizer):
 
 
 def test_summary_line():
-    found = Answer("x", 4, {"1.attn": 0.0, "2.attn": 1.0, "total": 0.5}, seconds=0.5, seconds_dense=1.0)
-    assert found.summary() == "▁█ capacity 0.50, 4 tokens in 0.50 s, dense 1.00 s: +50% of the time saved"
+    found = Answer("x", 4, {"1.attn": 0.0, "2.attn": 1.0}, 0.8, seconds=0.5, seconds_dense=1.0)
+    assert found.summary() == "▁█ depth 80% of the decoder, 4 tokens in 0.50 s, dense 1.00 s: +50% of the time saved"
 
 
 def test_terminal_session(tmp_path, base, root):
     run = write_run(tmp_path / "run", base)
     config = json.loads((run / "router_config.json").read_text())
     logits = {f"{layer}.attn": [9.0, -9.0] for layer in (1, 2, 3)}
-    config["dial"] = {"capacity": [0.0, 1.0], "logit": logits}
+    config["dial"] = {"capacity": [0.0, 1.0], "flops": [0.5, 1.0], "logit": logits}
     (run / "router_config.json").write_text(json.dumps(config))
     refusing = "{% if messages | length > 2 %}{{ raise_exception('one turn, please') }}{% endif %}"
     template = AutoTokenizer.from_pretrained(base).chat_template
     (run / "chat_template.jinja").write_text(refusing + template)  # the run's own, not the base's
-    typed = (
-        "Add 3 and 9.\nMore.\n/reset\n/capacity 1\nAgain.\n/capacity x\n/capacity 7\n/reset\n\n/what\n/quit\nnever\n"
-    )
+    typed = "Add 3 and 9.\nMore.\n/reset\n/dial 1\nAgain.\n/dial x\n/dial 7\n/reset\n\n/what\n/quit\nnever\n"
     command = [sys.executable, str(root / "entrypoints/demo/chat.py"), "--run", str(run), "--base", str(base)]
     done = subprocess.run(
         [*command, "--max_new_tokens", "4", "--compare"], input=typed, capture_output=True, text=True, timeout=300
@@ -71,7 +71,7 @@ def test_terminal_session(tmp_path, base, root):
     assert done.returncode == 0, done.stderr
     for part in (
         "dial at 1",
-        "capacity 1.00",
+        "depth 100%",
         "a number from 0 to 1",
         "must lie in [0, 1]",
         "new conversation",

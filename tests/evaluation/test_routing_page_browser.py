@@ -27,7 +27,14 @@ def prompt(task, words, new):
         "5.attn": {"keep": 0, "score": 0.3},
     }
     shown = words + [f"new{n}" for n in range(new)]
-    return {"task": task, "tokens": shown, "prompt_tokens": len(words), "answer": "yes </script>", "routers": routers}
+    shown_prompt = {"prompt": "שלום 🙂 " + " ".join(words)}
+    return shown_prompt | {
+        "task": task,
+        "tokens": shown,
+        "prompt_tokens": len(words),
+        "answer": "yes </script>",
+        "routers": routers,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,7 @@ def test_every_section_is_drawn_without_errors_or_requests(page):
     assert len(headings) == 7 and page.errors == []
     assert len(page.requests) == 1 and page.requests[0].startswith("file:"), "the page must not fetch anything"
     assert page.evaluate("document.querySelectorAll('#map tbody tr').length") == 3
-    assert page.evaluate("document.querySelectorAll('#map tbody td').length") == 15
+    assert page.evaluate("document.querySelectorAll('#map tbody td').length") == 1 + 5 + 1
     assert page.evaluate("document.querySelectorAll('#map th.generated').length") == 2
     assert page.evaluate("document.querySelectorAll('#dial circle').length") == 2
     assert page.evaluate("document.querySelectorAll('#training polyline').length") == 2
@@ -94,12 +101,12 @@ def test_keyboard_reaches_and_walks_the_map(page):
     if page.evaluate("document.activeElement.classList.contains('scroll')"):
         page.press("Tab")
     assert page.evaluate(place) == "0,0", "one Tab leads from the buttons into the map"
-    for key, expected in (("ArrowRight", "0,1"), ("ArrowDown", "1,1"), ("End", "1,4"), ("ArrowRight", "1,4"),
+    for key, expected in (("ArrowRight", "0,0"), ("ArrowDown", "1,0"), ("End", "1,4"), ("ArrowRight", "1,4"),
                           ("Home", "1,0"), ("ArrowUp", "0,0"), ("ArrowUp", "0,0")):  # fmt: skip
         page.press(key)
         assert page.evaluate(place) == expected, key
     assert page.evaluate("document.querySelectorAll('#map td[tabindex=\"0\"]').length") == 1
-    assert "Router 4.attn, token 1 of 5" in page.evaluate("document.getElementById('detail').textContent")
+    assert "Router 4.attn, whole sequence" in page.evaluate("document.getElementById('detail').textContent")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 
 
@@ -107,14 +114,14 @@ def test_keys_buttons_and_list_change_the_prompt(page):
     count = "document.querySelectorAll('#map tbody td').length"
     page.evaluate("document.body.focus(), document.activeElement.blur()")
     page.press("n")
-    assert page.evaluate(count) == 3 * 64 and page.evaluate("document.getElementById('prompt').value") == "1"
+    assert page.evaluate(count) == 1 + 64 + 1 and page.evaluate("document.getElementById('prompt').value") == "1"
     assert page.evaluate("location.hash") == "#prompt=1"
     page.press("p")
-    assert page.evaluate(count) == 15
+    assert page.evaluate(count) == 7
     page.evaluate("document.getElementById('next').click()")
-    assert page.evaluate(count) == 3 * 64
+    assert page.evaluate(count) == 1 + 64 + 1
     page.evaluate("document.getElementById('next').click()")
-    assert page.evaluate(count) == 15, "after the last prompt comes the first"
+    assert page.evaluate(count) == 7, "after the last prompt comes the first"
 
 
 def test_a_phone_scrolls_the_map_not_the_page(page):

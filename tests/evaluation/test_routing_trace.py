@@ -7,14 +7,22 @@ import json
 import pytest
 import torch
 from tiny_checkpoint import write_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from router_tuning.evaluation.rows import encoded
 from router_tuning.model import load_routers, record_routing
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import render_prompt
 from router_tuning.viewer.routing_page import routing_figure, routing_page
-from router_tuning.viewer.routing_trace import capacities, collect, dial_curve, threshold_sweep, trace_prompt
+from router_tuning.viewer.routing_trace import (
+    capacities,
+    collect,
+    dial_curve,
+    threshold_sweep,
+    token_texts,
+    trace_prompts,
+)
 
 
 def row(task, question, answer="12"):
@@ -47,7 +55,9 @@ def token_model(tmp_path_factory, base):
 
 @torch.no_grad()
 def test_token_level_trace_is_that_of_one_pass_over_the_answer(token_model, tokenizer):
-    trace = trace_prompt(token_model, tokenizer, ROWS[0], max_new_tokens=6)
+    trace = trace_prompts(token_model, tokenizer, [ROWS[2], ROWS[0]], max_new_tokens=6)[
+        1
+    ]  # padded, beside a longer one
     ids = tokenizer(render_prompt(ROWS[0], tokenizer), return_tensors="pt")["input_ids"]
     whole = token_model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)[:, :-1]
     with record_routing(token_model) as log:
@@ -64,13 +74,28 @@ def test_token_level_trace_is_that_of_one_pass_over_the_answer(token_model, toke
 
 @torch.no_grad()
 def test_sequence_level_trace_is_the_decision_on_the_prompt(sequence_model, tokenizer):
-    trace = trace_prompt(sequence_model, tokenizer, ROWS[0], max_new_tokens=3)
+    trace = trace_prompts(sequence_model, tokenizer, [ROWS[2], ROWS[0]], max_new_tokens=3)[
+        1
+    ]  # padded, beside a longer one
     ids = tokenizer(render_prompt(ROWS[0], tokenizer), return_tensors="pt")["input_ids"]
     with record_routing(sequence_model) as log:
         sequence_model(ids)
     for layer, keep in log.decisions.items():
         found = trace["routers"][f"{layer}.attn"]
         assert found == {"keep": int(keep), "score": pytest.approx(log.scores[layer].item(), abs=1e-4)}
+
+
+def test_tokens_are_told_as_text_whatever_the_tokenizer_cuts():
+    """Bytes of one character lie in several tokens of a byte-level tokenizer; a leading space is shown."""
+    backend = Tokenizer(
+        models.BPE({token: n for n, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    found = token_texts(tokenizer, tokenizer("a é\n🙂שא", add_special_tokens=False)["input_ids"])
+    assert found == ["a", "␣", "é¹", "é²", "⏎", "🙂¹", "🙂²", "🙂³", "🙂⁴", "ש¹", "ש²", "א¹", "א²"]
+    cut = tokenizer("x🙂", add_special_tokens=False)["input_ids"][:3]
+    assert token_texts(tokenizer, cut)[0] == "x" and len(token_texts(tokenizer, cut)) == 3
 
 
 def test_collect_summarises_what_the_prompts_show(sequence_model, token_model, tokenizer):

@@ -44,19 +44,21 @@ def model_card(run: Path, form: str = "full", scores: str | None = None) -> str:
     arguments = record.get("arguments", {})
     name = arguments.get("model_name_or_path") or (routing.get("base") or {}).get("name_or_path") or "its base"
     name = Path(name).name if name.startswith(("/", ".")) else name
-    parts = [front_matter(name), f"# {name} with Router-Tuning", _method(name, routing, trained(run))]
-    facts = _facts(record, arguments)
-    if facts:
-        parts += ["## Training", facts]
+    parts = [
+        front_matter(name, "peft" if form == "peft" else "transformers"),
+        f"# {name} with Router-Tuning",
+        _method(name, routing, trained(run)),
+    ]
+    parts += training_facts(record)
     if scores:
         parts += ["## Scores", scores]
     parts += ["## Use", USAGE[form]]
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(base: str) -> str:
+def front_matter(base: str, library: str = "transformers") -> str:
     """YAML at the head of a card; a base is named where the hub knows it."""
-    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
+    lines = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
         lines.append(f"base_model: {base}")
     return "\n".join(["---", *lines, "tags: [mixture-of-depths, router-tuning, dynamic-depth]", "---"])
@@ -76,7 +78,9 @@ def _method(name: str, routing: dict[str, Any], what: str) -> str:
     )
 
 
-def _facts(record: dict[str, Any], arguments: dict[str, Any]) -> str:
+def training_facts(record: dict[str, Any]) -> list[str]:
+    """Heading, table and command of the recorded run; empty where it recorded nothing."""
+    arguments = record.get("arguments", {})
     rows = [f"| {key} | {arguments[key]} |" for key in KNOBS if arguments.get(key) is not None]
     data = record.get("data") or {}
     if data:
@@ -85,6 +89,6 @@ def _facts(record: dict[str, Any], arguments: dict[str, Any]) -> str:
         )
     rows += [f"| {key} | {record[key]} |" for key in ("steps", "reached_capacity", "git_commit") if record.get(key)]
     if not rows:
-        return ""
-    parts = ["\n".join(["| | |", "|---|---|", *rows])]
-    return "\n\n".join(parts + ([f"```bash\n{launch_command(arguments)}\n```"] if arguments else []))
+        return []
+    command = [f"```bash\n{launch_command(arguments)}\n```"] if arguments else []
+    return ["## Training", "\n".join(["| | |", "|---|---|", *rows]), *command]

@@ -79,7 +79,7 @@ def shorter(run: Run, seconds: dict[str, float]) -> str:
     share = SHORT / seconds[phase]
     name, value = {
         "training": ("max_train_samples", len(run.data.rows)),
-        "mask search": ("search_inputs", run.command.budget.search_inputs),
+        "mask search": ("search_inputs", min(run.command.budget.search_inputs, len(run.data.rows))),
         "closed form": ("label_tokens", run.command.budget.label_tokens),
         "calibration": ("calibration_tokens", run.command.budget.calibration_tokens),
     }[phase]

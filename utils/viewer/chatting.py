@@ -10,24 +10,26 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from router_tuning.errors import UserError
-from router_tuning.model import force_routing, record_routing, routed_modules
+from router_tuning.evaluation.texts import executed
+from router_tuning.model import force_routing, record_routing
 from router_tuning.tuning.encoding import encode_text, render_prompt
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Text, the executed share per router and in total, and seconds; ``seconds_dense`` if the dense model ran too."""
+    """Text, what ran of each router and of the decoder's operations, seconds; ``seconds_dense`` of the dense model."""
 
     text: str
     tokens: int
     capacity: dict[str, float]
+    share: float
     seconds: float
     seconds_dense: float | None = None
 
     def summary(self) -> str:
-        """One line: a bar per router, capacity, time."""
-        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * share))] for name, share in self.capacity.items() if name != "total")
-        line = f"{bars} capacity {self.capacity['total']:.2f}, {self.tokens} tokens in {self.seconds:.2f} s"
+        """One line: a bar per router, the share of depth that was spent, time."""
+        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * share))] for share in self.capacity.values())
+        line = f"{bars} depth {self.share:.0%} of the decoder, {self.tokens} tokens in {self.seconds:.2f} s"
         if self.seconds_dense is None:
             return line
         return (
@@ -71,10 +73,9 @@ def answer(
         with force_routing(model, True):
             same = {**options, "max_new_tokens": len(new), "min_new_tokens": len(new)}
             _, seconds_dense = _timed(model, ids, **same)
-    shares = log.capacity()
-    capacity = {name: float(shares[module.mod_key]) for name, module in routed_modules(model).items()}
+    ran = executed(model, log)
     text = tokenizer.decode(new, skip_special_tokens=True).strip()
-    return Answer(text, len(new), {**capacity, "total": float(shares["total"])}, seconds, seconds_dense)
+    return Answer(text, len(new), ran["capacity"], ran["share"], seconds, seconds_dense)
 
 
 def _timed(model: PreTrainedModel, ids: torch.Tensor, **options) -> tuple[torch.Tensor, float]:

@@ -19,58 +19,92 @@ from router_tuning.tuning.encoding import encode_text, render_prompt
 from router_tuning.viewer.dynamics import dynamics
 
 POSITION_BINS = 10
+BATCH = 16
+_PARTS = "¹²³⁴⁵⁶⁷⁸"
+_MOST_PARTS = len(_PARTS)
 
 
 @torch.no_grad()
-def trace_prompt(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], max_new_tokens: int
-) -> dict[str, Any]:
-    """Greedy answer to one prompt and every decision on the way.
+def trace_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """Greedy answers to one batch of prompts, and every decision on the way.
 
-    Returns ``task``, ``tokens`` (text of the prompt's and the answer's tokens that were fed), ``prompt_tokens`` (how
-    many of them are prompt), ``answer`` and ``routers``: ``{"<layer>.<part>": {"keep": …, "score": …}}`` with one
-    number per sequence (sequence level) or a list of one per token; ``keep`` is the executed share, 0 or 1 but for
-    experts. Experts have no score.
+    Returns:
+        Per row ``task``, ``prompt`` (what was asked last), ``tokens`` (text of those of the prompt and the answer that
+        were fed), ``prompt_tokens`` (how many of them are prompt), ``answer``, ``routers`` (:func:`router_traces`).
     """
-    ids = torch.tensor([encode_text(render_prompt(row, tokenizer), tokenizer)], device=model.device)
+    prompts = [encode_text(render_prompt(row, tokenizer), tokenizer) for row in rows]
+    width, filler = max(map(len, prompts)), tokenizer.pad_token_id or 0
+    ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     with record_routing(model) as log:
         output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=filler
         )
-    fed = output[0, :-1] if output.shape[1] > ids.shape[1] else output[0]
-    return {
-        "task": str(row.get("task") or row.get("dataset") or "prompts"),
-        "tokens": [_visible(tokenizer.decode([token])) for token in fed.tolist()],
-        "prompt_tokens": ids.shape[1],
-        "answer": tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip(),
-        "routers": router_traces(model, log, len(fed)),
-    }
+    ends, traces = model.generation_config.eos_token_id, []
+    ends = {*ends} if isinstance(ends, list) else {ends}
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        new = output[number, width:].tolist()
+        new = new[: next((place + 1 for place, token in enumerate(new) if token in ends), len(new))]
+        fed, left = prompt + new[:-1], width - len(prompt)
+        traces.append(
+            {
+                "task": str(row.get("task") or row.get("dataset") or "prompts"),
+                "prompt": next((turn["content"] for turn in row["messages"][::-1] if turn["role"] == "user"), ""),
+                "tokens": token_texts(tokenizer, fed),
+                "prompt_tokens": len(prompt),
+                "answer": tokenizer.decode(new, skip_special_tokens=True).strip(),
+                "routers": router_traces(model, log, len(rows), number, slice(left, left + len(fed))),
+            }
+        )
+    return traces
 
 
-def router_traces(model: PreTrainedModel, log: RoutingLog, tokens: int) -> dict[str, dict[str, Any]]:
-    """Decisions and scores of one row from a recording, by router name, ``tokens`` per token-level router."""
+def router_traces(
+    model: PreTrainedModel, log: RoutingLog, rows: int, row: int, tokens: slice
+) -> dict[str, dict[str, Any]]:
+    """Decisions and scores of one row of a recorded generation: ``{"<layer>.<part>": {"keep": …, "score": …}}``.
+
+    One number each at sequence level, else a list with one per token; ``keep`` is the executed share, 0 or 1 but for
+    experts, which have no score.
+
+    Args:
+        rows: of the batch. row: which of them.
+        tokens: its places in the padded batch, and behind it, that were real and fed.
+    """
     traces = {}
     for name, module in routed_modules(model).items():
         records = log.records[module.mod_key]
-        if records[0].keep.dim() == 1:
-            keep, logit = records[0].keep[0].item(), records[0].logits
-            traces[name] = {
-                "keep": int(keep),
-                "score": None if logit is None else round(torch.sigmoid(logit[0]).item(), 4),
-            }
-            continue
-        if module.mod_part == "expert":
-            keep = torch.cat([record.keep.float().mean(dim=-1).flatten() for record in records])
-            traces[name] = {"keep": _rounded(keep[:tokens]), "score": None}
-            continue
-        keep = torch.cat([record.keep[0].float() for record in records])[:tokens]
-        logits = None if records[0].logits is None else torch.cat([record.logits[0] for record in records])[:tokens]
-        traces[name] = {"keep": _rounded(keep), "score": None if logits is None else _rounded(torch.sigmoid(logits))}
+        keeps, logits = [record.keep for record in records], [record.logits for record in records]
+        if module.mod_part == "expert":  # [tokens of all rows, experts of each]
+            keeps, logits = [keep.float().mean(-1).view(rows, -1) for keep in keeps], [None]
+        scores = None if logits[0] is None else [torch.sigmoid(values[row].float()) for values in logits]
+        if keeps[0].dim() == 1:
+            score = None if scores is None else round(scores[0].item(), 4)
+            traces[name] = {"keep": int(keeps[0][row]), "score": score}
+        else:
+            keep = torch.cat([keep[row].float() for keep in keeps])[tokens]
+            traces[name] = {"keep": _rounded(keep), "score": scores and _rounded(torch.cat(scores)[tokens])}
     return traces
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text; tokens that share a character show it with their number: ``🙂¹ 🙂²``."""
+    found: list[str] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[max(0, start - 1) : start], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids[max(0, start - 1) : end], clean_up_tokenization_spaces=False)[len(before) :]
+        if text.endswith("\ufffd") and end - start < _MOST_PARTS and end < len(ids):
+            continue  # the first bytes of a character
+        numbers = _PARTS[: end - start] if end - start > 1 else [""]
+        found += [_visible(text) + number for number in numbers]
+        start = end
+    return found
 
 
 def collect(
@@ -85,9 +119,13 @@ def collect(
     ``dynamics`` (of sequence-level routers, else None).
     """
     model.eval()
-    prompts = [
-        trace_prompt(model, tokenizer, row, max_new_tokens) for row in tqdm(rows, desc="prompts", unit="prompt")
-    ]
+    traces: dict[int, dict[str, Any]] = {}
+    order = sorted(range(len(rows)), key=lambda number: len(str(rows[number])))  # like lengths together
+    for first in tqdm(range(0, len(rows), BATCH), desc="prompts", unit="batch"):
+        batch = order[first : first + BATCH]
+        found = trace_prompts(model, tokenizer, [rows[number] for number in batch], max_new_tokens)
+        traces |= zip(batch, found, strict=True)
+    prompts = [traces[number] for number in range(len(rows))]
     names = list(prompts[0]["routers"])
     masks: dict[str, list[list[int]]] = {}
     for prompt in prompts:
