@@ -14,14 +14,17 @@ from tiny_models import FAMILIES  # noqa: E402
 
 QUICK = ("llama", "gemma3_text", "phi3", "mixtral")
 """Families of the default run: separate and fused projections, norms and windows, experts."""
+TWINS = {"attn": "eager", "dtype": torch.float16}
+"""Values of a test's parameters whose twins (``sdpa``, bfloat16) the default run has."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as ``full`` what is tested on a further family of the matrix."""
+    """Mark as ``full`` what is tested on a further family of the matrix, or also in another way."""
     for item in items:
-        family = item.callspec.params.get("family") if hasattr(item, "callspec") else None
-        if family in FAMILIES and family not in QUICK:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        further = parameters.get("family") in set(FAMILIES) - set(QUICK)
+        if further or any(name in parameters and parameters[name] == twin for name, twin in TWINS.items()):
             item.add_marker(pytest.mark.full)
 
 

@@ -23,16 +23,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from router_tuning.errors import UserError, cli
+from router_tuning.files import read_json_lines
 from router_tuning.model import ModConfig, is_routed, unroute
 from router_tuning.provenance import provenance
 from router_tuning.speed.benchmark import Setting, benchmark
-from router_tuning.speed.cells import Cell, measured, read_rows, run_cells
+from router_tuning.speed.cells import Cell, measured, run_cells
 from router_tuning.speed.figure import draw_speed
 from router_tuning.speed.ideal import shared_copy
-from router_tuning.speed.pages import keep_freed_pages
 from router_tuning.speed.shapes import SHAPES, random_model
 from router_tuning.speed.table import print_rows
-from router_tuning.speed.timing import measure_ceilings
+from router_tuning.speed.timing import keep_freed_pages, measure_ceilings
 
 PHASES = {"prefill": (4, 512, 1), "decode": (1, 256, 10)}
 """Batch and length unless they are given, and rounds per ``--repeats``."""
@@ -137,7 +137,7 @@ def main() -> None:
     about = {"command": f"python entrypoints/analysis/benchmark_speed.py {flags}", **provenance()}
     about |= {"shape": args.model or args.shape, "pages_kept": kept, "ceilings": asdict(ceilings)}
     run_cells(cells, args.output, about, report=print_rows(tqdm.write))
-    draw_speed(measured(read_rows(args.output)), args.output.with_suffix(".svg"))
+    draw_speed(measured(read_json_lines(args.output)), args.output.with_suffix(".svg"))
     print(f"output: {args.output}, {args.output.with_suffix('.svg')}")
 
 

@@ -17,8 +17,9 @@ import psutil
 import torch
 
 from router_tuning.errors import UserError, cli
+from router_tuning.files import read_json_lines
 from router_tuning.provenance import provenance
-from router_tuning.speed.cells import Row, measured, read_rows, run_cells
+from router_tuning.speed.cells import Row, measured, run_cells
 from router_tuning.speed.gpu_plan import FULL, TINY, gpu_cells
 from router_tuning.speed.shapes import SHAPES, random_model
 from router_tuning.speed.table import gpu_tables, print_rows
@@ -65,7 +66,7 @@ def main() -> None:
     print(f"ready after {ready:.0f} s: {dense.num_parameters() / 1e9:.3g} billion weights", flush=True)
 
     def rows_so_far() -> list[Row]:
-        return measured(read_rows(args.output), about["device"])
+        return measured(read_json_lines(args.output), about["device"])
 
     cells = gpu_cells(dense, ceilings, TINY if tiny else FULL, rows_so_far)
     about |= {"shape": args.shape, "ceilings": asdict(ceilings)}

@@ -10,19 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from tiny_models import COMMON
-from tiny_routed import with_reference
+from tiny_routed import CACHED, with_reference
 from transformers import DynamicCache
 
-CASES = [
-    ("attn_sequence", "keep"),
-    ("attn_token", "keep"),
-    ("attn_token", "drop"),
-    ("mlp_sequence", "keep"),
-    ("block_sequence", "keep"),
-    ("block_token", "drop"),
-    ("attn_sequence+mlp_sequence", "keep"),
-    ("attn_token+mlp_sequence", "drop"),
-]
+CASES = [*CACHED, ("attn_sequence+mlp_sequence", "keep"), ("attn_token+mlp_sequence", "drop")]
 EXAMPLES = int(os.environ.get("CACHE_EXAMPLES", "6"))  # more of them for a longer search
 MAX_ROWS = 6
 

@@ -8,7 +8,8 @@ from tiny_models import random_batch, tiny_model
 from tiny_routed import CASES as ROUTED
 from tiny_routed import LAYERS, routed_model
 
-CASES = [case[1:] for case in ROUTED if case[0] == "llama"]
+QUICK = [("attn_sequence", "keep"), ("block_token", "drop"), ("attn_token+mlp_token", "keep")]
+CASES = [pytest.param(*c[1:], marks=[] if c[1:] in QUICK else pytest.mark.full) for c in ROUTED if c[0] == "llama"]
 
 
 class Compiled:

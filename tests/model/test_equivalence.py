@@ -1,4 +1,4 @@
-"""The engine equals the masked dense model: every family, granularity, key policy and way of splitting the work."""
+"""The engine equals the masked dense model: every family, granularity, key policy, mode and way to split the work."""
 
 from __future__ import annotations
 
@@ -55,8 +55,14 @@ def test_equals_masked_dense_model(family, granularity, policy, skip, attn):
             ids, mask = random_batch(padding=padding)
             with record_routing(model) as log:
                 whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            close(whole, reference.logits(ids, mask), mask)
+            expected = reference.logits(ids, mask)
+            close(whole, expected, mask)
             mixed += 0 < log.capacity()["total"] < 1
+            model.train()  # no_grad holds: it skips
+            close(model(input_ids=ids, attention_mask=mask).logits, expected, mask)
+            with torch.enable_grad():  # now every module runs
+                close(model(input_ids=ids, attention_mask=mask).logits.detach(), expected, mask)
+            model.eval()
             if padding != "right":
                 check_cached(model, reference, ids, mask, sequence="sequence" in granularity)
         ids, mask = random_batch(rows=1)

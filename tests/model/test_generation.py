@@ -7,19 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model
-from tiny_routed import routed_model, with_reference
+from tiny_routed import CACHED, routed_model, with_reference
 
 from router_tuning.model import record_routing
 
-CASES = [
-    ("attn_sequence", "keep"),
-    ("attn_token", "keep"),
-    ("attn_token", "drop"),
-    ("mlp_sequence", "keep"),
-    ("block_sequence", "keep"),
-    ("block_token", "drop"),
-    ("attn_sequence+mlp_token", "keep"),
-]
+CASES = [*CACHED, ("attn_sequence+mlp_token", "keep")]
 GREEDY = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
 
 
@@ -95,7 +87,10 @@ def test_sampling_with_several_returned_sequences(granularity, policy):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize(("granularity", "policy"), CASES)
+@pytest.mark.parametrize(
+    ("granularity", "policy"),
+    [*CASES[::3], *(pytest.param(*case, marks=pytest.mark.full) for case in CASES if case not in CASES[::3])],
+)
 @pytest.mark.parametrize("helper", ["itself, dense", "another", "prompt look-up", "its first layers"])
 def test_assisted_decoding_gives_the_text_of_plain_decoding(family, granularity, policy, helper):
     model, _ = with_reference(family, granularity, policy)

@@ -12,9 +12,10 @@ from counted_operations import counted
 from tiny_models import tiny_model
 from tiny_routed import LAYERS
 
+from router_tuning.files import read_json_lines
 from router_tuning.model import ModConfig, force_routing, record_routing, route, routed_modules
 from router_tuning.speed.benchmark import Setting, benchmark, imposed, random_masks
-from router_tuning.speed.cells import measured, read_rows
+from router_tuning.speed.cells import measured
 from router_tuning.speed.ideal import reduced
 from router_tuning.speed.limits import GRANULARITIES, Accelerator
 
@@ -100,7 +101,7 @@ def test_the_capacity_of_decoding_is_that_of_the_timed_steps(granularity):
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from Linux")
 def test_peak_memory_is_that_of_the_step_though_freed_pages_are_kept(root):
     program = (
-        "import torch; from router_tuning.speed.pages import keep_freed_pages\n"
+        "import torch; from router_tuning.speed.timing import keep_freed_pages\n"
         "from router_tuning.speed.timing import peak_bytes\n"
         "keep_freed_pages(); torch.ones(64 << 20)\n"
         "print(peak_bytes(lambda: torch.ones(16 << 20), torch.device('cpu')))"
@@ -115,7 +116,7 @@ def test_the_command_writes_its_rows_and_a_figure(root, tmp_path):
     command += ["--granularities", "attn_token,mlp_sequence", "--kv_policies", "keep,drop", "--capacities", "0,1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = read_rows(tmp_path / "speed.jsonl")
+    rows = read_json_lines(tmp_path / "speed.jsonl")
     assert len(measured(rows)) == 6 and "benchmark_speed.py" in rows[0]["run"]["command"]
     assert (tmp_path / "speed.svg").stat().st_size > 0
 

@@ -13,10 +13,11 @@ import torch
 from tiny_models import tiny_model
 
 from router_tuning.experiments.readme import gpu_block
+from router_tuning.files import read_json_lines
 from router_tuning.model import ModConfig
 from router_tuning.speed import gpu_plan
 from router_tuning.speed.benchmark import Setting
-from router_tuning.speed.cells import Cell, measured, read_rows, run_cells
+from router_tuning.speed.cells import Cell, measured, run_cells
 from router_tuning.speed.gpu_plan import ORDER, SKIPS, TINY, worst
 from router_tuning.speed.limits import GRANULARITIES, Accelerator
 from router_tuning.speed.table import gpu_tables
@@ -30,7 +31,7 @@ def test_the_script_runs_every_cell_and_its_file_gives_the_table(root, tmp_path)
     environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = read_rows(journal)
+    rows = read_json_lines(journal)
     assert [row for row in rows if "failed" in row or "not_started" in row] == []
     timed = {(r["phase"], r["batch"], r["length"], r["granularity"], r["skip"], r["decisions"])
              for r in rows if "time_ratio" in r}  # fmt: skip
@@ -66,7 +67,7 @@ def cells(**outcomes):
 def test_a_cell_that_fails_is_told_and_the_next_one_runs(tmp_path):
     journal = tmp_path / "cells.jsonl"
     run_cells(cells(a=1, b=torch.OutOfMemoryError("too large"), c=3), journal, ABOUT)
-    header, a, b, c = read_rows(journal)
+    header, a, b, c = read_json_lines(journal)
     assert header == {"run": ABOUT} and (a["value"], c["value"]) == (1, 3)
     assert b["cell"] == "b" and b["failed"] == "OutOfMemoryError: too large"
 
@@ -76,15 +77,19 @@ def test_a_later_run_goes_on_where_a_cut_one_ended(tmp_path):
     run_cells(cells(a=1, b=2), journal, ABOUT)
     journal.write_text(journal.read_text()[:-10])  # in the middle of the last line
     run_cells(cells(a=3, b=4, c=5), journal, ABOUT)
-    assert [(row["cell"], row["value"]) for row in measured(read_rows(journal))] == [("a", 1), ("b", 4), ("c", 5)]
+    assert [(row["cell"], row["value"]) for row in measured(read_json_lines(journal))] == [
+        ("a", 1),
+        ("b", 4),
+        ("c", 5),
+    ]
     run_cells(cells(a=6), journal, {"device": "another"})
-    assert [row["value"] for row in measured(read_rows(journal), "another")] == [6]
+    assert [row["value"] for row in measured(read_json_lines(journal), "another")] == [6]
 
 
 def test_no_cell_starts_that_would_end_after_the_time(tmp_path):
     journal = tmp_path / "cells.jsonl"
     run_cells([*cells(a=1), replace(cells(b=2)[0], kind="long", expected=100), *cells(c=3)], journal, ABOUT, 1.0)
-    rows = read_rows(journal)
+    rows = read_json_lines(journal)
     assert [row["cell"] for row in measured(rows)] == ["a", "c"] and rows[-1]["not_started"] == ["b"]
 
 

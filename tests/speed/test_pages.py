@@ -11,7 +11,7 @@ import pytest
 FAULTS = """
 import json, resource, sys
 import torch
-from router_tuning.speed.pages import keep_freed_pages
+from router_tuning.speed.timing import keep_freed_pages
 kept = keep_freed_pages() if sys.argv[1] == "keep" else None
 
 torch.ones(64 << 20)  # a hole that small blocks between the next ones do not fill

@@ -8,19 +8,12 @@ import torch
 from masked_reference import MaskedReference
 from tiny_models import random_batch, tiny_model
 
-from router_tuning.model import route, routed_modules
+from router_tuning.model import GRANULARITIES, route, routed_modules
 from router_tuning.model.configuration_mod import parse_granularity
 from router_tuning.model.modules import decoder_of
 
 LAYERS = [1, 2, 3]
-PLAIN = (
-    "attn_sequence",
-    "attn_token",
-    "mlp_sequence",
-    "mlp_token",
-    "block_sequence",
-    "block_token",
-)
+PLAIN = tuple(name for name in GRANULARITIES if "expert" not in name)
 # Granularities of one router a module, with both policies of keys where they differ.
 KINDS = [
     ("attn_sequence", "keep"),
@@ -30,6 +23,15 @@ KINDS = [
     ("mlp_token", "keep"),
     ("block_sequence", "keep"),
     ("block_token", "keep"),
+    ("block_token", "drop"),
+]
+# Where a cache has to hold something: decisions, or fewer keys.
+CACHED = [
+    ("attn_sequence", "keep"),
+    ("attn_token", "keep"),
+    ("attn_token", "drop"),
+    ("mlp_sequence", "keep"),
+    ("block_sequence", "keep"),
     ("block_token", "drop"),
 ]
 # Every granularity with both key policies where they differ, on a family that has it: (family, granularity, policy).

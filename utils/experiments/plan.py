@@ -15,12 +15,11 @@ import yaml
 
 from router_tuning.errors import UserError
 from router_tuning.evaluation.records import cell_name
-from router_tuning.model.configuration_mod import parse_granularity
+from router_tuning.model.configuration_mod import SKIP_PATHS, parse_granularity
 from router_tuning.places import ROOT
 
 DEFAULTS = {"documents": 64, "max_tokens": 256, "first": 0}
 """Of a text: how many documents are scored, their tokens, and rows of the file that are passed over."""
-SKIPS = ("zero", "mean", "low_rank")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,9 @@ class Plan:
                 parse_granularity(granularity)
             except ValueError as error:
                 problems.append(str(error))
-        problems += [f"static {kind!r} is none of {', '.join(SKIPS)}" for kind in self.static if kind not in SKIPS]
+        problems += [
+            f"static {kind!r} is none of {', '.join(SKIP_PATHS)}" for kind in self.static if kind not in SKIP_PATHS
+        ]
         for name, text in self.texts.items():
             odd = sorted(set(text) - {"file", *DEFAULTS})
             problems += [f"text {name}: {odd[0]!r} is none of file, {', '.join(DEFAULTS)}"] if odd else []

@@ -12,8 +12,9 @@ from router_tuning.evaluation.comparison import comparison_table
 from router_tuning.evaluation.records import Record, read_records
 from router_tuning.evaluation.tables import Table
 from router_tuning.experiments.front import bases_table, front_figure
+from router_tuning.files import read_json_lines
 from router_tuning.places import ROOT
-from router_tuning.speed.cells import measured, read_rows
+from router_tuning.speed.cells import measured
 from router_tuning.speed.limits import limits_table
 from router_tuning.speed.table import gpu_tables, speed_table
 
@@ -31,7 +32,7 @@ def records_block(make: Callable[[list[Record]], Table], path: str) -> str:
 
 def speed_block(name: str) -> str:
     """A speed benchmark: where and when, the table, the command."""
-    rows = read_rows(FIGURES / f"{name}.jsonl")
+    rows = read_json_lines(FIGURES / f"{name}.jsonl")
     about = rows[0]["run"]
     return f"{about['device']}, {about['date'][:10]}:\n\n{speed_table(rows).markdown()}\n\n`{about['command']}`"
 
@@ -65,7 +66,7 @@ def limits_block() -> str:
 
 def gpu_block(journal: Path = FIGURES / "gpu_speed.jsonl") -> str:
     """What was measured on a GPU, if it was."""
-    rows = read_rows(journal)
+    rows = read_json_lines(journal)
     abouts = [row["run"] for row in rows if "run" in row]
     if not abouts:
         return "**Not measured yet**: no GPU was at hand."

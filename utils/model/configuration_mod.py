@@ -202,18 +202,9 @@ def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 class ModFields:
     """Mixin for a family's configuration: the routing fields; one without ``mod_layers`` is of a dense model.
 
-    What it writes names the family's own ``model_type``, by which tokenizers and other tools know what to do.
+    Each is an attribute, with the default of :class:`ModConfig`. What is written names the family's own
+    ``model_type``, by which tokenizers and other tools know what to do.
     """
-
-    mod_layers: Layers | None = None
-    mod_granularity: str = "attn_sequence"
-    mod_threshold: float | dict[str, float] = 0.5
-    mod_router_pooling: str = "sequence"
-    mod_kv_policy: str = "keep"
-    mod_skip: str = "zero"
-    mod_skip_rank: int = 32
-    mod_target_capacity: float = 0.5
-    mod_gradient_scale: float = 0.0
 
     @classmethod
     def mod_names(cls, plain: type[PretrainedConfig]) -> dict[str, Any]:
@@ -241,6 +232,10 @@ class ModFields:
             fields["model_type"] = self.model_type.removesuffix("_mod")
             fields[GUARD] = "those of a routed model: pass trust_remote_code=True, or import router_tuning.model"
         return fields
+
+
+for _name, _default in ModConfig().to_fields().items():
+    setattr(ModFields, _name, _default)
 
 
 def plain_config(config: PretrainedConfig) -> PretrainedConfig:

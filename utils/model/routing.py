@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .class_swap import mix_in, mix_out
-from .configuration_mod import Layers, ModConfig, own_config
+from .configuration_mod import ModConfig, own_config
 from .installing import install, uninstall
 from .modeling_mod import ModPreTrained
 from .recording import routed_base
@@ -24,23 +24,14 @@ def is_routed(model: nn.Module) -> bool:
     return any(getattr(module, "is_routed_decoder", False) for module in model.modules())
 
 
-def route(
-    model: PreTrainedModel,
-    mod_n: int | None = None,
-    *,
-    mod_layers: Layers | None = None,
-    granularity: str = "attn_sequence",
-    threshold: float | dict[str, float] = 0.5,
-    router_pooling: str = "sequence",
-    kv_policy: str = "keep",
-    skip: str = "zero",
-    skip_rank: int = 32,
-    target_capacity: float = 0.5,
-    gradient_scale: float = 0.0,
-) -> PreTrainedModel:
-    """Route a dense causal LM in place; see :class:`ModConfig` for the arguments.
+def route(model: PreTrainedModel, mod_n: int | None = None, **options: Any) -> PreTrainedModel:
+    """Route a dense causal LM in place.
 
     Routers start at zero: at τ ≤ 0.5 the routed model computes exactly what the dense one does.
+
+    Args:
+        mod_n: how many layers are routed, from the deepest but one. options: fields of :class:`ModConfig`, such as
+            ``granularity`` and ``skip``.
 
     Returns:
         The same object.
@@ -51,18 +42,7 @@ def route(
     """
     if is_routed(model):
         raise ValueError("this model is routed already: unroute(model) before routing it anew")
-    config = ModConfig(
-        mod_n=mod_n,
-        mod_layers=mod_layers,
-        granularity=granularity,
-        threshold=threshold,
-        router_pooling=router_pooling,
-        kv_policy=kv_policy,
-        skip=skip,
-        skip_rank=skip_rank,
-        target_capacity=target_capacity,
-        gradient_scale=gradient_scale,
-    )
+    config = ModConfig(mod_n, **options)
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"route() takes a transformers model, not {type(model).__name__}: route before wrapping it")
     try:

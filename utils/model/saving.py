@@ -148,15 +148,11 @@ def _fitting(model: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str
 
 def read_router_config(folder: Path) -> dict[str, Any]:
     """The parsed ``router_config.json``; UserError if it is missing or not ours."""
-    path = Path(folder) / CONFIG_NAME
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name a folder that save_routers or a tuning run wrote")
+    path = _existing(folder, CONFIG_NAME)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise UserError(f"{path}: not a router configuration of format {FORMAT}")
     return config
@@ -164,13 +160,18 @@ def read_router_config(folder: Path) -> dict[str, Any]:
 
 def read_router_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of ``router.safetensors``; UserError if it is missing or damaged."""
-    path = Path(folder) / WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name a folder that save_routers or a tuning run wrote")
+    path = _existing(folder, WEIGHTS_NAME)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a valid safetensors file ({error})") from None
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = Path(folder) / name
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name a folder that save_routers or a tuning run wrote")
+    return path
 
 
 def thresholds_for(

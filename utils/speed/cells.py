@@ -8,7 +8,6 @@ time did not suffice for. A later run on the same device goes on with what is mi
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from router_tuning.files import append_json, read_json_lines
 
 Row = dict[str, Any]
 
@@ -34,16 +35,6 @@ class Cell:
     expected: float = 0.0
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All lines of a journal, without a last one that was cut."""
-    return [json.loads(line) for line in _whole_lines(path).splitlines()]
-
-
-def _whole_lines(path: Path) -> bytes:
-    content = path.read_bytes() if path.exists() else b""
-    return content[: content.rfind(b"\n") + 1]
-
-
 def run_cells(
     cells: Iterable[Cell],
     path: Path,
@@ -60,34 +51,32 @@ def run_cells(
         report: called with the name and the rows of each cell, as it ends.
     """
     start = time.perf_counter()
-    done = {row["cell"] for row in measured(read_rows(path), about["device"])}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {row["cell"] for row in measured(read_json_lines(path), about["device"])}
     longest: dict[str, float] = {}
     late = []
     gc.freeze()  # what is there now stays: cells collect their own alone
-    with path.open("a", encoding="utf-8") as journal:
-        journal.truncate(len(_whole_lines(path)))
-        _write(journal, [{"run": about}])
-        for cell in cells:
-            if cell.name in done:
-                continue
-            began = time.perf_counter()
-            expected = longest.get(cell.kind, max(cell.expected, *longest.values(), 0.0))
-            if minutes is not None and began - start + expected > 60 * minutes:
-                late.append(cell.name)
-                continue
-            try:
-                rows = cell.run()
-            except Exception as error:
-                rows = [{"failed": f"{type(error).__name__}: {error}"[:500]}]
-            free_memory()
-            took = time.perf_counter() - began
-            longest[cell.kind] = max(longest.get(cell.kind, 0.0), took)
-            rows = [{"cell": cell.name, "seconds": took, **row} for row in rows]
-            _write(journal, rows)
-            report(cell.name, rows)
-        if late:
-            _write(journal, [{"not_started": late, "minutes": minutes}])
+    append_json(path, {"run": about})
+    for cell in cells:
+        if cell.name in done:
+            continue
+        began = time.perf_counter()
+        expected = longest.get(cell.kind, max(cell.expected, *longest.values(), 0.0))
+        if minutes is not None and began - start + expected > 60 * minutes:
+            late.append(cell.name)
+            continue
+        try:
+            rows = cell.run()
+        except Exception as error:
+            rows = [{"failed": f"{type(error).__name__}: {error}"[:500]}]
+        free_memory()
+        took = time.perf_counter() - began
+        longest[cell.kind] = max(longest.get(cell.kind, 0.0), took)
+        rows = [{"cell": cell.name, "seconds": took, **row} for row in rows]
+        for row in rows:
+            append_json(path, row)
+        report(cell.name, rows)
+    if late:
+        append_json(path, {"not_started": late, "minutes": minutes})
     gc.unfreeze()
 
 
@@ -106,8 +95,3 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _write(journal: Any, rows: list[Row]) -> None:
-    journal.writelines(json.dumps(row) + "\n" for row in rows)
-    journal.flush()

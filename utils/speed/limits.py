@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from router_tuning.evaluation.tables import Table
+from router_tuning.model import GRANULARITIES as EVERY
 from router_tuning.model import ModConfig
 
-GRANULARITIES = ("attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_sequence", "block_token")
-GRANULARITIES += ("attn_token+mlp_token",)
+GRANULARITIES = (*(name for name in EVERY if "expert" not in name), "attn_token+mlp_token")
 
 
 @dataclass(frozen=True)
