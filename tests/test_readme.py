@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = {page.name: page for page in (*(ROOT / name for name in OURS), *sorted((ROOT / "docs").glob("*.md")))}
 TEXTS = {name: page.read_text() for name, page in PAGES.items()} | {"ckpt": (ROOT / "ckpt/README.md").read_text()}
-ELSEWHERE = ("pip", "unzip", "for", "sbatch", "pytest")
+ELSEWHERE = ("pip", "unzip", "for", "sbatch", "pytest", "vllm", "curl")
 """What printed commands begin with that are not of this repository."""
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from router_tuning.model.router import threshold_logit
 from router_tuning.serving.modules import KeptQueries, Pass, RoutedAttention, RoutedMLP, put_in_front, route_module
 
 TOKENS, SIZE = 7, 16
@@ -55,7 +56,8 @@ class PlainAttention(nn.Module):
 
 
 def routed(module, mixin, rank, threshold, always):
-    route_module(module, mixin, SIZE, rank, threshold)
+    route_module(module, mixin, SIZE, rank)
+    module.mod_logit = threshold_logit(threshold)
     with torch.no_grad():
         for parameter in [module.mod_router.weight, *(module.mod_skip.parameters() if module.mod_skip else ())]:
             parameter.normal_()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,16 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from router_tuning.serving.modules import KeptQueries, Pass, RoutedAttention, RoutedMLP, put_in_front, route_module
+from router_tuning.model.router import threshold_logit
+from router_tuning.serving.modules import (
+    KeptQueries,
+    Pass,
+    Routed,
+    RoutedAttention,
+    RoutedMLP,
+    put_in_front,
+    route_module,
+)
 from router_tuning.serving.settings import served_routing
 
 RANKS = {"zero": None, "mean": 0}
@@ -33,18 +42,25 @@ class RoutedCausalLM:
         if not vllm_config.model_config.enforce_eager:
             raise ValueError("routed models run without graphs: add --enforce-eager")
         routing = served_routing(config)
-        thresholds = routing.thresholds(routing.targets)
         self.mod_pass, self.mod_first_runs = Pass(), routing.skip != "zero"
+        self.mod_modules: dict[str, Routed] = {}
         for layer, part in routing.targets:
             if isinstance(self.model.layers[layer], PPMissingLayer):
                 continue
             module = self.model.layers[layer].mlp if part == "mlp" else self.model.layers[layer].self_attn
             rank = RANKS.get(routing.skip, routing.skip_rank)
-            mixin = RoutedMLP if part == "mlp" else RoutedAttention
-            route_module(module, mixin, config.hidden_size, rank, thresholds[layer, part])
+            route_module(module, RoutedMLP if part == "mlp" else RoutedAttention, config.hidden_size, rank)
             module.mod_pass = self.mod_pass
+            self.mod_modules[f"{layer}.{part}"] = module
             if part == "attn":
                 put_in_front(module.attn, KeptQueries)
+        thresholds = routing.thresholds(routing.targets)
+        self.set_thresholds({f"{layer}.{part}": value for (layer, part), value in thresholds.items()})
+
+    def set_thresholds(self, thresholds: Mapping[str, float]) -> None:
+        """Set τ by router, ``"<layer>.<part>"``; what is cached of earlier tokens stays as it was."""
+        for name, module in self.mod_modules.items():
+            module.mod_logit = threshold_logit(thresholds[name])
 
     def forward(
         self,

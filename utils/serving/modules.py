@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from router_tuning.model.router import ModRouter, threshold_logit
+from router_tuning.model.router import ModRouter
 from router_tuning.model.skip_path import SkipPath
 
 
@@ -106,9 +106,8 @@ def put_in_front(module: nn.Module, mixin: type) -> None:
     module.__class__ = type(type(module).__name__, (mixin, type(module)), {})
 
 
-def route_module(module: nn.Module, mixin: type[Routed], hidden_size: int, rank: int | None, threshold: float) -> None:
+def route_module(module: nn.Module, mixin: type[Routed], hidden_size: int, rank: int | None) -> None:
     """Give ``module`` an untrained router and skip path (of ``rank``; 0: its mean alone, None: zero)."""
     put_in_front(module, mixin)
     module.mod_router = ModRouter(hidden_size)
     module.mod_skip = None if rank is None else SkipPath(hidden_size, rank)
-    module.mod_logit = threshold_logit(threshold)

@@ -1,0 +1,93 @@
+"""An export in vLLM: the same tokens as in transformers, and the throughput beside the dense base.
+
+    python entrypoints/analysis/benchmark_serving.py --export exports/budget --base ckpt/NAME --output serving.json
+Runs where vLLM and this package are installed. On a CPU, seconds are those that the processor spent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from router_tuning.errors import UserError, cli
+from router_tuning.files import write_json
+from router_tuning.provenance import provenance
+from router_tuning.serving import comparison
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Add 12 and 3.",
+    "Write a short poem about the sea.",
+    "Explain in two sentences why the sky is blue.",
+    "Give three tips for staying healthy.",
+    "Translate 'good morning' into Spanish.",
+    "Write a Python function that reverses a string.",
+    "List the planets of the solar system.",
+)
+SYSTEM = "You are a careful assistant, who answers briefly and to the point, and says so where something is unknown. "
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--export", type=Path, required=True, help="an export (full) of token level")
+    parser.add_argument("--base", type=Path, required=True, help="folder of its dense base")
+    parser.add_argument(
+        "--budgets", type=float, nargs="*", default=[1.0, 0.8, 0.6], help="shares of the FLOPs; none: not timed"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="for equality; the last one timed"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON; the row of this export is added or replaced")
+    args = parser.parse_args()
+    if min(*args.batches, args.new_tokens, args.repeats) < 1:
+        raise UserError("--batches, --new_tokens and --repeats must be 1 or more")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.export)
+    texts = [start + question for start in ("", SYSTEM) for question in QUESTIONS]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
+        for text in texts
+    ]
+    row = {"export": args.export.name, "new_tokens": args.new_tokens, "about": provenance()}
+    row |= {"equality": [], "throughput": []}
+    rows = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
+    rows = [*[other for other in rows if other["export"] != row["export"]], row]
+
+    def note(kind: str, **found: Any) -> None:
+        row[kind].append(found)
+        write_json(args.output, rows)
+        print(json.dumps(found), flush=True)
+
+    for dtype in args.dtypes:
+        model = comparison.our_model(args.export, dtype)
+        expected = comparison.our_tokens(model, prompts, args.new_tokens)
+        for name, settings in comparison.SETTINGS.items():
+            llm = comparison.engine(args.export, dtype, **settings)
+            note("equality", dtype=dtype, setting=name, **comparison.equality(llm, prompts, expected))
+    if args.budgets:
+        plain = {"architectures": [model.config.architectures[0].replace("ModFor", "For")]}
+        llms = {"routed": llm, "dense": comparison.engine(args.base, dtype, hf_overrides=plain)}
+        for batch in args.batches:
+            timed = (prompts * batch)[:batch]
+            for found in comparison.throughput(llms, args.export, args.budgets, timed, args.new_tokens, args.repeats):
+                kept = found.pop("kept")
+                share = comparison.flops_left(model, kept) if kept else 1.0
+                note("throughput", dtype=dtype, batch=batch, flops_share=share, **found)
+
+
+if __name__ == "__main__":
+    cli(main)
