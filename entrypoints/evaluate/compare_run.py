@@ -111,7 +111,8 @@ def main() -> None:
         "random": lambda name: random_masks(tuned, rates[name]["capacity"], seed=0),
         "static": lambda name: removed(tuned, order, rates[name]["share"]),
     }.items():
-        records.append(score(benchmark, dense, tuned, tokenizer, {"policy": policy, **cell}, under))
+        timed = policy != "random"  # its modules run as often as the routed ones
+        records.append(score(benchmark, dense, tuned, tokenizer, {"policy": policy, **cell}, under, timed))
     records[-1]["removed"] = order
     write_text(args.run / COMPARISON, "".join(json.dumps(record) + "\n" for record in records))
     figures = [quality_figure(records, args.run / "quality_against_compute.png").name]
