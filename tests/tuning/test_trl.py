@@ -1,4 +1,4 @@
-"""Routers under TRL's SFT trainer, which computes its loss outside the model: the regulariser acts all the same."""
+"""Routers under TRL's trainers: SFT computes its loss outside the model, DPO loads an export twice."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import LAYERS
 from tiny_training import dense_answers, freeze_base
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from router_tuning.checkpoint.export import export
 from router_tuning.model import record_routing, route
 
 trl = pytest.importorskip("trl")
@@ -63,3 +64,26 @@ def test_capacity_goes_to_the_target_with_an_adapter(parts, tmp_path):
 
 def test_without_a_scale_the_routers_stay_open(parts, tmp_path):
     assert mean_capacity(parts, tmp_path, 0.0, peft=False) > 0.7
+
+
+def test_dpo_trains_an_export_against_a_reference_of_the_same_folder(parts, tmp_path):
+    from datasets import Dataset
+
+    export(parts["start"], parts["base"], tmp_path / "export")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "mod_router" in name}
+    rows = [{"prompt": "red blue", "chosen": f" {word} cat", "rejected": " one"} for word in ("sun", "moon", "tree")]
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path / "dpo"), max_steps=2, learning_rate=0.01, per_device_train_batch_size=3,
+        trust_remote_code=True, report_to="none", use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(
+        model=freeze_base(model), args=arguments, train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "export"),
+    )  # fmt: skip
+    trainer.train()
+    after = trainer.model.state_dict()
+    assert before and all(not torch.equal(after[name], value) for name, value in before.items())
+    reference = trainer.ref_model.state_dict()
+    assert all(torch.equal(reference[name], value) for name, value in before.items()), "the reference is routed, too"
