@@ -62,7 +62,8 @@ def tell(run: Run, model: PreTrainedModel) -> None:
     """Log how long the run takes, and where that is hours, the setting that makes it minutes; all ranks alike."""
     if requested() not in ("one process", "ddp"):
         return  # an engine has cut the weights, or will
-    model.to(run.training.device)
+    if model.device.type != run.training.device.type:  # a quantised base is there already, and must not be moved
+        model.to(run.training.device)
     rate = reading_rate(model, run.training.per_device_train_batch_size, min(256, run.max_length))
     rate *= run.training.world_size
     seconds = {phase: tokens / rate for phase, tokens in tokens_read(run).items()}
