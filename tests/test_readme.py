@@ -161,3 +161,16 @@ def test_picture_and_table_of_real_bases(tmp_path):
     records.append(record("routed", 0.9, 3.0, "paper", "attn_sequence", None))
     assert front_figure(records, tmp_path / "c.svg").read_bytes() != picture
     assert len(bases_table([("a base", records)]).rows) == 1
+
+
+def test_a_comparison_without_tasks_is_told_by_its_divergence():
+    from router_tuning.evaluation.comparison import comparison_table, reading
+
+    values = {"dense": ("dense", 0.0), "budget": ("routed", 0.1), "paper": ("routed", 0.3), "static": ("static", 0.2)}
+    records = [
+        {"cell": {"policy": policy, "recipe": name}, "share": 0.8, "capacity": 0.7, "texts": {"answers": {"kl": kl}}}
+        for name, (policy, kl) in values.items()
+    ]
+    rows = {row[0]: row[2] for row in comparison_table(records).rows}
+    assert rows["routers, recipe budget"] == 0.1 and rows["published recipe"] == 0.3
+    assert "KL of 0.100" in reading(records) and "the published recipe 0.300" in reading(records)

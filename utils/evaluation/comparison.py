@@ -15,8 +15,8 @@ ORDER = ("dense", "routed", "published", "static", "random")
 def comparison_table(records: Sequence[Record]) -> Table:
     """A row per policy: what is left of the operations, quality, and time and cache as shares of the dense model's."""
     groups, metric = _by_kind(records), _metric(records)
-    columns: dict[str, list[Cell]] = {"": [], "FLOPs": [], metric or "": [], "KL": [], "time, prompts": [],
-                                      "time, answers": [], "KV cache": []}  # fmt: skip
+    titles = ["", "FLOPs", metric or "score", "KL", "time, prompts", "time, answers", "KV cache"]
+    columns: dict[str, list[Cell]] = {title: [] for title in titles}
     for kind, group in groups.items():
         values = [group.averages(metric) if metric else [], group.texts("answers", "kl")]
         costs = [("prefill", "time_ratio"), ("generate", "time_ratio"), ("kv_share",)]
