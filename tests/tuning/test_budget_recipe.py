@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 
 import pytest
+import tiny_checkpoint
+import tiny_tuning
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from router_tuning.embedded.base_training import build_tokenizer
 from router_tuning.embedded.sample_tasks import generate
@@ -106,10 +110,13 @@ def test_recipe_defaults_give_way_to_flags():
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--lora", "true"], "trains routers on a frozen base"),
         (["--granularity", "attn_token", "--lora", "true", "--num_train_epochs", 0], "the run has no step"),
         (["--recipe", "paper", "--label_tokens", 9], "--label_tokens is a setting of --recipe budget"),
         (["--skip_rank", 33], "--skip_rank 33 must be at most the base's hidden size, 32"),
+        (
+            ["--granularity", "attn_token", "--gradient_checkpointing", "true"],
+            "leave out fp16 and activation checkpoint",
+        ),
         (["--lowest_budget", 0.97], "--lowest_budget 0.97 and --highest_budget 0.95"),
     ],
 )
@@ -138,3 +145,82 @@ def test_prompt_ends_where_loss_begins():
 def test_token_level_is_calibrated_on_what_generation_runs(labels, kept):
     ids = list(range(len(labels)))
     assert predicting_part_of({"input_ids": ids, "labels": labels})["input_ids"] == ids[:kept]
+
+
+SETTINGS = {"recipe": "budget", "granularity": "attn_token", "router_dir": None, "skip_rank": 4}
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence+mlp_token"])
+def test_training_runs_at_the_drawn_budgets_and_resumes_with_the_same_bits(parts, tmp_path, granularity):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    settings = {**SETTINGS, "granularity": granularity}
+    tiny_tuning.tune(parts, whole, **settings)
+    later = [line["capacity"] for line in tiny_tuning.history(whole)[1:]]
+    assert later and all(0.0 <= capacity <= 1.0 for capacity in later)
+    run.mkdir()
+    shutil.copytree(whole / "checkpoint-4", run / "checkpoint-4")
+    tiny_tuning.tune(parts, run, resume_from_checkpoint="auto", **settings)
+    assert (run / "router.safetensors").read_bytes() == (whole / "router.safetensors").read_bytes()
+
+
+def test_settings_are_those_of_the_command_line(parts, tmp_path):
+    """Budgets from 0.9 on: nearly everything runs. Paths that train move, and others stay as they were fitted."""
+    runs = {"high": {"lowest_budget": 0.9}, "low": {"lowest_budget": 0.1, "highest_budget": 0.3}}
+    for name, further in {**runs, "paths": {"train_skip": True}}.items():
+        tiny_tuning.tune(parts, tmp_path / name, **{**SETTINGS, "train_skip": False, **further})
+    high, low = ([line["capacity"] for line in tiny_tuning.history(tmp_path / name)] for name in ("high", "low"))
+    assert min(high) > 0.8 and 0.5 > max(low)
+    fixed, also, moved = (load_file(tmp_path / name / "router.safetensors") for name in ("high", "low", "paths"))
+    for name in (name for name in fixed if "mod_skip" in name):
+        assert torch.equal(fixed[name], also[name]) and not torch.equal(fixed[name], moved[name])
+
+
+@pytest.mark.parametrize("trains", [{"lora": True, "lora_r": 2}, {"router_only": False}])
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token"])
+def test_routers_train_beside_adapters_or_the_base(parts, tmp_path, trains, granularity):
+    """peft trains a copy of every router: that copy is what is fitted, stepped and saved."""
+    settings, runs = {**SETTINGS, "granularity": granularity}, {name: tmp_path / name for name in ("start", "trained")}
+    tiny_tuning.tune(parts, runs["start"], num_train_epochs=0, **settings)
+    tiny_tuning.tune(parts, runs["trained"], **trains, **settings)
+    start, end = (load_file(run / "router.safetensors") for run in runs.values())
+    assert start.keys() == end.keys()
+    moved = [name for name, value in start.items() if not torch.equal(end[name], value)]
+    assert all(name in moved and end[name].isfinite().all() for name in start if "mod_router" in name)
+    if "lora" in trains:
+        saved = load_file(runs["trained"] / "adapter" / "adapter_model.safetensors")
+        assert all(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
+    else:
+        name, base = "model.layers.4.mlp.up_proj.weight", load_file(parts["base"] / "model.safetensors")
+        assert not torch.equal(load_file(runs["trained"] / "model" / "model.safetensors")[name], base[name])
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_routers_of_experts_know_better_than_chance_which_assignments_to_skip(tmp_path, epochs):
+    data = tiny_tuning.write_conversations(tmp_path / "rows.jsonl", rows=48)
+    base = tiny_checkpoint.write_base(tmp_path / "base", "mixtral")
+    settings = {
+        **SETTINGS,
+        "granularity": "expert_token",
+        "num_train_epochs": epochs,
+        "label_tokens": 1500,
+        "global_batch_size": 16,
+    }
+    tiny_tuning.tune({"base": base, "start": None, "data": data}, tmp_path / "run", **settings)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["reached_capacity"] == pytest.approx(0.4, abs=0.05)
+    dense = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = load_routers(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), tmp_path / "run")
+    other = tiny_tuning.write_conversations(tmp_path / "other.jsonl", rows=12, seed=1)
+    tokenizer, generator = AutoTokenizer.from_pretrained(base), torch.Generator().manual_seed(0)
+    apart = {"routers": 0.0, "chance": 0.0}
+    for line in other.read_text().splitlines():
+        row = encode_row(json.loads(line), tokenizer)
+        ids, learnt = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:]) != -100
+        with torch.no_grad(), record_routing(model) as log:
+            ours, theirs = (m(ids, use_cache=False).logits[0, :-1][learnt].log_softmax(-1) for m in (model, dense))
+        share = log.capacity()["total"]
+        chance = lambda *args, share=share: torch.rand(args[2], generator=generator) < share  # noqa: E731
+        with torch.no_grad(), force_routing(model, chance):
+            blind = model(ids, use_cache=False).logits[0, :-1][learnt].log_softmax(-1)
+        for name, found in {"routers": ours, "chance": blind}.items():
+            apart[name] += float((theirs.exp() * (theirs - found)).sum(-1).mean())
+    assert apart["routers"] < 0.8 * apart["chance"]

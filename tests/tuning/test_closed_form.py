@@ -9,6 +9,7 @@ from tiny_routed import random_skip_paths, routed_model
 from torch.nn.functional import log_softmax
 
 from router_tuning.model import routed_modules
+from router_tuning.model.router import pooled_mean
 from router_tuning.tuning.recipes.budget.closed_form import fit_router
 from router_tuning.tuning.recipes.budget.damage import drawn, fisher_damage
 
@@ -36,7 +37,7 @@ def test_indices_are_drawn_by_their_probability():
 
 
 def one_module_at_a_time(dense, layer, part, path, batch, targets):
-    """``½ (∂ Σ log p(y) / ∂m)²`` of one module of the dense model, and what a router there would see, ``[b, t]``."""
+    """``∂ Σ log p(y) / ∂m`` of one module of the dense model by draw, and what its router would see, ``[b, t]``."""
     gate, seen = torch.ones(batch["input_ids"].shape, requires_grad=True), []
     block = dense.model.layers[layer]
     module = {"attn": block.self_attn, "mlp": block.mlp, "block": block}[part]
@@ -53,15 +54,16 @@ def one_module_at_a_time(dense, layer, part, path, batch, targets):
     handle = module.register_forward_hook(mix, with_kwargs=True)
     found = log_softmax(dense(**inputs(batch), use_cache=False).logits[:, :-1][batch["labels"][:, 1:] != -100], -1)
     handle.remove()
-    (gradient,) = torch.autograd.grad(found.gather(1, targets).sum(), gate)
-    return seen[0].detach(), 0.5 * gradient.square()
+    slopes = [torch.autograd.grad(found.gather(1, drawn).sum(), gate, retain_graph=True)[0] for drawn in targets]
+    return seen[0].detach(), slopes
 
 
-@pytest.mark.parametrize("granularity", ["attn_token+mlp_token", "block_token"])
+@pytest.mark.parametrize("granularity", ["attn_token+mlp_token", "block_token", "attn_sequence+mlp_sequence"])
 @pytest.mark.parametrize("skip", ["zero", "low_rank"])
 def test_damage_of_all_modules_at_once_is_that_of_each_alone(granularity, skip):
+    """Of a token, or the mean over the predictions of a sequence, for which targets are drawn four times."""
     dense, model = tiny_model(), routed_model("llama", granularity, skip=skip, skip_rank=3)
-    paths = random_skip_paths(model)
+    paths, sequence = random_skip_paths(model), "sequence" in granularity
     before = [model(**inputs(batch), use_cache=False).logits for batch in batches()]
     found, generator = fisher_damage(model, batches(), seed=5), torch.Generator().manual_seed(5)
     expected = {name: ([], []) for name in found}
@@ -69,18 +71,25 @@ def test_damage_of_all_modules_at_once_is_that_of_each_alone(granularity, skip):
         learnt = batch["labels"][:, 1:] != -100
         with torch.no_grad():
             chances = dense(**inputs(batch), use_cache=False).logits[:, :-1][learnt].softmax(-1)
-        targets = drawn(chances, generator)
-        decided = torch.zeros_like(batch["labels"], dtype=torch.bool)
+        targets = [drawn(chances, generator) for _ in range(4 if sequence else 1)]
+        runs = batch["attention_mask"].bool() & (torch.arange(9) >= int(skip != "zero"))
+        decided = runs.clone()
         for row, carries in enumerate(learnt):
-            decided[row, int(skip != "zero") : int(carries.nonzero().max()) + 1] = True
+            decided[row, int(carries.nonzero().max()) + 1 :] = False
         for name, module in routed_modules(model).items():
             key = module.mod_layer, module.mod_part
-            hidden, damage = one_module_at_a_time(dense, *key, paths.get(key), batch, targets)
-            expected[name][0].append(hidden[decided])
-            expected[name][1].append(damage[decided])
-    for name, (hidden, damage) in found.items():
+            hidden, slopes = one_module_at_a_time(dense, *key, paths.get(key), batch, targets)
+            if sequence:
+                slopes = [(slope * runs).sum(1).square() / learnt.sum(1) for slope in slopes]
+                expected[name][0].append(pooled_mean(hidden, batch["attention_mask"].bool()))
+                expected[name][1].append(0.5 * torch.stack(slopes).mean(0))
+            else:
+                expected[name][0].append(hidden[decided])
+                expected[name][1].append(0.5 * slopes[0].square()[decided])
+    for name, (hidden, damage, decided) in found.items():
         torch.testing.assert_close(hidden, torch.cat(expected[name][0]), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(damage, torch.cat(expected[name][1]), atol=1e-4, rtol=2e-3)
+        torch.testing.assert_close(damage[:, 0], torch.cat(expected[name][1]), atol=1e-4, rtol=2e-3)
+        assert decided.all()
     for batch, logits in zip(batches(), before, strict=True):
         assert torch.equal(model(**inputs(batch), use_cache=False).logits, logits)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -91,7 +100,7 @@ def test_a_module_that_does_nothing_has_the_least_damage():
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(0.01)
     model = routed_model(granularity="attn_token+mlp_token", model=model)
-    mean = {name: float(damage.mean()) for name, (_, damage) in fisher_damage(model, batches(6)).items()}
+    mean = {name: damage.mean() for name, damage in fisher_damage(model, batches(6)).items()}
     least, second = sorted(mean.values())[:2]
     assert mean["2.mlp"] == least < 0.01 * second
 

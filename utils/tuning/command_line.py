@@ -92,8 +92,7 @@ _AT_LEAST = {
     1: "global_batch_size per_device_train_batch_size gradient_accumulation_steps preprocessing_num_workers "
     "label_tokens calibration_tokens search_inputs search_masks".split(),
     0: "learning_rate weight_decay warmup_steps max_grad_norm num_train_epochs label_smoothing_factor gradient_scale "
-    "multiplier_rate router_rate other_rate "
-    "seed logging_steps save_steps save_total_limit".split(),
+    "other_rate seed logging_steps save_steps save_total_limit".split(),
 }
 
 

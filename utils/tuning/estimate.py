@@ -50,7 +50,7 @@ def tokens_read(run: Run) -> dict[str, float]:
         return {"training": trained * (1 + backward)}
     calibration = {"calibration": 8 * budget.calibration_tokens}
     parts = routing.config().parts
-    if set(parts.values()) == {"sequence"}:
+    if set(parts.values()) == {"sequence"} and routing.trains == "routers":
         routers = (routing.mod_n or layers) * len(parts)
         masks = min(2.0**routers, budget.search_masks)
         return {"mask search": min(budget.search_inputs, len(lengths)) * mean * (1 + masks * deep)} | calibration

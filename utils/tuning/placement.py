@@ -55,7 +55,7 @@ def importance(
         fit_skip_paths(model, batches, config.skip, config.skip_rank)
         names, saved = list(routed_modules(model)), saved_shares(model)
         estimates = damage_in_parts(model, batches, names, seed, _AT_ONCE)
-        return {name: (float(damage.mean()), saved[name]) for name, _, damage in estimates}
+        return {name: (damage.mean(), saved[name]) for name, damage in estimates}
     finally:
         unroute(model)
 

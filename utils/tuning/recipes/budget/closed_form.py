@@ -1,9 +1,9 @@
-"""Token-level routers in closed form, from what skipping would do; no training step.
+"""Routers in closed form, from what skipping would do; no training step.
 
 The damage of skipping a module (:mod:`damage`) is a square with a Gaussian in it, of which only the mean depends on
-the token: a gamma regression with a logarithmic link predicts it from what the router sees. For any budget the best
-choice then skips what has the least expected damage per operation that is saved, so a router's score is the logarithm
-of the one and its threshold, but for a shift common to all, the logarithm of the other.
+the token or sequence: a gamma regression with a logarithmic link predicts it from what the router sees. For any budget
+the best choice then skips what has the least expected damage per operation that is saved, so a router's score is the
+logarithm of the one and its threshold, but for a shift common to all, the logarithm of the other.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from router_tuning.model import routed_modules
 from router_tuning.model.flops import saved_shares
-from router_tuning.tuning.recipes.budget.damage import damage_in_parts
-from router_tuning.tuning.recipes.budget.thresholds import share_threshold
+from router_tuning.tuning.recipes.budget.damage import Damage, damage_in_parts
+from router_tuning.tuning.recipes.budget.gates import RIDGE, curve_of, router_of
 
 _AT_ONCE = 2**31
 """Bytes: routers whose inputs fit here together are labelled in one pass over the tokens."""
-RIDGE = 5.0  # mean variances; less fits noise: at 1e-3 the divergence on held-out text was three times as large
+_FEWEST = 20  # decisions; an expert that has fewer is taken for like the others
 _HELD_OUT = 0.2
 _STEPS = (0.5,) * 20 + (0.25,) * 10
 _CLIP = 40.0  # times what is expected: single damages are heavy-tailed
@@ -41,39 +41,47 @@ class RouterFit(NamedTuple):
 
 
 def fit_routers(
-    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], names: Sequence[str], seed: int
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], seed: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Fit the token-level routers ``names`` in place.
+    """Fit all routers in place.
 
     Args:
         batches: inputs of the model's forward with ``labels``; on the first fifth it is seen what generalises.
 
     Returns:
         Threshold logits by router, at which half of the routed operations run and which one common shift moves to any
-        budget; and what skipping each module for all tokens would cost, in nats per token.
-    """
-    fits, damages, scores = {}, {}, {}
-    for name, hidden, damage in damage_in_parts(model, batches, names, seed, _AT_ONCE):
-        hidden = hidden.to(model.device)
-        fits[name] = fit_router(hidden, damage.to(model.device))
-        damages[name], scores[name] = float(damage.mean()), hidden.float() @ fits[name].weight
-    return _install(model, fits, scores), damages
-
-
-@torch.no_grad()
-def _install(model: PreTrainedModel, fits: Mapping[str, RouterFit], scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """Copy the fits into the routers; threshold logits by router.
-
-    Routers have no bias, so a fit's constant is part of its threshold, beside the logarithm of what skipping saves.
+        budget; and what skipping each module everywhere would cost, in nats per decision.
     """
     modules, saved = routed_modules(model), saved_shares(model)
-    logit = {name: math.log(saved[name]) - fit.bias for name, fit in fits.items()}
-    above = [scores[name] - logit[name] for name in fits]
-    middle = float(share_threshold(above, 0.5, [saved[name] for name in fits]))
-    logit = {name: value + middle for name, value in logit.items()}
-    for name, fit in fits.items():
-        modules[name].mod_router.weight.copy_(fit.weight[None])
-    return logit
+    logit, damages, above = {}, {}, []
+    for name, found in damage_in_parts(model, batches, list(modules), seed, _AT_ONCE):
+        found = Damage(*(part.to(model.device) for part in found))
+        weight, bias = _fit_experts(found) if modules[name].mod_part == "expert" else _fit(found)
+        # Routers have no bias: a fit's constant is part of its threshold, beside the logarithm of what skipping saves.
+        logit[name] = math.log(saved[name] * len(found.decided) / int(found.decided.sum())) - bias
+        above.append((found.hidden.float() @ weight.T)[found.decided] - logit[name])
+        damages[name] = found.mean()
+        with torch.no_grad():
+            router_of(modules[name]).weight.copy_(weight)
+    middle = float(curve_of(above, [saved[name] for name in logit], torch.tensor([0.5])))
+    return {name: value + middle for name, value in logit.items()}, damages
+
+
+def _fit(found: Damage) -> tuple[Tensor, float]:
+    """Weight ``[1, d]`` and constant."""
+    fit = fit_router(found.hidden, found.damage[:, 0])
+    return fit.weight[None], fit.bias
+
+
+def _fit_experts(found: Damage) -> tuple[Tensor, float]:
+    """Weights ``[E, d]`` and their common constant: what an expert's own adds to it goes along the mean input."""
+    common, mean = math.log(max(found.mean(), 1e-12)), found.hidden.float().mean(0)
+    weight = mean.new_zeros(found.decided.shape[1], len(mean))
+    for expert, chosen in enumerate(found.decided.T):
+        if int(chosen.sum()) >= _FEWEST:
+            fit = fit_router(found.hidden[chosen], found.damage[chosen, expert])
+            weight[expert] = fit.weight + (fit.bias - common) * mean / mean.square().sum()
+    return weight, common
 
 
 @torch.no_grad()
@@ -82,7 +90,7 @@ def within_limits(model: nn.Module, logit: Mapping[str, float]) -> dict[str, flo
     modules = routed_modules(model)
     scale = min(1.0, _LIMIT / max(1.0, *(abs(value) for value in logit.values())))
     for name in logit:
-        modules[name].mod_router.weight.mul_(scale)
+        router_of(modules[name]).weight.mul_(scale)
     return {name: scale * value for name, value in logit.items()}
 
 

@@ -1,4 +1,4 @@
-"""What skipping a module would do to the model's predictions, for every token and all modules in one backward pass.
+"""What skipping a module would do to the model's predictions, for every decision and all modules in one backward pass.
 
 With ``x ← x + P(h) + m·(F(h) − P(h))`` at ``m = 1`` and targets ``y`` drawn from the model's own predictions, the mean
 of ``(∂ log p(y) / ∂m)²`` is Fisher's information about ``m``, and half of it the divergence of the predictions at
@@ -8,17 +8,33 @@ which everything rests, such as the first MLP of a language model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from router_tuning.model import routed_modules
-from router_tuning.model.context import current_context
-from router_tuning.model.routed import Routed
+from router_tuning.tuning.recipes.budget.gates import gates, predicting
 
-_SLOPE = 0.25  # of the score σ(z) at z = 0, through which the engine hands on the gradient of m
+_INPUTS = ("input_ids", "attention_mask", "prompt_length")
+_DRAWS = 4  # of targets for the damage of a sequence, since there are few
+
+
+class Damage(NamedTuple):
+    """What a router sees, ``hidden [n, d]`` in the model's type, and the ``damage [n, E]`` of skipping, in float32.
+
+    Both on the CPU; ``decided [n, E]`` says which damages are of decisions that the router has.
+    """
+
+    hidden: Tensor
+    damage: Tensor
+    decided: Tensor
+
+    def mean(self) -> float:
+        """Nats per decision."""
+        return float(self.damage[self.decided].mean())
 
 
 def fisher_damage(
@@ -26,56 +42,49 @@ def fisher_damage(
     batches: Sequence[Mapping[str, Tensor]],
     names: Collection[str] | None = None,
     seed: int = 0,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """What token-level routers see, and an unbiased estimate in nats of what skipping each token there would do.
+) -> dict[str, Damage]:
+    """What routers see, and an unbiased estimate in nats of what skipping would do there.
 
-    Each ``d`` is the harm to the token's own prediction and to all behind it, of those predictions that carry loss.
-    Left out are padding, tokens behind the last such prediction and, where there is a skip path, first tokens, which
-    no router decides on. One forward and one backward pass per batch; beside these ``2·d`` bytes (in bf16) are kept
-    per token and router.
+    At token level it is the harm to the token's own prediction and to all behind it, at sequence level the mean harm
+    to the sequence's predictions, of those that carry loss. Left out are padding, tokens behind the last such
+    prediction and, where there is a skip path, first tokens, which no router decides on. A forward and a backward pass
+    per batch (four at sequence level); beside these ``2·d`` bytes (in bf16) are kept per decision and router.
 
     Args:
-        model: routed, at token level; its routers and thresholds do not matter and stay as they are.
+        model: routed; its routers and thresholds do not matter and stay as they are.
         batches: ``input_ids``, ``attention_mask`` and ``labels`` as for a language model (-100: the token carries no
             loss), right-padded. Activations and logits of one must fit in memory.
         names: the routers to estimate for, ``"<layer>.<part>"``; None: all.
         seed: of the drawn targets.
-
-    Returns:
-        By router ``h [n, d]``, in the model's type on the CPU, and ``d [n]`` in float32, tokens in the same order.
     """
     modules = routed_modules(model)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in (modules if names is None else names)}
-    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    handles = [m.mod_router.register_forward_hook(_leaf(name, m, seen)) for name, m in modules.items()]
-    before = {name: module.mod_logit for name, module in modules.items()}
+    found: dict[str, list[Damage]] = {name: [] for name in (modules if names is None else names)}
+    draws = _DRAWS if all(modules[name].mod_level == "sequence" for name in found) else 1
     training, generator = model.training, torch.Generator(model.device).manual_seed(seed)
     model.eval()
     try:
-        for module in modules.values():
-            module.mod_logit = -float("inf")
         for batch in batches:
-            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-            predicts = (batch["labels"].roll(-1, dims=1) != -100).to(model.device)
-            predicts[:, -1] = False
-            matters = predicts.flip(1).cummax(1).values.flip(1)
-            with torch.enable_grad():
+            inputs = {key: batch[key].to(model.device) for key in _INPUTS if key in batch}
+            predicts, matters = predicting(batch["labels"].to(model.device))
+            with torch.enable_grad(), gates(modules, dict.fromkeys(modules, 0.0), None) as gated:
                 logits = model(**inputs, use_cache=False).logits
-            towards = _drawn_gradient(logits.detach(), predicts, generator)
-            gradients = torch.autograd.grad(logits, [seen[name][1] for name in found], towards)
-            for (name, kept), gradient in zip(found.items(), gradients, strict=True):
-                hidden, _, decided = seen[name]
-                chosen = decided & matters.to(decided.device)
-                damage = 0.5 * (gradient[..., 0][chosen] / _SLOPE).square()
-                kept.append((hidden[chosen].cpu(), damage.cpu()))
-            seen.clear()
+            seen = [gated[name] for name in found]
+            damages = [torch.zeros_like(gate.score) for gate in seen]
+            for draw in range(draws):
+                towards = _drawn_gradient(logits.detach(), predicts, generator)
+                leaves = [gate.leaf for gate in seen]
+                slopes = torch.autograd.grad(logits, leaves, towards, retain_graph=draw < draws - 1)
+                for gate, damage, slope in zip(seen, damages, slopes, strict=True):
+                    damage += 0.5 / draws * gate.gradient(slope).square()
+            for (name, kept), gate, damage in zip(found.items(), seen, damages, strict=True):
+                if modules[name].mod_level == "sequence":
+                    damage /= gate.by_row(predicts.sum(1).clamp(min=1))
+                decided = gate.where(matters)
+                some = decided.any(1)
+                kept.append(Damage(gate.hidden[some].cpu(), damage[some].cpu(), decided[some].cpu()))
     finally:
-        for handle in handles:
-            handle.remove()
-        for name, module in modules.items():
-            module.mod_logit = before[name]
         model.train(training)
-    return {name: (torch.cat([h for h, _ in kept]), torch.cat([d for _, d in kept])) for name, kept in found.items()}
+    return {name: Damage(*map(torch.cat, zip(*kept, strict=True))) for name, kept in found.items()}
 
 
 def drawn(chances: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -90,8 +99,8 @@ def drawn(chances: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def damage_in_parts(
     model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], names: Sequence[str], seed: int, at_once: int
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, ``h`` and ``d`` of every router as :func:`fisher_damage` has them, in as many passes as memory asks for.
+) -> Iterator[tuple[str, Damage]]:
+    """Name and damage of every router as :func:`fisher_damage` has them, in as many passes as memory asks for.
 
     Args:
         at_once: bytes; routers whose inputs fit here together are estimated in one pass over the tokens.
@@ -99,22 +108,7 @@ def damage_in_parts(
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     together = max(1, at_once // (tokens * model.config.get_text_config().hidden_size * model.dtype.itemsize))
     for start in range(0, len(names), together):
-        for name, (hidden, damage) in fisher_damage(model, batches, names[start : start + together], seed).items():
-            yield name, hidden, damage
-
-
-def _leaf(name: str, module: Routed, seen: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Tensor]:
-    """A hook that puts a score without a past in place of a router's: all that its gradient says is about ``m``."""
-
-    def hook(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        leaf, context = torch.zeros_like(output).requires_grad_(), current_context()
-        chosen = torch.ones_like(output[..., 0], dtype=torch.bool) if context.real is None else context.real
-        first = module.mod_first(context)
-        chosen = chosen if first is None else chosen & ~first
-        seen[name] = args[0].detach(), leaf, chosen.to(leaf.device)
-        return leaf
-
-    return hook
+        yield from fisher_damage(model, batches, names[start : start + together], seed).items()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,65 +12,109 @@ from torch import Tensor, nn
 
 from router_tuning.model import routed_modules
 from router_tuning.model.context import current_context
+from router_tuning.model.routed import Routed
+from router_tuning.model.router import ModRouter
 from router_tuning.model.routing import run_decoder
-from router_tuning.tuning.recipes.budget.closed_form import RIDGE
 
 SLOPE = 0.25
 """Of the score σ(z) at z = 0, through which the engine hands on the gradient of a decision."""
+RIDGE = 5.0
+"""Mean variances; less fits noise: at 1e-3 the divergence on held-out text was three times as large."""
 _EVEN = 1e-6
 
 
+@dataclass
+class Gate:
+    """What one router saw and decided in a pass; ``n`` is ``b`` at sequence level, else ``b·t``.
+
+    Attributes:
+        hidden: ``[n, d]``, what it saw. score: ``W·h + b`` in float32, ``[n, E]``, with ``E`` 1 but for experts.
+        leaf: ``n·E`` values on which the decisions hang, whose gradient is that of ``m`` times :data:`SLOPE`.
+        decided: bool ``[n, E]``, where the router has a say: not on padding, not on tokens that always run, and on
+            none but the experts that the model's own gate chose.
+    """
+
+    hidden: Tensor
+    score: Tensor
+    leaf: Tensor
+    decided: Tensor
+
+    def where(self, matters: Tensor) -> Tensor:
+        """Decisions ``[n, E]`` at tokens where ``matters [b, t]``, or of sequences which have such a token."""
+        whole = matters.any(1) if len(self.score) == len(matters) else matters.flatten()
+        return self.decided & whole.to(self.decided.device)[:, None]
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """``values [b]`` of sequences as ``[n, 1]``."""
+        return values.to(self.score.device).repeat_interleave(len(self.score) // len(values))[:, None]
+
+    def gradient(self, of_leaf: Tensor) -> Tensor:
+        """The gradient of ``m``, ``[n, E]`` in float32, from that of the leaf."""
+        return of_leaf.float().view_as(self.score) / SLOPE
+
+
 class Seen(NamedTuple):
-    """What a router sees: ``mean [d]``, and the Cholesky ``factor [d, d]`` of its ridged covariance."""
+    """What a router sees: ``mean [d]``, and the Cholesky ``factor [d, d]`` of its ridged covariance.
+
+    Routers of experts share one threshold by layer, so their weights carry the constant, too: the mean is zero then,
+    and the factor is of ``E[h hᵀ]``.
+    """
 
     mean: Tensor
     factor: Tensor
 
 
-class Gates:
-    """What one pass has left: inputs and scores of all routers, and the gates that their decisions hang on."""
+def predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens ``[b, t]`` that predict one which carries loss, and those before or at the last of these."""
+    predicts = labels.roll(-1, dims=1) != -100
+    predicts[:, -1] = False
+    return predicts, predicts.flip(1).cummax(1).values.flip(1)
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self.names = names
-        self.decided: Tensor | None = None
 
-    def hidden(self) -> list[Tensor]:
-        """What each router saw, ``[b, t, d]``."""
-        return [self.seen[name][0] for name in self.names]
-
-    def scores(self) -> Tensor:
-        """``W·h + b`` in float32, ``[R, b, t]``."""
-        return torch.stack([self.seen[name][1] for name in self.names])
-
-    def leaves(self) -> list[Tensor]:
-        """Gates ``[b, t, 1]`` whose gradients are those of ``m``, times the slope of σ at zero."""
-        return [self.seen[name][2] for name in self.names]
+def router_of(module: Routed) -> ModRouter:
+    """The router that decides; under peft the copy that is trained and saved."""
+    return [router for router in module.mod_router.modules() if isinstance(router, ModRouter)][-1]
 
 
 @contextmanager
-def gates(modules: Mapping[str, Any], bias: Mapping[str, float], threshold: Tensor | None) -> Iterator[Gates]:
+def gates(
+    modules: Mapping[str, Routed], bias: Mapping[str, float], threshold: Tensor | None
+) -> Iterator[dict[str, Gate]]:
     """Inside the block routers decide by ``W·h + b ≥ threshold`` of each row, through gates without a past.
 
     Args:
         threshold: ``[b]``; None: everything runs.
     """
-    found, before = Gates(list(modules)), {name: module.mod_logit for name, module in modules.items()}
+    found: dict[str, Gate] = {}
+    before = {name: module.mod_logit for name, module in modules.items()}
+    chosen: dict[str, Tensor] = {}
 
-    def hook(name: str, module: Any) -> Callable[..., Tensor]:
+    def choice(name: str) -> Callable[..., None]:
+        def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            chosen[name] = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+
+        return see
+
+    def hook(name: str, module: Routed) -> Callable[..., Tensor]:
         def see(_: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-            score, context = output.detach()[..., 0] + bias[name], current_context()
-            real = torch.ones_like(score, dtype=torch.bool) if context.real is None else context.real
-            first = module.mod_first(context)
-            found.decided = real if first is None else real & ~first
-            runs = torch.ones_like(real) if threshold is None else score >= threshold[:, None]
-            leaf = torch.where(runs, 0.0, -_EVEN)[..., None].to(output.dtype).requires_grad_(threshold is not None)
-            found.seen[name] = args[0].detach(), score, leaf
-            return leaf
+            score = (output.detach() + bias[name]).flatten(0, -2)
+            gate = Gate(args[0].detach().flatten(0, -2), score, score, _decided(module, score))
+            if name in chosen:
+                gate.decided &= torch.zeros_like(gate.decided).scatter_(1, chosen[name], True)
+            runs = torch.ones_like(gate.decided) if threshold is None else score >= gate.by_row(threshold)
+            leaf = torch.where(runs, 0.0, -_EVEN).view_as(output).to(output.dtype)
+            gate.leaf = leaf.requires_grad_(torch.is_grad_enabled())
+            found[name] = gate
+            return gate.leaf
 
         return see
 
     handles = [module.mod_router.register_forward_hook(hook(name, module)) for name, module in modules.items()]
+    handles += [
+        module.register_forward_pre_hook(choice(name), with_kwargs=True)
+        for name, module in modules.items()
+        if module.mod_part == "expert"
+    ]
     try:
         for module in modules.values():
             module.mod_logit = -_EVEN / 2
@@ -81,26 +126,56 @@ def gates(modules: Mapping[str, Any], bias: Mapping[str, float], threshold: Tens
             module.mod_logit = before[name]
 
 
+def _decided(module: Routed, score: Tensor) -> Tensor:
+    """Bool ``[n, E]``: real tokens or sequences, without first tokens that run whatever the router says."""
+    context, everything = current_context(), torch.ones_like(score, dtype=torch.bool)
+    if module.mod_level == "sequence":
+        return everything if context.decided is None else everything & context.decided.to(score.device)[:, None]
+    first = module.mod_first(context)
+    for mask in (context.real, None if first is None else ~first):
+        if mask is not None:
+            everything &= mask.to(score.device).flatten()[:, None]
+    return everything
+
+
 @torch.no_grad()
 def inputs_seen(
     model: nn.Module, batches: Sequence[Mapping[str, Tensor]], bias: Mapping[str, float]
-) -> tuple[dict[str, Seen], Tensor]:
-    """What routers see of the real tokens of ``batches`` while everything runs, and their scores ``[R, n]``."""
+) -> tuple[dict[str, Seen], dict[str, Tensor]]:
+    """What routers see of ``batches`` while everything runs, and the scores of their decisions, ``[n]``."""
     modules = routed_modules(model)
-    sums, scores, count = {}, [], 0
-    with gates(modules, bias, None) as found:
-        for batch in batches:
+    sums: dict[str, list[Tensor | int]] = {}
+    scores: dict[str, list[Tensor]] = {name: [] for name in modules}
+    for batch in batches:
+        with gates(modules, bias, None) as found:
             run_decoder(model, batch)
-            count += int(found.decided.sum())
-            scores.append(found.scores()[:, found.decided].cpu())
-            for name, hidden in zip(modules, found.hidden(), strict=True):
-                seen = hidden[found.decided].float()
-                new = [seen.sum(0), seen.T @ seen]
-                sums[name] = new if name not in sums else [a + b for a, b in zip(sums[name], new, strict=True)]
-    return {n: _seen(first / count, second / count) for n, (first, second) in sums.items()}, torch.cat(scores, 1)
+        for name, gate in found.items():
+            scores[name].append(gate.score[gate.decided].cpu())
+            hidden = gate.hidden[gate.decided.any(1)].float()
+            new = [hidden.sum(0), hidden.T @ hidden, len(hidden)]
+            sums[name] = new if name not in sums else [a + b for a, b in zip(sums[name], new, strict=True)]
+    seen = {name: _seen(*sums[name], centred=module.mod_part != "expert") for name, module in modules.items()}
+    return seen, {name: torch.cat(parts) for name, parts in scores.items()}
 
 
-def _seen(mean: Tensor, square: Tensor) -> Seen:
-    covariance = square - mean[:, None] * mean
-    covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
-    return Seen(mean, torch.linalg.cholesky(covariance))
+def _seen(first: Tensor, second: Tensor, count: int, centred: bool) -> Seen:
+    mean, square = first / count, second / count
+    ridge = RIDGE * (square.diagonal() - mean.square()).mean()
+    if not centred:
+        mean = torch.zeros_like(mean)
+    square = square - mean[:, None] * mean
+    square.diagonal().add_(ridge)
+    return Seen(mean, torch.linalg.cholesky(square))
+
+
+def curve_of(scores: Sequence[Tensor], saved: Sequence[float], grid: Tensor) -> Tensor:
+    """Thresholds at which the shares of ``grid`` of the routed operations run, on the CPU.
+
+    Args:
+        scores: ``[n]`` by router, of any number. saved: operations that never running each would save.
+    """
+    values, order = torch.cat([part.flatten() for part in scores]).sort()
+    parts = zip(scores, saved, strict=True)
+    each = [torch.full((part.numel(),), share / (sum(saved) * max(part.numel(), 1))) for part, share in parts]
+    weight = torch.cat(each).to(values.device)[order].double().cumsum(0)
+    return values[torch.searchsorted(weight, (1 - grid).to(weight)).clamp(max=len(values) - 1)].cpu()

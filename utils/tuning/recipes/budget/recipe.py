@@ -1,10 +1,10 @@
 """The ``budget`` recipe: routers that spend a requested capacity where it pays, and a dial for every other capacity.
 
-Sequence level: inputs are run under many masks, forward only, and routers are fitted to the value of the masks
-(:mod:`search`, :mod:`policy`). Token level: routers start in closed form (:mod:`closed_form`), and the gradient trains
-them to keep the dense model's predictions at many budgets (:mod:`training`); with ``num_train_epochs 0`` closed form
-is all. Both end in thresholds calibrated so that the requested share of the routed work runs, and in a dial that
-reaches any other share without training.
+Routers start in closed form (:mod:`closed_form`), and regression under their own policy trains them at many budgets
+(:mod:`regression`); with ``num_train_epochs 0`` closed form is all. Where whole sequences are decided on and nothing
+but routing trains, inputs are run under many masks, forward only, and routers fitted to the value of these
+(:mod:`search`, :mod:`policy`). What follows are thresholds calibrated so that the requested share of the routed work
+runs, and a dial that reaches any other share without training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from router_tuning.errors import UserError
 from router_tuning.model import routed_modules, set_thresholds
@@ -24,40 +23,48 @@ from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.calibration import (
     drawn_rows,
     in_batches,
-    inputs_of,
     inputs_to_calibrate_on,
     is_sequence_level,
 )
 from router_tuning.tuning.customized_trainer import RouterTrainer
-from router_tuning.tuning.engine_state import full_tensor
 from router_tuning.tuning.interruption import StopOnSignal
 from router_tuning.tuning.recipes.budget.closed_form import fit_routers, within_limits
-from router_tuning.tuning.recipes.budget.gates import inputs_seen
+from router_tuning.tuning.recipes.budget.gates import inputs_seen, router_of
 from router_tuning.tuning.recipes.budget.policy import FitSettings, fit
 from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
-from router_tuning.tuning.recipes.budget.search import Explored, explore, joined
+from router_tuning.tuning.recipes.budget.search import explore, joined
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
-from router_tuning.tuning.recipes.budget.thresholds import biased, routers_that_train
-from router_tuning.tuning.recipes.budget.training import BudgetTrainer, input_norms
 from router_tuning.tuning.routing_statistics import CAPACITY, layer_key
 from router_tuning.tuning.run import Run, TunedRun
 
 FIT_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-INITIAL_WEIGHT = 1e-3
-"""Deviation of the weights of experts' routers to start from."""
 _ROWS = 8
 _LABELLED_AT_ONCE = 1024
 """Tokens of a batch whose damages are read: its logits, and their gradient, are in memory."""
-_NORM_TOKENS = 1000
+_SEQUENCES = 4
+"""Times as many tokens are labelled where whole sequences are decided on."""
 
 
 def tune(run: Run) -> TunedRun:
-    """Train the run's routers in place. Collective: every rank calls.
+    """Train the run's routers, and what else trains, in place. Collective: every rank calls.
 
     Raises:
-        UserError: at sequence level, for anything but routers on a frozen base.
+        UserError: for settings under which gradients cannot be read, or engines would have nothing to step.
     """
-    return _search_and_fit(run) if is_sequence_level(run.model) else _train(run)
+    training = run.training
+    if is_sequence_level(run.model) and run.routing.trains == "routers":
+        return _search_and_fit(run)
+    if training.fp16 or training.activation_checkpointing:
+        raise UserError("recipe 'budget' reads gradients: leave out fp16 and activation checkpointing")
+    run.model.to(training.device)
+    start, damages = _start(run)
+    if run.steps:
+        trainer, end = _trained(run, start)
+    else:
+        trainer, end = RouterTrainer(**trainer_options(run), gradient_scale=0), start
+    dial = {"capacity": [0.5], "logit": {name: [value] for name, value in within_limits(run.model, end).items()}}
+    stopped = run.interruption.signal is not None
+    return TunedRun(trainer, trainer.state.log_history, interrupted=stopped, extra={"dial": dial, "damage": damages})
 
 
 def measure(run: Run, tuned: TunedRun) -> None:
@@ -86,75 +93,59 @@ def measure(run: Run, tuned: TunedRun) -> None:
     model.train(training)
 
 
-# ---- sequence level
-
-
 def _search_and_fit(run: Run) -> TunedRun:
-    if run.routing.trains != "routers":
-        raise UserError(
-            "recipe 'budget' at sequence level trains routers on a frozen base: leave out --lora, --router_only"
-        )
-    model = run.model
-    generator = torch.Generator().manual_seed(run.training.seed)
+    """Sequence level: routers of a frozen base from the value of masks."""
+    model, training = run.model, run.training
+    generator = torch.Generator().manual_seed(training.seed)
     rows = torch.randperm(len(run.data.rows), generator=generator)[: run.command.budget.search_inputs].tolist()
     batches = in_batches([run.data.rows[row] for row in rows], run.collator, _ROWS)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model.to(run.training.device)
-    explored = explore(model, batches[rank::world], run.command.budget.search_masks, seed=run.training.seed + rank)
+    model.to(training.device)
+    explored = explore(model, batches[rank::world], run.command.budget.search_masks, seed=training.seed + rank)
     if world > 1:
-        explored = _gathered(explored, world)
-    policy = fit(explored, FIT_BUDGETS, FitSettings(seed=run.training.seed))
-    install_policy(model, policy.weight)
-    names = list(routed_modules(model))
-    dial = {"capacity": policy.budgets, "logit": dict(zip(names, policy.logit.tolist(), strict=True))}
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, explored)
+        explored = joined(parts)
+    policy = fit(explored, FIT_BUDGETS, FitSettings(seed=training.seed))
+    with torch.no_grad():
+        for module, row in zip(routed_modules(model).values(), policy.weight, strict=True):
+            module.mod_router.weight.copy_(row[None])
+    dial = {"capacity": policy.budgets, "logit": dict(zip(routed_modules(model), policy.logit.tolist(), strict=True))}
     trainer = RouterTrainer(**trainer_options(run), gradient_scale=run.routing.gradient_scale)
     history = [{"step": 0, "inputs": len(rows), "masks": explored.masks.shape[1]}]
     return TunedRun(trainer=trainer, history=history, extra={"dial": dial})
 
 
-@torch.no_grad()
-def install_policy(model, weight: Tensor) -> None:
-    """Copy ``weight [R, d]`` into the routers, in the order in which they run."""
-    for module, row in zip(routed_modules(model).values(), weight, strict=True):
-        module.mod_router.weight.copy_(row[None].to(module.mod_router.weight.device))
+def _start(run: Run) -> tuple[dict[str, float], dict[str, float]]:
+    """Routers to start from, in place: closed form, or saved ones.
+
+    Returns:
+        Threshold logits by router and, of closed form, the damage of skipping each module.
+    """
+    if run.routing.router_dir or run.resume:
+        modules = routed_modules(run.model)
+        return {name: min(max(module.mod_logit, -30.0), 30.0) for name, module in modules.items()}, {}
+    batches = in_batches(_label_rows(run), run.collator, _ROWS, _LABELLED_AT_ONCE)
+    generator = torch.Generator().manual_seed(run.training.seed)
+    order = torch.randperm(len(batches), generator=generator).tolist()  # rows of all lengths among those held out
+    return fit_routers(run.model, [batches[index] for index in order], run.training.seed)
 
 
-def _gathered(explored: Explored, world: int) -> Explored:
-    parts: list[Any] = [None] * world
-    dist.all_gather_object(parts, explored)
-    return joined(parts)
-
-
-# ---- token level
-
-
-def _train(run: Run) -> TunedRun:
-    training = run.training
-    if training.fp16 or training.activation_checkpointing:
-        raise UserError("recipe 'budget' at token level reads gradients: leave out fp16 and activation checkpointing")
-    model, parts = run.model.to(training.device), run.routing.config().parts
-    start, damages = _start(run)
-    train = _by_regression if run.routing.trains == "routers" and "expert" not in parts else _straight_through
-    trainer, end = train(run, start) if run.steps else (RouterTrainer(**trainer_options(run), gradient_scale=0), start)
-    stopped = run.interruption.signal is not None
-    logit = dict.fromkeys(routed_modules(model), 0.0) | (within_limits(model, end) if end else {})
-    dial = {"capacity": [0.5], "logit": {name: [value] for name, value in logit.items()}}
-    return TunedRun(trainer, trainer.state.log_history, interrupted=stopped, extra={"dial": dial, "damage": damages})
-
-
-def _by_regression(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, dict[str, float]]:
-    """Routers of a frozen base. The optimizer has skip paths alone, routers take steps of their own."""
-    for module in routed_modules(run.model).values():
-        module.mod_router.weight.requires_grad_(False)
-    if run.training.world_size > 1 and not any(parameter.requires_grad for parameter in run.model.parameters()):
+def _trained(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, dict[str, float]]:
+    """Routers take steps of their own; the optimizer has skip paths, adapters or the base."""
+    model = run.model
+    for module in routed_modules(model).values():
+        router_of(module).weight.requires_grad_(False)
+    if run.training.world_size > 1 and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("recipe 'budget' on several processes trains paths, too: --skip low_rank --train_skip true")
     bias = {name: -logit for name, logit in start.items()}
-    batches = inputs_to_calibrate_on(run.rows(run.command.budget.label_tokens), run.collator, sequence=False)
-    inputs, scores = inputs_seen(run.model, batches, bias)
+    batches = inputs_to_calibrate_on(_label_rows(run), run.collator, is_sequence_level(model))
+    inputs, scores = inputs_seen(model, batches, bias)
     trainer = RegressionTrainer(
         **trainer_options(run),
         recipe=_budgets(run),
-        saved=saved_shares(run.model),
+        distil=run.routing.trains == "routers",
+        saved=saved_shares(model),
         inputs=inputs,
         bias=bias,
         scores=scores,
@@ -163,52 +154,14 @@ def _by_regression(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, di
     return trainer, {name: -bias for name, bias in trainer.policy.bias.items()}
 
 
-def _straight_through(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, dict[str, float]]:
-    """Routers of single experts, or beside adapters or a base that trains."""
-    model, saved = run.model, saved_shares(run.model)
-    with biased(model, {name: -logit for name, logit in start.items()}):
-        trainer = BudgetTrainer(
-            **trainer_options(run),
-            recipe=_budgets(run),
-            weights={name: share / sum(saved.values()) for name, share in saved.items()},
-            multiplier=run.routing.gradient_scale,
-            distil=run.routing.trains == "routers",
-            norms=input_norms(model, inputs_of(run.rows(_NORM_TOKENS), run.collator)),
-        )
-        trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
-        end = {n: -float(full_tensor(router.bias)) for n, router in routers_that_train(model).items() if n in start}
-    return trainer, end
-
-
 def _budgets(run: Run) -> BudgetArguments:
     """The recipe's settings with the lowest budget that this run trains at."""
     budget, saved = run.command.budget, sum(saved_shares(run.model).values())
     return replace(budget, lowest_budget=budget.lowest(run.routing.target_capacity, saved))
 
 
-def _start(run: Run) -> tuple[dict[str, float], dict[str, float]]:
-    """Routers to start from, in place: closed form, saved ones, or for single experts noise, since ties teach nothing.
-
-    Returns:
-        Threshold logits by router and, of closed form, the damage of skipping each module.
-    """
-    modules = {name: m for name, m in routed_modules(run.model).items() if m.mod_part != "expert"}
-    if run.routing.router_dir or run.resume:
-        return {name: _finite(module.mod_logit) for name, module in modules.items()}, {}
-    generator = torch.Generator().manual_seed(run.training.seed)
-    for name, module in routed_modules(run.model).items():
-        if name not in modules:
-            weight = module.mod_router.weight.data
-            weight.copy_(INITIAL_WEIGHT * torch.randn(weight.shape, generator=generator))
-    if not modules:
-        return {}, {}
-    batches = in_batches(run.rows(run.command.budget.label_tokens), run.collator, _ROWS, _LABELLED_AT_ONCE)
-    order = torch.randperm(len(batches), generator=generator).tolist()  # rows of all lengths among those held out
-    return fit_routers(run.model, [batches[index] for index in order], list(modules), run.training.seed)
-
-
-def _finite(logit: float) -> float:
-    return min(max(logit, -30.0), 30.0)
+def _label_rows(run: Run) -> list[dict[str, list[int]]]:
+    return run.rows(run.command.budget.label_tokens * (_SEQUENCES if is_sequence_level(run.model) else 1))
 
 
 def trainer_options(run: Run) -> dict[str, Any]:

@@ -18,8 +18,6 @@ class BudgetArguments:
         default=None, metadata={"help": "budgets are drawn from here (0.72 of the decoder, or below the target)"}
     )
     highest_budget: float = field(default=0.95, metadata={"help": "to here, shares of the routed operations"})
-    multiplier_rate: float = field(default=0.3, metadata={"help": "straight-through: pace of capacity's cost"})
-    router_rate: float = field(default=0.05, metadata={"help": "straight-through: change of a logit per step"})
     other_rate: float = field(default=1e-4, metadata={"help": "learning rate of adapters, or of the base"})
     label_tokens: int = field(default=24_000, metadata={"help": "tokens that routers are fitted on in closed form"})
     calibration_tokens: int = field(default=8_000, metadata={"help": "tokens that thresholds are calibrated on"})
