@@ -26,11 +26,13 @@ def record(tmp_path_factory) -> dict:
     return json.loads(output.read_text())
 
 
+@pytest.mark.full
 def test_killed_runs_end_as_undisturbed_ones(record):
     assert record["kills"] == 4 == record["same_bits_at_the_end"] and record["processes"] == 2
     assert {len(kill["killed_ranks"]) for kill in record["records"]} == {1, 2}, "one rank, and both"
 
 
+@pytest.mark.full
 def test_a_launch_goes_on_from_the_newest_complete_checkpoint(record):
     heard = [kill for kill in record["records"] if kill["then"]]  # the others were killed again before they could say
     assert heard and any(kill["cut_short"] for kill in record["records"])
