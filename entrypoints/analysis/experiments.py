@@ -15,7 +15,7 @@ import logging
 import re
 from pathlib import Path
 
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.figures import quality_figure
 from router_tuning.evaluation.records import difference_table, read_records, summary_table
 from router_tuning.experiments.laboratory import Laboratory, shard
@@ -27,9 +27,7 @@ from router_tuning.tuning.console import set_up_logs
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("plan", type=Path, help="experiment file, see configs/experiments")
     parser.add_argument("--results", type=Path, default=ROOT / "figures" / "experiments", help="folder of results")
     parser.add_argument("--work", type=Path, default=ROOT / "trained_models" / "experiments", help="trained routers")

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import read_json_lines
 from router_tuning.provenance import provenance
 from router_tuning.speed.cells import Row, measured, run_cells
@@ -31,9 +31,7 @@ NEEDED = 75 * 2**30
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="llama3-8b", help="tiny runs small workloads on the CPU")
     parser.add_argument("--minutes", type=float, default=8.0, help="no cell starts that would end later than this")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines; what it holds already is not repeated")

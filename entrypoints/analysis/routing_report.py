@@ -13,17 +13,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from router_tuning.checkpoint.run_folder import base_of, data_of, read_run, tokenizer_of
-from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import load_export, load_tuned, weights_folder
+from router_tuning.checkpoint.loading import add_arguments, opened
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.rows import encoded, read_rows, rendered
 from router_tuning.files import write_json, write_text
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.provenance import provenance
 from router_tuning.tuning.batching import Collator
-from router_tuning.tuning.encoding import load_tokenizer
+from router_tuning.tuning.run_folder import data_of, read_run
 from router_tuning.viewer.page_picture import PROGRAM, take_picture
 from router_tuning.viewer.routing_page import routing_figure, routing_page
 from router_tuning.viewer.routing_trace import collect, dial_curve, threshold_sweep
@@ -33,40 +32,21 @@ DIAL = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, help="folder of a tuning run")
-    parser.add_argument("--base", type=Path, help="folder of its base (default: the one the run names)")
-    parser.add_argument("--model", type=Path, help="an export instead of a run")
-    parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+    parser = parser_of(__doc__)
+    add_arguments(parser, export=True)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSONL files or folders of them")
     parser.add_argument("--per_file", type=int, default=4, help="prompts shown per file")
     parser.add_argument("--dial_rows", type=int, default=4, help="rows per file behind the dial curve, 0: no curve")
     parser.add_argument("--max_new_tokens", type=int, default=32)
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--output", type=Path, help="HTML file (default: routing_report.html in the run or model)")
     parser.add_argument("--picture", type=Path, help="PNG of the page")
     parser.add_argument("--picture_prompt", type=int, default=1, help="number of the prompt on show in the picture")
     args = parser.parse_args()
-    if (args.run is None) == (args.model is None):
-        raise UserError("name what to show: --run (a tuning run) or --model (an export)")
-    if args.model is not None and args.capacity is not None:
-        raise UserError("--capacity turns the dial of a run: use --run")
     if args.per_file < 1 or args.max_new_tokens < 1:
         raise UserError("--per_file and --max_new_tokens must be at least 1")
     if args.picture and (PROGRAM is None or args.picture.suffix != ".png"):
         raise UserError("--picture needs a name that ends in .png, and Chromium (Debian: apt-get install chromium)")
     return args
-
-
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The routed model, its tokenizer, and the name of its base or of the export."""
-    if args.run:
-        base = base_of(args.run, args.base)
-        model = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype)
-        return model, tokenizer_of(args.run, base), base.resolve().name
-    return load_export(args.model, args.dtype), load_tokenizer(weights_folder(args.model)), args.model.resolve().name
 
 
 def jsonl_files(paths: list[Path]) -> list[Path]:
@@ -95,7 +75,8 @@ def metadata(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, str]
 
 def main() -> None:
     args = parse_args()
-    model, tokenizer, name = load(args)
+    model, tokenizer, base, _ = opened(args)
+    name = (args.model or base).resolve().name
     files = jsonl_files(args.prompts)
     rows = [row for file in files for row in read_rows(file, args.per_file)]
     rows = [row for row, _ in rendered(rows, tokenizer)]

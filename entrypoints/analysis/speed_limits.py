@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import write_json
 from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import select_layers
@@ -24,9 +24,7 @@ WORKLOADS += [("decode", batch, past) for batch, past in DECODE]
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--shapes", nargs="+", choices=BASES, default=BASES)
     parser.add_argument("--accelerator", choices=ACCELERATORS, default="h100")
     parser.add_argument("--capacities", nargs="+", type=float, default=[0.0, 0.5])

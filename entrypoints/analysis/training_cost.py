@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import default_device, load_dense
+from router_tuning.checkpoint.loading import default_device, load_dense
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.tables import Table
 from router_tuning.files import write_json
 from router_tuning.model import ModConfig, route
@@ -25,9 +25,7 @@ from router_tuning.speed.tuning_step import MODES, measure_steps
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--base", type=Path, default=ROOT / "ckpt" / "tiny-llama-mod")
     parser.add_argument("--hidden", type=int, help="a random Llama of this width instead of --base")
     parser.add_argument("--layers", type=int, default=12, help="of the random Llama")

@@ -5,18 +5,14 @@ python entrypoints/analysis/update_readme.py
 
 from __future__ import annotations
 
-import argparse
-
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.experiments.readme import draw_front, render
 from router_tuning.files import write_text
 from router_tuning.places import ROOT
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    ).parse_args()
+    parser_of(__doc__).parse_args()
     for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("ckpt/*/README.md"))):
         try:
             text = render(page.read_text())

@@ -15,16 +15,14 @@ from pathlib import Path
 
 from router_tuning.checkpoint.card import model_card
 from router_tuning.checkpoint.export import FORMS, export
-from router_tuning.checkpoint.run_folder import base_of
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.records import COMPARISON, all_tables, read_records
+from router_tuning.tuning.run_folder import base_of
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the tuning run")
     parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")

@@ -20,30 +20,26 @@ import torch
 from router_tuning.checkpoint.base import read_config
 from router_tuning.checkpoint.card import front_matter, training_facts
 from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
-from router_tuning.checkpoint.run_folder import base_of, read_run, tokenizer_of
-from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import load_dense, load_tuned
+from router_tuning.checkpoint.loading import add_arguments, load_dense, opened
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.rows import encoded, read_rows
 from router_tuning.evaluation.tables import Table
 from router_tuning.evaluation.texts import answer_loss
 from router_tuning.model import record_routing, routed_modules
 from router_tuning.tuning.batching import Collator
+from router_tuning.tuning.run_folder import read_run
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, help="folder of the tuning run")
-    parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
+    parser = parser_of(__doc__)
+    add_arguments(parser, capacity=False)
     parser.add_argument(
         "--rows", type=Path, nargs="+", required=True, help="JSONL files or folders: what is measured on"
     )
     parser.add_argument("--rows_per_file", type=int, default=64)
     parser.add_argument("--max_use", type=float, default=0.02, help="drop modules that run for at most this share")
     parser.add_argument("--drop", nargs="+", help="drop these routers' modules instead, as 5.attn 9.block")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier frozen checkpoint")
     args = parser.parse_args()
@@ -54,13 +50,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    base = base_of(args.run, args.base)
-    tokenizer = tokenizer_of(args.run, base)
     files = [file for path in args.rows for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
         raise UserError(f"--rows {' '.join(map(str, args.rows))}: no .jsonl files there")
     rows = [row for file in files for row in read_rows(file, args.rows_per_file)]
-    model = load_tuned(base, args.run, dtype=args.dtype)
+    model, tokenizer, base, _ = opened(args)
     length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     measured_on = encoded(rows, tokenizer, length), Collator(tokenizer)
     with torch.no_grad(), record_routing(model) as log:

@@ -11,15 +11,13 @@ import argparse
 from pathlib import Path
 
 from router_tuning.checkpoint.import_published import import_published
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.places import ROOT
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--source", type=Path, required=True, help="safetensors file or checkpoint folder")
     parser.add_argument("--folder_name", help="folder of the base under ckpt/")
     parser.add_argument("--base", type=Path, help="folder of the base, if not under ckpt/")

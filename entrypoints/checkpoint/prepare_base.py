@@ -9,20 +9,17 @@ A new name gets a config.json of its own, with the deepest half of the layers ro
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
 from router_tuning.checkpoint.prepare_base import prepare_base
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.places import ROOT
 
 
 def main() -> None:
     """Parse, bring, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--folder_name", required=True, help="folder under --ckpt_root, for example mistral-7b-mod")
     parser.add_argument("--source", help="hub id, local folder or .gguf file; default: mod_base of the config.json")
     parser.add_argument("--revision", help="revision on the hub")

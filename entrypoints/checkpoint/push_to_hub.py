@@ -10,14 +10,12 @@ import argparse
 from pathlib import Path
 
 from router_tuning.checkpoint.hub import push_export, uploaded_files
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="an export")
     parser.add_argument("--repo_id", required=True, help="owner/name")
     parser.add_argument("--public", action="store_true", help="make a new repository public")

@@ -37,14 +37,14 @@ from router_tuning.embedded.base_training import (
     tiny_moe_config,
 )
 from router_tuning.embedded.muon import MuonWithAdamW
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.places import ROOT
 from router_tuning.tuning.batching import Collator
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--output_dir", type=Path, help="default: ckpt/tiny-llama-mod, experts: trained_models/tiny-moe"
     )

@@ -6,18 +6,17 @@ The files are the same bytes on every machine; those in git are what this comman
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from router_tuning.embedded.sample_files import sample_files
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import write_text
 from router_tuning.places import ROOT
 
 
 def main() -> None:
     """Parse, write, report."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = parser_of(__doc__)
     parser.add_argument("--save_path", type=Path, default=ROOT / "data" / "sample")
     parser.add_argument("--heldout_items", type=int, default=128, help="held-out items per task, at most")
     parser.add_argument("--first_seed", type=int, default=0, help="of the held-out items; another one draws others")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from router_tuning.data.mix_plan import PUBLISHED_PORTIONS, PUBLISHED_SEED, make_plan
 from router_tuning.data.mixing import mix
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import cli, parser_of
 from router_tuning.places import ROOT
 
 DEFAULTS = ", ".join(f"{name} {float(portion):g}" for name, portion in PUBLISHED_PORTIONS.items())
@@ -19,7 +19,7 @@ DEFAULTS = ", ".join(f"{name} {float(portion):g}" for name, portion in PUBLISHED
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = parser_of(__doc__)
     parser.add_argument("--reformatted_dir", type=Path, default=ROOT / "data" / "reformatted")
     parser.add_argument("--save_path", type=Path, default=ROOT / "data" / "mixed")
     parser.add_argument(
@@ -36,14 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cap", nargs="+", default=[], metavar="NAME=ROWS", help="at most so many rows of a set")
     parser.add_argument("--dedup", action="store_true", default=None, help="leave out rows whose messages came before")
     parser.add_argument("--seed", type=int, help=f"default: {PUBLISHED_SEED}")
-    parser.add_argument(
-        "--preview", type=int, default=0, metavar="N", help="show N rows with their loss mask at the end"
-    )
-    parser.add_argument("--tokenizer", help="for --preview: folder or hub id")
-    args = parser.parse_args()
-    if args.preview and not args.tokenizer:
-        raise UserError("--preview needs --tokenizer (a folder or hub id), which decides what carries loss")
-    return args
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -56,10 +49,6 @@ def main() -> None:
         portion = f"{float(plan.portions[name]):g}"
         print(f"{name:<18}{row['rows']:>10,}{row['duplicates']:>12,}{portion:>9}{row['mixed']:>10,}")
     print(f"{report['rows']:,} rows in {args.save_path / 'data.jsonl'}, sha256 {report['sha256'][:16]}…, in mix.json")
-    if args.preview:
-        from router_tuning.tuning import preview  # brings transformers, seconds that a mix does not need
-
-        print(preview.report(args.save_path / "data.jsonl", args.tokenizer, args.preview))
 
 
 if __name__ == "__main__":

@@ -5,17 +5,16 @@ python entrypoints/data/preview_data.py --data_file data/mixed/data.jsonl --toke
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.places import ROOT
 
 
 def main() -> None:
     """Parse, show."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = parser_of(__doc__)
     parser.add_argument("--data_file", type=Path, default=ROOT / "data" / "mixed" / "data.jsonl")
     parser.add_argument("--tokenizer", required=True, help="folder or hub id")
     parser.add_argument("--preview", type=int, default=3, metavar="N", help="rows to show (default 3)")

@@ -18,7 +18,7 @@ from pathlib import Path
 from router_tuning.data.formats import FORMATS
 from router_tuning.data.reformat import Outcome, Settings, reformat
 from router_tuning.data.sources import locate
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.places import ROOT
 
 WORKERS = min(2, os.cpu_count() or 1)
@@ -26,8 +26,7 @@ WORKERS = min(2, os.cpu_count() or 1)
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    summary, *_ = __doc__.split("\n")
-    parser = argparse.ArgumentParser(description=summary, allow_abbrev=False)
+    parser = parser_of(__doc__)
     parser.add_argument("--raw_data_root", type=Path, default=ROOT / "data" / "raw")
     parser.add_argument("--save_path", type=Path, default=ROOT / "data" / "reformatted")
     parser.add_argument(
@@ -51,14 +50,7 @@ def parse() -> argparse.Namespace:
         "--max_reject_rate", type=float, default=0.01, help="exit 1 if a larger share of rows is refused (faulty)"
     )
     parser.add_argument("--strict", action="store_true", help="exit 1 if any row is left out, faulty or filtered")
-    parser.add_argument(
-        "--preview", type=int, default=0, metavar="N", help="show N rows of each set with its loss mask"
-    )
-    parser.add_argument("--tokenizer", help="for --preview: folder or hub id")
-    args = parser.parse_args()
-    if args.preview and not args.tokenizer:
-        raise UserError("--preview needs --tokenizer (a folder or hub id), which decides what carries loss")
-    return args
+    return parser.parse_args()
 
 
 def places_of(args: argparse.Namespace) -> tuple[dict[str, str | Path], list[str]]:
@@ -103,11 +95,6 @@ def main() -> None:
         sys.stderr.write(f"error: {outcome.error}\n")
     if failed:
         raise SystemExit(1 if all(outcome.too_many for outcome in failed) else 2)
-    if args.preview:
-        from router_tuning.tuning import preview  # brings transformers, seconds that a conversion does not need
-
-        for outcome in outcomes:
-            print(preview.report(args.save_path / outcome.name / "data.jsonl", args.tokenizer, args.preview))
     print(f"rows in {args.save_path}/<name>/data.jsonl, rows left out in rejects.jsonl beside it")
 
 

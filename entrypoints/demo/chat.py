@@ -8,16 +8,13 @@ Commands: /dial 0.8 (share of the decoder that runs), /dial own (as trained), /c
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import TextStreamer
 
-from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
-from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import load_export, load_tuned, weights_folder
+from router_tuning.checkpoint.loading import add_arguments, opened
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.model import set_thresholds
 from router_tuning.model.saving import read_router_config, thresholds_for
-from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.viewer.chatting import answer
 
 HELP = __doc__.strip().splitlines()[-1]
@@ -25,37 +22,20 @@ HELP = __doc__.strip().splitlines()[-1]
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, help="folder of a tuning run")
-    parser.add_argument("--base", type=Path, help="folder of its base (default: the one the run names)")
-    parser.add_argument("--model", type=Path, help="an export instead of a run")
+    parser = parser_of(__doc__)
+    add_arguments(parser, export=True, capacity=False)
     parser.add_argument("--flops", type=float, help="turn the stored dial to this share of the decoder's operations")
     parser.add_argument("--compare", action="store_true", help="generate densely as well and show the time saved")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    args = parser.parse_args()
-    if (args.run is None) == (args.model is None):
-        raise UserError("name what to chat with: --run (a tuning run) or --model (an export)")
-    return args
-
-
-def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path]:
-    """The routed model, its tokenizer, and the folder of its dial."""
-    if args.run:
-        base = base_of(args.run, args.base)
-        return load_tuned(base, args.run, dtype=args.dtype), tokenizer_of(args.run, base), args.run
-    folder = weights_folder(args.model)
-    return load_export(args.model, args.dtype), load_tokenizer(folder), folder
+    return parser.parse_args()
 
 
 class Chat:
     """The conversation so far, and the settings that commands change."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.model, self.tokenizer, self.folder = load(args)
+        self.model, self.tokenizer, _, self.folder = opened(args, capacity=None)
         self.own = self.model.config.mod_threshold
         self.compare, self.limit = args.compare, args.max_new_tokens
         self.start = [{"role": "system", "content": args.system}] if args.system else []

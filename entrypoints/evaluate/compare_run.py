@@ -15,12 +15,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from router_tuning.checkpoint.run_folder import base_of, data_of, read_run, tokenizer_of, training_log
-from router_tuning.errors import UserError, cli
+from router_tuning.checkpoint.loading import add_arguments, load_dense, load_tuned, opened
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.comparison import comparison_table, legend, reading
 from router_tuning.evaluation.controls import random_masks, removal_order, removed
 from router_tuning.evaluation.figures import capacity_figure, quality_figure
-from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.records import COMPARISON, all_tables
 from router_tuning.evaluation.rows import encoded, prompt_batches, read_rows, rendered
 from router_tuning.evaluation.scoring import Benchmark, score
@@ -31,15 +30,13 @@ from router_tuning.model.saving import thresholds_for
 from router_tuning.places import ROOT
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.calibration import inputs_to_calibrate_on, is_sequence_level
+from router_tuning.tuning.run_folder import data_of, read_run, training_log
 
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, help="folder of the tuning run")
-    parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
+    parser = parser_of(__doc__)
+    add_arguments(parser, capacity=False)
     dial = parser.add_mutually_exclusive_group()
     dial.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
     dial.add_argument("--flops", type=float, help="turn it to this share of the decoder's operations")
@@ -53,7 +50,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--search_count", type=int, default=256)
     parser.add_argument("--new_tokens", type=int, default=16, help="tokens of the timed generation")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     args = parser.parse_args()
     for name in ("run", "beside"):
         if (folder := getattr(args, name)) is not None and not folder.is_dir():
@@ -77,11 +73,8 @@ def turned(base: Path, run: Path, dtype: str, share: float, batches: Sequence[Ba
 
 def main() -> None:
     args = parse_args()
-    base = base_of(args.run, args.base)
-    tokenizer = tokenizer_of(args.run, base)
-    collate = Collator(tokenizer)
-    dense = load_dense(base, args.dtype)
-    tuned = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype, flops=args.flops)
+    tuned, tokenizer, base, _ = opened(args, flops=args.flops)
+    collate, dense = Collator(tokenizer), load_dense(base, args.dtype)
     length = min(tokenizer.model_max_length, dense.config.max_position_embeddings)
     files = args.prompts or sorted((ROOT / "data/sample/heldout").glob("*.jsonl"))
     asked = [row for file in files for row in read_rows(file, args.prompts_per_file)]

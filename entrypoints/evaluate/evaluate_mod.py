@@ -17,9 +17,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router_tuning.checkpoint.run_folder import base_of, tokenizer_of
-from router_tuning.errors import UserError, cli
-from router_tuning.evaluation.models import load_dense, load_tuned
+from router_tuning.checkpoint.loading import load_dense, opened
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.records import task_table
 from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.evaluation.tasks import requested_tokens
@@ -30,9 +29,7 @@ from router_tuning.tuning.estimate import LONG, duration, reading_rate
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--run", type=Path, help="folder with router.safetensors; without it the base runs dense")
     parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
     dial = parser.add_mutually_exclusive_group()
@@ -67,12 +64,10 @@ def tell_cost(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTr
 
 def main() -> None:
     args = parse_args()
-    base = base_of(args.run, args.base) if args.run else args.base
     if args.run:
-        model = load_tuned(base, args.run, capacity=args.capacity, dtype=args.dtype, flops=args.flops)
+        model, tokenizer, base, _ = opened(args, flops=args.flops)
     else:
-        model = load_dense(base, args.dtype)
-    tokenizer = tokenizer_of(args.run, base) if args.run else load_tokenizer(base)
+        model, tokenizer, base = load_dense(args.base, args.dtype), load_tokenizer(args.base), args.base
     size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
     options = {"batch_size": size, "limit": args.limit, "num_fewshot": args.num_fewshot, "metadata": args.metadata}
     if int(os.environ.get("RANK", 0)) == 0:

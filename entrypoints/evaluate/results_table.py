@@ -7,18 +7,15 @@ Takes what evaluate_mod.py, compare_run.py and experiments.py write. Writes tabl
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from router_tuning.errors import cli
+from router_tuning.errors import cli, parser_of
 from router_tuning.evaluation.records import all_tables, read_records
 from router_tuning.files import write_text
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="JSON-lines files of records")
     parser.add_argument("--output", type=Path, help="write OUTPUT.md and OUTPUT.tex")
     args = parser.parse_args()

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from router_tuning.checkpoint.card import model_card
-from router_tuning.checkpoint.run_folder import base_of, data_of
 from router_tuning.errors import UserError
+from router_tuning.tuning.run_folder import base_of, data_of
 
 RECORD = {
     "arguments": {"folder_name": "tiny-llama-mod", "learning_rate": 0.001, "mod_n": 6, "recipe": "paper", "seed": 1},

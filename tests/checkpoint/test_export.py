@@ -16,8 +16,8 @@ from tiny_checkpoint import tiny_logits, tuned_run, write_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from router_tuning.checkpoint.export import FORMS, HOLDS, export
+from router_tuning.checkpoint.loading import load_export, load_tuned
 from router_tuning.errors import UserError
-from router_tuning.evaluation.models import load_export, load_tuned
 from router_tuning.model import load_routers
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "phi", "mixtral")

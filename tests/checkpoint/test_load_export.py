@@ -12,9 +12,9 @@ from tiny_checkpoint import write_base
 from tiny_models import random_batch
 
 from router_tuning.checkpoint import export as exports
-from router_tuning.checkpoint.run_folder import base_of, read_run
+from router_tuning.checkpoint.loading import load_export, load_tuned
 from router_tuning.errors import UserError
-from router_tuning.evaluation.models import load_export, load_tuned
+from router_tuning.tuning.run_folder import base_of, read_run
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def test_a_pickled_or_broken_adapter_is_never_read(tmp_path, lora_run, base):
 
 @pytest.mark.parametrize("name", ["../../elsewhere", "..", "/etc", 7])
 def test_a_run_cannot_name_a_base_outside_ckpt(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("router_tuning.checkpoint.run_folder.ROOT", tmp_path / "root")
+    monkeypatch.setattr("router_tuning.tuning.run_folder.ROOT", tmp_path / "root")
     for folder in (tmp_path / "elsewhere", tmp_path / "root", tmp_path / "root" / "ckpt" / "base"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text("{}")

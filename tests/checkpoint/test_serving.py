@@ -9,7 +9,7 @@ from tiny_models import random_batch
 from tiny_routed import routed_model
 from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer
 
-from router_tuning.evaluation.models import load_tuned
+from router_tuning.checkpoint.loading import load_tuned
 from router_tuning.model import unroute
 
 

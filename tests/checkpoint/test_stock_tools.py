@@ -10,7 +10,7 @@ from isolated_environment import IsolatedPython
 from transformers import AutoTokenizer
 
 from router_tuning.checkpoint.export import export
-from router_tuning.evaluation.models import load_tuned
+from router_tuning.checkpoint.loading import load_tuned
 from router_tuning.evaluation.tasks import TASK_CONFIGS, evaluate
 
 TASKS = ["mod_copy_gen", "mod_math_mc", "mod_story_text"]

@@ -72,7 +72,6 @@ def test_bad_arguments(tmp_path: Path, root: Path):
         (("--raw_data_root", raw, *out, "--source", "alpaca=./nowhere"), "nowhere"),
         (("--raw_data_root", raw, *out, "--workers", "0"), "--workers"),
         (("--raw_data_root", raw, *out, "--max_reject_rate", "2"), "--max_reject_rate"),
-        (("--raw_data_root", raw, *out, "--preview", "1"), "--tokenizer"),
     ]
     for options, message in cases:
         assert message in error_of(run(root, "reformat_datasets.py", *options))

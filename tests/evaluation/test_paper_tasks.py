@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 from paper_rows import write_rows
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from router_tuning.evaluation.models import load_dense
+from router_tuning.checkpoint.loading import load_dense
 from router_tuning.evaluation.tasks import TASK_CONFIGS, evaluate
 
 PAPER = TASK_CONFIGS / "paper"

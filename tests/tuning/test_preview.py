@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from raw_data import sample_rows, write_rows
 
-from router_tuning.data.mix_plan import PUBLISHED_PORTIONS
 from router_tuning.errors import UserError
 from router_tuning.tuning.encoding import load_tokenizer, use_template
 from router_tuning.tuning.preview import draw, measure, preview, read_rows
@@ -72,24 +70,6 @@ def test_command(folder: Path, tmp_path: Path, root: Path, monkeypatch, capsys):
     assert stopped.value.code == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and "data.jsonl:1: " in error
-
-
-def test_preview_of_what_was_just_made(folder: Path, tmp_path: Path, root: Path, monkeypatch, capsys):
-    """The --preview of the two data commands: rows with their mask, lengths and the histogram beside each file."""
-    write_rows(tmp_path / "raw" / "slim_orca" / "rows", sample_rows("slim_orca", 12), ".jsonl")
-    others = [f"{name}=0" for name in PUBLISHED_PORTIONS if name != "slim_orca"]
-    shown = ("--preview", "2", "--tokenizer", folder)
-    for entry, made, *options in (
-        ("reformat_datasets.py", "out", "--raw_data_root", tmp_path / "raw", "--workers", "1"),
-        ("mix_datasets.py", "mixed", "--reformatted_dir", tmp_path / "out", "--portion", *others),
-    ):
-        command = [str(root / "entrypoints" / "data" / entry), *options, "--save_path", tmp_path / made, *shown]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        runpy.run_path(command[0], run_name="__main__")
-        printed = capsys.readouterr().out
-        assert printed.count("── SlimOrca SlimOrca_") == 2 and "⟦" in printed and "rows 12," in printed
-        beside = tmp_path / made / ("slim_orca" if made == "out" else ".")
-        assert (beside / "token_lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_refused_rows_are_shown_as_that(folder: Path):

@@ -17,11 +17,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from router_tuning.checkpoint.run_folder import base_of
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, route
 from router_tuning.tuning.run import Run
-from router_tuning.tuning.run_folder import RESULTS, default_folder
+from router_tuning.tuning.run_folder import RESULTS, base_of, default_folder
 
 
 def logits(model, parts):

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from router_tuning.checkpoint.run_folder import read_run, trained
 from router_tuning.model.saving import read_router_config
 from router_tuning.tuning.command_line import launch_command
+from router_tuning.tuning.run_folder import read_run, trained
 
 KNOBS = (
     "recipe chat_template learning_rate num_train_epochs max_train_samples max_seq_length global_batch_size "

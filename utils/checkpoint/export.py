@@ -14,13 +14,12 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from router_tuning.checkpoint.base import dense_config, row_reader, skeleton
 from router_tuning.checkpoint.output_folder import new_folder
-from router_tuning.checkpoint.run_folder import ADAPTER, MODEL, read_run, tokenizer_of, trained
 from router_tuning.checkpoint.shards import INDEX, WEIGHTS, bring, tensor_names, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers
 from router_tuning.model.fingerprint import base_fingerprint, check_base
 from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights
-from router_tuning.tuning.run_folder import TEMPLATE
+from router_tuning.tuning.run_folder import ADAPTER, MODEL, TEMPLATE, read_run, tokenizer_of, trained
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 HOLDS = {"routers": ("full", "adapter"), "routers and LoRA": ("peft", "merged"), "all weights": ("full",)}

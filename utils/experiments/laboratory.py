@@ -16,10 +16,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router_tuning.checkpoint.run_folder import read_run
+from router_tuning.checkpoint.loading import load_dense, load_tuned
 from router_tuning.errors import UserError
 from router_tuning.evaluation.controls import Removed, random_masks, removal_order, removed
-from router_tuning.evaluation.models import load_dense, load_tuned
 from router_tuning.evaluation.records import Record, cell_name
 from router_tuning.evaluation.rows import Document, prompt_batches, read_documents, read_rows, rendered
 from router_tuning.evaluation.scoring import Benchmark, Under, score
@@ -33,6 +32,7 @@ from router_tuning.places import SHIPPED
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.tuning.estimate import duration, reading_rate
+from router_tuning.tuning.run_folder import read_run
 
 FINETUNE = SHIPPED / "entrypoints" / "finetune" / "finetune_mod.py"
 logger = logging.getLogger(__name__)

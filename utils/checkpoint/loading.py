@@ -1,21 +1,69 @@
-"""Loading what is to be measured: the dense base, and the same base with routers."""
+"""Loading what is to be measured or asked: the dense base, the same base with routers, an export."""
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.checkpoint.base import dense_config
 from router_tuning.checkpoint.export import check_adapter, fitted
-from router_tuning.checkpoint.run_folder import ADAPTER, MODEL
 from router_tuning.checkpoint.shards import tensor_names, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import is_routed, load_routers, routed_modules, set_thresholds
 from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, thresholds_for
+from router_tuning.tuning.encoding import load_tokenizer
+from router_tuning.tuning.run_folder import ADAPTER, MODEL, base_of, tokenizer_of
+
+
+class Opened(NamedTuple):
+    """A model with its tokenizer, and the folders of its weights and of its routers."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    base: Path
+    routers: Path
+
+
+def add_arguments(parser: argparse.ArgumentParser, export: bool = False, capacity: bool = True) -> None:
+    """``--run --base --dtype`` of a command, ``--model`` where an export will do, too, and ``--capacity``."""
+    parser.add_argument("--run", type=Path, required=not export, help="folder of the tuning run")
+    parser.add_argument("--base", type=Path, help="folder of its base (default: the one the run names)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    if export:
+        parser.add_argument("--model", type=Path, help="an export instead of a run")
+    if capacity:
+        parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+
+
+def opened(args: argparse.Namespace, **options: float | None) -> Opened:
+    """What the arguments of :func:`add_arguments` name, the stored dial turned to ``--capacity`` where it is given.
+
+    Args:
+        options: ``capacity`` or ``flops`` of :func:`load_tuned`, in place of ``--capacity``.
+
+    Raises:
+        UserError: where neither or both of a run and an export are named, or nothing is there that can be loaded.
+    """
+    options = {"capacity": getattr(args, "capacity", None), **options}
+    export = getattr(args, "model", None)
+    if (args.run is None) == (export is None):
+        raise UserError("name one model: --run (a tuning run) or --model (an export)")
+    if export is not None:
+        folder, model = weights_folder(export), load_export(export, args.dtype)
+        if (capacity := options["capacity"]) is not None:
+            set_thresholds(model, thresholds_for(read_router_config(folder), capacity, folder))
+        return Opened(model, load_tokenizer(folder), folder, folder)
+    if not args.run.is_dir():
+        raise UserError(f"--run {args.run} is no folder; name the output folder of a tuning run")
+    base = base_of(args.run, args.base)
+    model = load_tuned(base, args.run, dtype=args.dtype, **options)
+    return Opened(model, tokenizer_of(args.run, base), base, args.run)
 
 
 def load_dense(base: Path, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
