@@ -201,6 +201,6 @@ if [[ -s "${ROUTER_TUNING_EXIT_CODE_FILE}" ]]; then
 fi
 if [[ "${code}" == 0 && -z "${RECIPE:-}${RUN}" && "$*" != *--recipe* ]]; then
   echo "this was the published recipe; RECIPE=budget GRANULARITY=attn_token+mlp_token on the same rows ends at the share" \
-    "of the work that is asked for, and closer to the dense model there than this one or removed modules: README.md"
+    "of the work that is asked for, and on real models far closer to the dense one: README.md"
 fi
 exit "${code}"
