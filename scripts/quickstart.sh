@@ -28,7 +28,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 NAME=quickstart
 # Both recipes see the same rows and route the same parts; all else is each recipe's own default.
 TUNE=(FOLDER_NAME="$BASE" GRANULARITY="${GRANULARITY:-attn_token+mlp_token}" MICRO_BATCH_SIZE=16)
-ROWS=(MAX_TRAIN_SAMPLES=640 TARGET_CAPACITY=0.4)
+ROWS=(MAX_TRAIN_SAMPLES=640 TARGET_CAPACITY=0.7)
 OURS=(NUM_EPOCHS=1)
 COMPARE=(--tasks mod_heldout_gen --limit 16 --prompts_per_file 4 --search_count 64 --repeats 3)
 STOCK=(--tasks mod_heldout_mc --limit 8)

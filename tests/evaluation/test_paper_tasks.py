@@ -32,7 +32,7 @@ SHOTS = {
     "winogrande": 5,
     "gsm8k": 5,
 }
-ZERO_SHOT = {name: 0 for name in SHOTS if name not in ("mmlu", "gsm8k")}
+ZERO_SHOT = {name: 0 for name in SHOTS if name != "gsm8k"}
 
 
 @pytest.fixture(scope="module")

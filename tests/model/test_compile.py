@@ -48,7 +48,7 @@ def test_a_routed_module_breaks_the_graph_a_fixed_number_of_times(granularity, p
     assert torch.allclose(actual[mask.bool()], expected[mask.bool()], atol=1e-4)
     modules = len(LAYERS) * (1 + granularity.count("+"))
     # Before the module, up to its decision (read on the host: shapes depend on it), what it runs, what comes after.
-    assert dense.graphs == 1 and compiled.graphs <= 1 + 4 * modules
+    assert dense.graphs == 1 and compiled.graphs <= 2 + 4 * modules
 
 
 @pytest.mark.parametrize(("granularity", "policy"), CASES)

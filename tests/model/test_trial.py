@@ -57,8 +57,6 @@ ODD = [
     ("cohere2", "attn_token", "attention differs", {}),  # rotary embeddings in sliding layers only
     ("exaone4", "attn_token", "attention differs", {}),
     ("nanochat", "attn_token", "attention fails", {}),  # keys normalised behind the rotation
-    ("stablelm", "attn_token", "attention fails", {}),
-    ("stablelm", "attn_token", "attention fails", {"qk_layernorm": True}),  # a norm of its own for each head
     ("apertus", "block_token", "block differs", {}),  # its norm has another name
     ("gpt_oss", "mlp_token", "MLP fails.*tuple", {}),
     ("falcon_h1", "attn_sequence", "DynamicCache", {}),  # attention and state space side by side
@@ -229,7 +227,7 @@ def test_a_rotation_that_another_library_replaces_is_the_one_that_is_used(first,
         torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
 
 
-@pytest.mark.parametrize(("family", "granularity", "words", "sizes"), ODD[::3])
+@pytest.mark.parametrize(("family", "granularity", "words", "sizes"), ODD[1::3])
 def test_what_a_configuration_or_a_checkpoint_routes_is_tried_too(family, granularity, words, sizes, tmp_path):
     dense = lookalike(family, **sizes)
     dense.save_pretrained(tmp_path)

@@ -101,7 +101,7 @@ def test_the_log_of_twenty_steps_fits_on_two_screens(run):
     first = re.split(r"^.*Received 15 death signal", log_of(run, "first"), maxsplit=1, flags=re.MULTILINE)[0]
     text = first + log_of(run, "second")
     lines = text.splitlines()
-    assert len(lines) <= STEPS + 2 * 8, text
+    assert len(lines) <= STEPS + 2 * 9, text
     assert STEPS - 1 <= sum(line.startswith("step ") for line in lines) <= STEPS, "a line per step, none twice"
     for unwanted in ("Warning", "warnings.warn", "Traceback", "\r"):
         assert unwanted not in text, text

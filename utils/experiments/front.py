@@ -51,7 +51,7 @@ def front_figure(records: Sequence[Record], path: Path) -> Path:
     axes.set(xlabel="share of the decoder's operations that is left", ylabel="divergence from dense, nats per token")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="upper right")
+    axes.legend(fontsize=8, loc="lower left")
     return save_figure(figure, path)
 
 
@@ -83,7 +83,8 @@ def bases_table(bases: Iterable[tuple[str, Sequence[Record]]]) -> Table:
             )
     titles = ["base", "FLOPs, texts", "KL: ours", "KL: removed", "KL: random", "FLOPs, tasks"]
     titles += ["tasks: dense", "tasks: ours", "tasks: removed", "time, prefill", "time, generation"]
-    return Table(titles, rows)
+    kept = [place for place in range(len(titles)) if any(row[place] is not None for row in rows)]
+    return Table([titles[place] for place in kept], [[row[place] for place in kept] for row in rows])
 
 
 def _published(group: Group) -> bool:

@@ -21,8 +21,13 @@ from router_tuning.speed.table import gpu_tables, speed_table
 FIGURES = ROOT / "figures"
 PICTURED = ("smollm2_budgets", "smollm2", "smollm2_first")
 """Experiments whose records the README's picture may show: the first that has been run."""
-BASES = {"smollm2": "SmolLM2-135M-Instruct", "qwen": "Qwen2.5-Coder-0.5B-Instruct", "gemma": "Gemma-3-270m"}
-"""Experiments on real bases."""
+BASES = {
+    "smollm2_budgets": "SmolLM2-135M-Instruct",
+    "smollm2": "SmolLM2-135M-Instruct",
+    "qwen": "Qwen2.5-Coder-0.5B-Instruct",
+    "gemma": "Gemma-3-270m",
+}
+"""Experiments on real bases, and what they are of."""
 
 
 def records_block(make: Callable[[list[Record]], Table], path: str) -> str:
@@ -39,8 +44,8 @@ def speed_block(name: str) -> str:
 
 def bases_block() -> str:
     """Real bases, those that have been run."""
-    files = {name: FIGURES / "experiments" / f"{plan}.jsonl" for plan, name in BASES.items()}
-    return bases_table((name, read_records(file)) for name, file in files.items() if file.is_file()).markdown()
+    files = {FIGURES / "experiments" / f"{plan}.jsonl": name for plan, name in BASES.items()}
+    return bases_table((name, read_records(file)) for file, name in files.items() if file.is_file()).markdown()
 
 
 def draw_front() -> Path:
