@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from router_tuning.errors import UserError, cli
+from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import write_json
 from router_tuning.provenance import provenance
 from router_tuning.serving import comparison
@@ -33,9 +33,7 @@ SYSTEM = "You are a careful assistant, who answers briefly and to the point, and
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--export", type=Path, required=True, help="an export (full) of token level")
     parser.add_argument("--base", type=Path, required=True, help="folder of its dense base")
     parser.add_argument(

@@ -48,10 +48,14 @@ class Survey:
     held_out: int
 
     @property
+    def usable(self) -> int:
+        """Rows at the beginning, of which none is held out."""
+        return self.rows - self.held_out
+
+    @property
     def distinct(self) -> int:
         """Rows that may be mixed."""
-        usable = self.rows - self.held_out
-        return usable - int(self.repeats[:usable].sum())
+        return self.usable - int(self.repeats[: self.usable].sum())
 
 
 def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
@@ -99,7 +103,7 @@ def _provenance(survey: Survey, plan: MixPlan, mixed: int) -> dict:
         "sha256": survey.sha256,
         "rows": survey.rows,
         "held_out": survey.held_out,
-        "duplicates": survey.rows - survey.held_out - survey.distinct,
+        "duplicates": survey.usable - survey.distinct,
         "portion": str(plan.portions[survey.name]),
         "cap": plan.caps.get(survey.name),
         "mixed": mixed,
@@ -171,7 +175,7 @@ def _scatter(survey: Survey, wanted: int, plan: MixPlan, buckets: _Buckets) -> N
     choose = random.Random(f"{plan.seed} {survey.name} renderings").choices
     names, often = list(plan.renderings), [float(weight) for weight in plan.renderings.values()]
     count = len(buckets.paths)
-    usable = islice(lines_of(survey.path), survey.rows - survey.held_out)
+    usable = islice(lines_of(survey.path), survey.usable)
     for index, (_, line) in enumerate(_progress(usable, f"scatter {survey.name}")):
         if len(survey.repeats) and survey.repeats[index]:
             continue
