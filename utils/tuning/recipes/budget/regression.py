@@ -163,7 +163,8 @@ class RegressionTrainer(RouterTrainer):
         """Collect the step that this micro-batch asks of every router."""
         bins = self.policy.bins(batch.budget)
         rows = bins.bincount(minlength=BINS)
-        measured = [self._measured(batch, *parts) for parts in zip(self.modules, self.saved, strict=True)]
+        each = zip(self.modules, self.saved, batch.slopes, batch.decided, strict=True)
+        measured = [self._measured(batch, *parts) for parts in each]
         ratio = torch.zeros_like(self.policy.ratio)
         for gate, (per_operation, decided) in zip(batch.gates.values(), measured, strict=True):
             pair = torch.stack([per_operation.clamp(-20 * _CLIP, 20 * _CLIP), gate.score.exp()])
@@ -184,12 +185,14 @@ class RegressionTrainer(RouterTrainer):
             self._pending[name] = self._pending.get(name, 0) + value.double().cpu()
         self._kept.append(kept)
 
-    def _measured(self, batch: MicroBatch, name: str, saved: float) -> tuple[Tensor, Tensor]:
+    def _measured(
+        self, batch: MicroBatch, name: str, saved: float, slope: Tensor, decided: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What skipping costs per operation that it saves, and of which decisions it is known, ``[n, E]``."""
-        place, gate = list(self.modules).index(name), batch.gates[name]
-        gradient, decided = gate.gradient(gate.leaf.grad) / batch.factor, batch.decided[place]
+        gate = batch.gates[name]
+        gradient = gate.gradient(gate.leaf.grad) / batch.factor
         ran = (gate.score >= gate.by_row(batch.threshold)).float()
-        damage = -gradient + (ran - 0.5) * batch.slopes[place].square()
+        damage = -gradient + (ran - 0.5) * slope.square()
         if self.modules[name].mod_level == "sequence":
             damage = damage / gate.by_row(batch.predictions)
         decisions = decided.sum() / decided.any(1).sum().clamp(min=1)  # of experts, of which each token has several
