@@ -130,7 +130,7 @@ def test_paths_are_of_the_repository_and_name_variables_that_are_set(plan_file, 
         plan.path("$TINY_MODELS/z")
 
 
-@pytest.mark.parametrize("name", ["embedded", "moe", "smollm2", "smollm2_first"])
+@pytest.mark.parametrize("name", ["embedded", "moe", "smollm2"])
 def test_plans_of_the_repository_are_sound(root, name):
     plan = read_plan(root / f"configs/experiments/{name}.yaml")
     cells = [cell for group in plan.groups() for cell in group]

@@ -19,7 +19,7 @@ from router_tuning.speed.limits import limits_table
 from router_tuning.speed.table import gpu_tables, speed_table
 
 FIGURES = ROOT / "figures"
-PICTURED = ("smollm2_budgets", "smollm2", "smollm2_first")
+PICTURED = ("smollm2_budgets", "smollm2")
 """Experiments whose records the README's picture may show: the first that has been run."""
 BASES = {
     "smollm2_budgets": "SmolLM2-135M-Instruct",
