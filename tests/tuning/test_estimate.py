@@ -32,7 +32,6 @@ def encoded_run(parts, folder, **settings) -> Run:
         ({}, "training", "max_train_samples"),
         ({"recipe": "budget", "granularity": "attn_token", "label_tokens": 1, "calibration_tokens": 1}, "training",
          "max_train_samples"),
-        ({"recipe": "budget", "calibration_tokens": 1}, "mask search", "search_inputs"),
         ({"recipe": "budget", "granularity": "attn_token", "label_tokens": 90000}, "closed form", "label_tokens"),
     ],
 )  # fmt: skip

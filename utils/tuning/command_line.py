@@ -90,7 +90,7 @@ def launch_command(values: Mapping[str, Any]) -> str:
 
 _AT_LEAST = {
     1: "global_batch_size per_device_train_batch_size gradient_accumulation_steps preprocessing_num_workers "
-    "label_tokens calibration_tokens search_inputs search_masks".split(),
+    "label_tokens calibration_tokens".split(),
     0: "learning_rate weight_decay warmup_steps max_grad_norm num_train_epochs label_smoothing_factor gradient_scale "
     "other_rate seed logging_steps save_steps save_total_limit".split(),
 }

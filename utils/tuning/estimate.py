@@ -49,12 +49,8 @@ def tokens_read(run: Run) -> dict[str, float]:
     if routing.recipe == "paper":
         return {"training": trained * (1 + backward)}
     calibration = {"calibration": 8 * budget.calibration_tokens}
-    parts = routing.config().parts
-    if set(parts.values()) == {"sequence"} and routing.trains == "routers":
-        routers = (routing.mod_n or layers) * len(parts)
-        masks = min(2.0**routers, budget.search_masks)
-        return {"mask search": min(budget.search_inputs, len(lengths)) * mean * (1 + masks * deep)} | calibration
-    start = 4 * budget.label_tokens * (2 if routing.mod_layers == "auto" else 1)
+    sequence = set(routing.config().parts.values()) == {"sequence"}
+    start = 4 * budget.label_tokens * (4 if sequence else 1)
     return {"closed form": start, "training": trained * (2 + backward)} | calibration
 
 
@@ -80,7 +76,6 @@ def shorter(run: Run, seconds: dict[str, float]) -> str:
     share = SHORT / seconds[phase]
     name, value = {
         "training": ("max_train_samples", len(run.data.rows)),
-        "mask search": ("search_inputs", min(run.command.budget.search_inputs, len(run.data.rows))),
         "closed form": ("label_tokens", run.command.budget.label_tokens),
         "calibration": ("calibration_tokens", run.command.budget.calibration_tokens),
     }[phase]

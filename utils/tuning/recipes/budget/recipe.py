@@ -1,10 +1,8 @@
 """The ``budget`` recipe: routers that spend a requested capacity where it pays, and a dial for every other capacity.
 
 Routers start in closed form (:mod:`closed_form`), and regression under their own policy trains them at many budgets
-(:mod:`regression`); with ``num_train_epochs 0`` closed form is all. Where whole sequences are decided on and nothing
-but routing trains, inputs are run under many masks, forward only, and routers fitted to the value of these
-(:mod:`search`, :mod:`policy`). What follows are thresholds calibrated so that the requested share of the routed work
-runs, and a dial that reaches any other share without training.
+(:mod:`regression`); with ``num_train_epochs 0`` closed form is all. What follows are thresholds calibrated so that the
+requested share of the routed work runs, and a dial that reaches any other share without training.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from router_tuning.errors import UserError
 from router_tuning.model import routed_modules, set_thresholds
@@ -30,14 +27,11 @@ from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.interruption import StopOnSignal
 from router_tuning.tuning.recipes.budget.closed_form import fit_routers, within_limits
 from router_tuning.tuning.recipes.budget.gates import inputs_seen, router_of
-from router_tuning.tuning.recipes.budget.policy import FitSettings, fit
 from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
-from router_tuning.tuning.recipes.budget.search import explore, joined
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 from router_tuning.tuning.routing_statistics import CAPACITY, layer_key
 from router_tuning.tuning.run import Run, TunedRun
 
-FIT_BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _ROWS = 8
 _LABELLED_AT_ONCE = 1024
 """Tokens of a batch whose damages are read: its logits, and their gradient, are in memory."""
@@ -52,8 +46,6 @@ def tune(run: Run) -> TunedRun:
         UserError: for settings under which gradients cannot be read, or engines would have nothing to step.
     """
     training = run.training
-    if is_sequence_level(run.model) and run.routing.trains == "routers":
-        return _search_and_fit(run)
     if training.fp16 or training.activation_checkpointing:
         raise UserError("recipe 'budget' reads gradients: leave out fp16 and activation checkpointing")
     run.model.to(training.device)
@@ -91,29 +83,6 @@ def measure(run: Run, tuned: TunedRun) -> None:
     }
     tuned.extra["dial"] = dial
     model.train(training)
-
-
-def _search_and_fit(run: Run) -> TunedRun:
-    """Sequence level: routers of a frozen base from the value of masks."""
-    model, training = run.model, run.training
-    generator = torch.Generator().manual_seed(training.seed)
-    rows = torch.randperm(len(run.data.rows), generator=generator)[: run.command.budget.search_inputs].tolist()
-    batches = in_batches([run.data.rows[row] for row in rows], run.collator, _ROWS)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    model.to(training.device)
-    explored = explore(model, batches[rank::world], run.command.budget.search_masks, seed=training.seed + rank)
-    if world > 1:
-        parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, explored)
-        explored = joined(parts)
-    policy = fit(explored, FIT_BUDGETS, FitSettings(seed=training.seed))
-    with torch.no_grad():
-        for module, row in zip(routed_modules(model).values(), policy.weight, strict=True):
-            module.mod_router.weight.copy_(row[None])
-    dial = {"capacity": policy.budgets, "logit": dict(zip(routed_modules(model), policy.logit.tolist(), strict=True))}
-    trainer = RouterTrainer(**trainer_options(run), gradient_scale=run.routing.gradient_scale)
-    history = [{"step": 0, "inputs": len(rows), "masks": explored.masks.shape[1]}]
-    return TunedRun(trainer=trainer, history=history, extra={"dial": dial})
 
 
 def _start(run: Run) -> tuple[dict[str, float], dict[str, float]]:

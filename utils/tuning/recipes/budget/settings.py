@@ -21,8 +21,6 @@ class BudgetArguments:
     other_rate: float = field(default=1e-4, metadata={"help": "learning rate of adapters, or of the base"})
     label_tokens: int = field(default=24_000, metadata={"help": "tokens that routers are fitted on in closed form"})
     calibration_tokens: int = field(default=8_000, metadata={"help": "tokens that thresholds are calibrated on"})
-    search_inputs: int = field(default=2048, metadata={"help": "sequence level: rows that are run under many masks"})
-    search_masks: int = field(default=64, metadata={"help": "sequence level: most masks of a row"})
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
