@@ -10,7 +10,7 @@ from torch.nn.functional import log_softmax
 
 from router_tuning.model import routed_modules
 from router_tuning.model.router import pooled_mean
-from router_tuning.tuning.recipes.budget.closed_form import fit_router
+from router_tuning.tuning.recipes.budget.closed_form import RIDGES, fit_router
 from router_tuning.tuning.recipes.budget.damage import drawn, fisher_damage
 
 
@@ -113,10 +113,25 @@ def test_regression_finds_what_damage_depends_on(told_apart):
     hidden = torch.randn(6000, 8, generator=generator) @ mixing + 4
     weight = torch.linalg.solve(mixing, 0.35 * torch.randn(8, generator=generator)) * told_apart
     truth = (hidden - 4) @ weight - 5
-    fit = fit_router(hidden, truth.exp() * torch.randn(6000, generator=generator).square())
+    fit = fit_router(hidden, truth.exp() * torch.randn(6000, generator=generator).square(), ridge=5.0)
     predicted = hidden @ fit.weight + fit.bias
     assert float(predicted.exp().mean() / truth.exp().mean()) == pytest.approx(1, abs=0.15)
     if told_apart:
         assert torch.corrcoef(torch.stack([predicted, truth]))[0, 1] > 0.97 and fit.slope > 0.9
     else:
         assert predicted.std() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spread", "weight", "times", "best"), [(20_000, 0.2, 4.0, 1, 0.15), (120, 4.0, 0.6, 20, 5.0)]
+)
+def test_the_ridge_is_that_of_least_deviance_on_tokens_left_out(tokens, spread, weight, times, best):
+    """Much data whose signal has little variance want little of it, few data whose signal has much want much."""
+    generator, deviance = torch.Generator().manual_seed(1), dict.fromkeys(RIDGES, 0.0)
+    for _ in range(times):
+        hidden = torch.randn(tokens, 24, generator=generator)
+        hidden[:, 0] *= spread
+        damage = torch.exp(weight * hidden[:, 0] - 5) * torch.randn(tokens, generator=generator).square()
+        for ridge in RIDGES:
+            deviance[ridge] += fit_router(hidden, damage, ridge).deviance
+    assert min(deviance, key=deviance.get) == best

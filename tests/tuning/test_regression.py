@@ -11,7 +11,7 @@ from tiny_routed import random_skip_paths, routed_model
 
 from router_tuning.model import routed_modules
 from router_tuning.tuning.recipes.budget.budgets import Budgets
-from router_tuning.tuning.recipes.budget.gates import RIDGE, curve_of, gates, inputs_seen
+from router_tuning.tuning.recipes.budget.gates import curve_of, gates, inputs_seen
 from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
 
 
@@ -123,10 +123,11 @@ def test_what_routers_see_is_summed_up_as_mean_and_ridged_covariance(family, gra
             mask[:, 0] = False
         tokens = torch.cat([hidden.reshape(3, 9, -1)[chosen] for hidden, chosen in zip(inputs, real, strict=True)])
         covariance = torch.cov(tokens.T, correction=0)
-        ridge = RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance))
+        ridge = 0.3 * covariance.diagonal().mean() * torch.eye(len(covariance))
         mean, square = (tokens.mean(0), covariance) if path else (torch.zeros(32), tokens.T @ tokens / len(tokens))
         torch.testing.assert_close(seen[name].mean, mean, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(seen[name].factor @ seen[name].factor.T, square + ridge, atol=1e-4, rtol=1e-3)
+        factor = seen[name].factor(0.3)
+        torch.testing.assert_close(factor @ factor.T, square + ridge, atol=1e-4, rtol=1e-3)
         if path:
             expected = sorted((module.mod_router(tokens)[:, 0] + 0.5).tolist())
             assert sorted(scores[name].tolist()) == pytest.approx(expected, abs=1e-4)
@@ -152,7 +153,7 @@ def test_thresholds_follow_the_scores_to_where_a_step_leaves_them():
     trainer.modules, trainer.saved, trainer.prior = modules, [0.1] * len(modules), dict.fromkeys(modules, 3000.0)
     trainer.args, trainer.policy = (
         SimpleNamespace(device=torch.device("cpu")),
-        Budgets(dict.fromkeys(modules, 0.5), 0.5),
+        Budgets(dict.fromkeys(modules, 0.5), ridge=0.5, lowest=0.5),
     )
     trainer.policy.curve = before = torch.zeros_like(trainer.policy.grid)
 

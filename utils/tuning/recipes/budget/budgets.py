@@ -22,15 +22,16 @@ class Budgets(TrainerCallback, ExportableState):
     """State of the routers beside their weights, common to all processes, kept in checkpoints.
 
     Attributes:
-        bias: by router. curve: the threshold of each budget of ``grid``.
+        bias: by router. ridge: under what routers see, in mean variances.
+        curve: the threshold of each budget of ``grid``.
         ratio: ``[bins, 2]``, running sums of damage and of what scores predict, by budget.
         seen: decisions learnt from, by router. after_step: called when an optimizer step is complete.
     """
 
     after_step: Callable[[], None]
 
-    def __init__(self, bias: Mapping[str, float], lowest: float, highest: float = 0.95) -> None:
-        self.bias, self.lowest, self.highest = dict(bias), lowest, highest
+    def __init__(self, bias: Mapping[str, float], ridge: float, lowest: float, highest: float = 0.95) -> None:
+        self.bias, self.ridge, self.lowest, self.highest = dict(bias), ridge, lowest, highest
         self.grid = torch.linspace(max(0.02, lowest - 0.2), 0.99, 50)
         self.curve: Tensor
         self.ratio = torch.full((BINS, 2), 1e-9, dtype=torch.float64)
@@ -63,8 +64,9 @@ class Budgets(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        kept = {"bias": self.bias, "curve": self.curve.tolist(), "ratio": self.ratio.tolist(), "seen": self.seen}
-        made = {"bias": self.bias, "lowest": self.lowest, "highest": self.highest}
+        made = {name: getattr(self, name) for name in ("bias", "ridge", "lowest", "highest")}
+        kept = {"bias": self.bias, "ridge": self.ridge, "seen": self.seen}
+        kept |= {"curve": self.curve.tolist(), "ratio": self.ratio.tolist()}
         return {"args": made, "attributes": kept}
 
     def restore(self, checkpoint: Path) -> None:
@@ -72,5 +74,5 @@ class Budgets(TrainerCallback, ExportableState):
         states = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["stateful_callbacks"]
         kept = states[type(self).__name__]["attributes"]
         self.bias, self.seen = dict(kept["bias"]), dict(kept["seen"])
-        self.curve = torch.tensor(kept["curve"])
+        self.ridge, self.curve = kept["ridge"], torch.tensor(kept["curve"])
         self.ratio = torch.tensor(kept["ratio"], dtype=torch.float64)

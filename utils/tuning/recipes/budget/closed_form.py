@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from router_tuning.model import routed_modules
 from router_tuning.model.flops import saved_shares
 from router_tuning.tuning.recipes.budget.damage import Damage, damage_in_parts
-from router_tuning.tuning.recipes.budget.gates import RIDGE, curve_of, router_of
+from router_tuning.tuning.recipes.budget.gates import curve_of, router_of
 
 _AT_ONCE = 2**31
 """Bytes: routers whose inputs fit here together are labelled in one pass over the tokens."""
@@ -28,60 +28,86 @@ _HELD_OUT = 0.2
 _STEPS = (0.5,) * 20 + (0.25,) * 10
 _CLIP = 40.0  # times what is expected: single damages are heavy-tailed
 _CAP = 50.0  # nats: far beyond what second order can say
+RIDGES = (5.0, 1.5, 0.5, 0.15)
+"""Mean variances. Which one generalises differs by base: 5 on SmolLM2-135M, a tenth of it on the embedded base."""
 _SLOPES = (0.05, 1.2)  # not zero: a router which finds nothing still ranks, so that every share can be reached
+_HALF = torch.tensor([0.5])
 _LIMIT = 15.0  # of threshold logits, beyond which σ has no room for them
 
 
 class RouterFit(NamedTuple):
-    """``log E[d | h] = weight·h + bias``. ``slope``: what of the first fit held on tokens it had not seen."""
+    """``log E[d | h] = weight·h + bias``.
+
+    Attributes:
+        slope: what of the first fit held on tokens that it had not seen. deviance: on these, but for a constant.
+    """
 
     weight: Tensor
     bias: float
     slope: float
+    deviance: float
 
 
-def fit_routers(
-    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], seed: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Fit all routers in place.
+class Start(NamedTuple):
+    """Where training begins.
+
+    Attributes:
+        logit: by router, thresholds at which half of the routed operations run and which one common shift moves to
+            any budget. damage: what skipping each module everywhere would cost, in nats per decision.
+        ridge: under what routers see, in mean variances.
+    """
+
+    logit: dict[str, float]
+    damage: dict[str, float]
+    ridge: float
+
+
+def fit_routers(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], seed: int) -> Start:
+    """Fit all routers in place, with the ridge of least deviance on tokens left out.
 
     Args:
         batches: inputs of the model's forward with ``labels``; on the first fifth it is seen what generalises.
-
-    Returns:
-        Threshold logits by router, at which half of the routed operations run and which one common shift moves to any
-        budget; and what skipping each module everywhere would cost, in nats per decision.
     """
     modules, saved = routed_modules(model), saved_shares(model)
-    logit, damages, above = {}, {}, []
+    fits: dict[str, list[RouterFit]] = {}
+    above: dict[str, list[Tensor]] = {}
+    logit, damage = {}, {}
     for name, found in damage_in_parts(model, batches, list(modules), seed, _AT_ONCE):
         found = Damage(*(part.to(model.device) for part in found))
-        weight, bias = _fit_experts(found) if modules[name].mod_part == "expert" else _fit(found)
+        fit = _fit_experts if modules[name].mod_part == "expert" else _fit
+        fits[name] = [fit(found, ridge) for ridge in RIDGES]
         # Routers have no bias: a fit's constant is part of its threshold, beside the logarithm of what skipping saves.
-        logit[name] = math.log(saved[name] * len(found.decided) / int(found.decided.sum())) - bias
-        above.append((found.hidden.float() @ weight.T)[found.decided] - logit[name])
-        damages[name] = found.mean()
+        logit[name] = math.log(saved[name] * len(found.decided) / int(found.decided.sum()))
+        scores = ((found.hidden.float() @ fit.weight.T)[found.decided] + fit.bias for fit in fits[name])
+        above[name] = [score - logit[name] for score in scores]
+        damage[name] = found.mean()
+    # One for all routers: the deviance of a single one is heavy-tailed and would choose by chance.
+    best = min(range(len(RIDGES)), key=lambda ridge: sum(found[ridge].deviance for found in fits.values()))
+    middle = float(curve_of([part[best] for part in above.values()], [saved[name] for name in above], _HALF))
+    for name, found in fits.items():
+        logit[name] += middle - found[best].bias
         with torch.no_grad():
-            router_of(modules[name]).weight.copy_(weight)
-    middle = float(curve_of(above, [saved[name] for name in logit], torch.tensor([0.5])))
-    return {name: value + middle for name, value in logit.items()}, damages
+            router_of(modules[name]).weight.copy_(found[best].weight)
+    return Start(logit, damage, RIDGES[best])
 
 
-def _fit(found: Damage) -> tuple[Tensor, float]:
-    """Weight ``[1, d]`` and constant."""
-    fit = fit_router(found.hidden, found.damage[:, 0])
-    return fit.weight[None], fit.bias
+def _fit(found: Damage, ridge: float) -> RouterFit:
+    """Weight ``[1, d]``."""
+    fit = fit_router(found.hidden, found.damage[:, 0], ridge)
+    return fit._replace(weight=fit.weight[None])
 
 
-def _fit_experts(found: Damage) -> tuple[Tensor, float]:
+def _fit_experts(found: Damage, ridge: float) -> RouterFit:
     """Weights ``[E, d]`` and their common constant: what an expert's own adds to it goes along the mean input."""
     common, mean = math.log(max(found.mean(), 1e-12)), found.hidden.float().mean(0)
     weight = mean.new_zeros(found.decided.shape[1], len(mean))
+    fits = []
     for expert, chosen in enumerate(found.decided.T):
         if int(chosen.sum()) >= _FEWEST:
-            fit = fit_router(found.hidden[chosen], found.damage[chosen, expert])
-            weight[expert] = fit.weight + (fit.bias - common) * mean / mean.square().sum()
-    return weight, common
+            fits.append(fit_router(found.hidden[chosen], found.damage[chosen, expert], ridge))
+            weight[expert] = fits[-1].weight + (fits[-1].bias - common) * mean / mean.square().sum()
+    mean_of = [sum(getattr(fit, field) for fit in fits) / max(len(fits), 1) for field in ("slope", "deviance")]
+    return RouterFit(weight, common, *mean_of)
 
 
 @torch.no_grad()
@@ -95,8 +121,8 @@ def within_limits(model: nn.Module, logit: Mapping[str, float]) -> dict[str, flo
 
 
 @torch.no_grad()
-def fit_router(hidden: Tensor, damage: Tensor) -> RouterFit:
-    """Gamma regression with a logarithmic link of ``damage [n]`` on ``hidden [n, d]``.
+def fit_router(hidden: Tensor, damage: Tensor, ridge: float) -> RouterFit:
+    """Gamma regression with a logarithmic link of ``damage [n]`` on ``hidden [n, d]``, ``ridge`` in mean variances.
 
     Fisher scoring with the curvature at the start, damped and stopped early; then slope and constant are fitted anew
     on the first fifth of the tokens, left out before, so that what does not generalise is shrunk.
@@ -106,7 +132,7 @@ def fit_router(hidden: Tensor, damage: Tensor) -> RouterFit:
     damage = damage.clamp(max=_CAP)
     unseen, x = hidden[:held].float() - centre, hidden[held:].float() - centre
     curvature = x.T @ x / len(x)
-    curvature.diagonal().add_(RIDGE * curvature.diagonal().mean())
+    curvature.diagonal().add_(ridge * curvature.diagonal().mean())
     factor = torch.linalg.cholesky(curvature)
     weight, bias = torch.zeros_like(centre), damage[held:].mean().clamp(min=1e-12).log()
     for rate in _STEPS:
@@ -120,8 +146,10 @@ def fit_router(hidden: Tensor, damage: Tensor) -> RouterFit:
         excess = _excess(damage[:held], slope * z + bias)
         bias = bias + 0.3 * excess.mean()
         slope = (slope + 0.3 * (excess * z).mean() / spread).clamp(*_SLOPES)
+    z = slope * z + bias
+    deviance = (_excess(damage[:held], z) + z).mean()
     weight = slope * weight
-    return RouterFit(weight, float(bias - slope * middle - centre @ weight), float(slope))
+    return RouterFit(weight, float(bias - slope * middle - centre @ weight), float(slope), float(deviance))
 
 
 def _excess(damage: Tensor, z: Tensor) -> Tensor:

@@ -18,8 +18,6 @@ from router_tuning.model.routing import run_decoder
 
 SLOPE = 0.25
 """Of the score σ(z) at z = 0, through which the engine hands on the gradient of a decision."""
-RIDGE = 5.0
-"""Mean variances; less fits noise: at 1e-3 the divergence on held-out text was three times as large."""
 _EVEN = 1e-6
 
 
@@ -54,14 +52,19 @@ class Gate:
 
 
 class Seen(NamedTuple):
-    """What a router sees: ``mean [d]``, and the Cholesky ``factor [d, d]`` of its ridged covariance.
+    """What a router sees: its ``mean [d]``, ``covariance [d, d]`` and the mean ``variance`` of an element.
 
     Routers of experts share one threshold by layer, so their weights carry the constant, too: the mean is zero then,
-    and the factor is of ``E[h hᵀ]``.
+    and the covariance is ``E[h hᵀ]``.
     """
 
     mean: Tensor
-    factor: Tensor
+    covariance: Tensor
+    variance: float
+
+    def factor(self, ridge: float) -> Tensor:
+        """The Cholesky factor ``[d, d]`` of the covariance with ``ridge`` mean variances on its diagonal."""
+        return torch.linalg.cholesky(self.covariance + ridge * self.variance * torch.eye(len(self.mean)).to(self.mean))
 
 
 def predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,12 +163,10 @@ def inputs_seen(
 
 def _seen(first: Tensor, second: Tensor, count: int, centred: bool) -> Seen:
     mean, square = first / count, second / count
-    ridge = RIDGE * (square.diagonal() - mean.square()).mean()
+    variance = float((square.diagonal() - mean.square()).mean())
     if not centred:
         mean = torch.zeros_like(mean)
-    square = square - mean[:, None] * mean
-    square.diagonal().add_(ridge)
-    return Seen(mean, torch.linalg.cholesky(square))
+    return Seen(mean, square - mean[:, None] * mean, variance)
 
 
 def curve_of(scores: Sequence[Tensor], saved: Sequence[float], grid: Tensor) -> Tensor:

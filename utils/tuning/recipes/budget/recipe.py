@@ -25,7 +25,7 @@ from router_tuning.tuning.calibration import (
 )
 from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.interruption import StopOnSignal
-from router_tuning.tuning.recipes.budget.closed_form import fit_routers, within_limits
+from router_tuning.tuning.recipes.budget.closed_form import RIDGES, Start, fit_routers, within_limits
 from router_tuning.tuning.recipes.budget.gates import inputs_seen, router_of
 from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
@@ -49,14 +49,15 @@ def tune(run: Run) -> TunedRun:
     if training.fp16 or training.activation_checkpointing:
         raise UserError("recipe 'budget' reads gradients: leave out fp16 and activation checkpointing")
     run.model.to(training.device)
-    start, damages = _start(run)
+    start = _start(run)
     if run.steps:
         trainer, end = _trained(run, start)
     else:
-        trainer, end = RouterTrainer(**trainer_options(run), gradient_scale=0), start
+        trainer, end = RouterTrainer(**trainer_options(run), gradient_scale=0), start.logit
     dial = {"capacity": [0.5], "logit": {name: [value] for name, value in within_limits(run.model, end).items()}}
     stopped = run.interruption.signal is not None
-    return TunedRun(trainer, trainer.state.log_history, interrupted=stopped, extra={"dial": dial, "damage": damages})
+    extra = {"dial": dial, "damage": start.damage}
+    return TunedRun(trainer, trainer.state.log_history, interrupted=stopped, extra=extra)
 
 
 def measure(run: Run, tuned: TunedRun) -> None:
@@ -85,29 +86,26 @@ def measure(run: Run, tuned: TunedRun) -> None:
     model.train(training)
 
 
-def _start(run: Run) -> tuple[dict[str, float], dict[str, float]]:
-    """Routers to start from, in place: closed form, or saved ones.
-
-    Returns:
-        Threshold logits by router and, of closed form, the damage of skipping each module.
-    """
+def _start(run: Run) -> Start:
+    """Routers to start from, in place: closed form, or saved ones, of which no damage is known."""
     if run.routing.router_dir or run.resume:
         modules = routed_modules(run.model)
-        return {name: min(max(module.mod_logit, -30.0), 30.0) for name, module in modules.items()}, {}
+        logit = {name: min(max(module.mod_logit, -30.0), 30.0) for name, module in modules.items()}
+        return Start(logit, {}, RIDGES[0])
     batches = in_batches(_label_rows(run), run.collator, _ROWS, _LABELLED_AT_ONCE)
     generator = torch.Generator().manual_seed(run.training.seed)
     order = torch.randperm(len(batches), generator=generator).tolist()  # rows of all lengths among those held out
     return fit_routers(run.model, [batches[index] for index in order], run.training.seed)
 
 
-def _trained(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, dict[str, float]]:
+def _trained(run: Run, start: Start) -> tuple[RouterTrainer, dict[str, float]]:
     """Routers take steps of their own; the optimizer has skip paths, adapters or the base."""
     model = run.model
     for module in routed_modules(model).values():
         router_of(module).weight.requires_grad_(False)
     if run.training.world_size > 1 and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("recipe 'budget' on several processes trains paths, too: --skip low_rank --train_skip true")
-    bias = {name: -logit for name, logit in start.items()}
+    bias = {name: -logit for name, logit in start.logit.items()}
     batches = inputs_to_calibrate_on(_label_rows(run), run.collator, is_sequence_level(model))
     inputs, scores = inputs_seen(model, batches, bias)
     trainer = RegressionTrainer(
@@ -116,7 +114,7 @@ def _trained(run: Run, start: dict[str, float]) -> tuple[RouterTrainer, dict[str
         distil=run.routing.trains == "routers",
         saved=saved_shares(model),
         inputs=inputs,
-        bias=bias,
+        start=start,
         scores=scores,
     )
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))

@@ -12,6 +12,7 @@ batch moves it, in the metric of what the router sees: no learning rate, and no 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import kl_div, log_softmax
 
 from router_tuning.model import capacity_penalty, record_routing, routed_modules
 from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.recipes.budget.budgets import BINS, Budgets
+from router_tuning.tuning.recipes.budget.closed_form import Start
 from router_tuning.tuning.recipes.budget.damage import drawn
 from router_tuning.tuning.recipes.budget.gates import Gate, Seen, curve_of, gates, predicting, router_of
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments, path_rate
@@ -58,7 +60,8 @@ class RegressionTrainer(RouterTrainer):
     Args:
         recipe: its settings. distil: whether the loss is the divergence from the dense model, else the task's.
         saved: share of the decoder's operations that skipping saves, by router.
-        inputs: what routers see, by router. bias: to start from. scores: ``W·h + b`` of some decisions, by router.
+        inputs: what routers see, by router. start: thresholds, and the ridge under what they see.
+        scores: ``W·h + b`` of some decisions, by router.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class RegressionTrainer(RouterTrainer):
         distil: bool,
         saved: Mapping[str, float],
         inputs: Mapping[str, Seen],
-        bias: Mapping[str, float],
+        start: Start,
         scores: Mapping[str, Tensor],
         **kwargs,
     ) -> None:
@@ -77,12 +80,19 @@ class RegressionTrainer(RouterTrainer):
         self.modules = routed_modules(self.model)
         self.saved = [saved[name] for name in self.modules]
         self.prior = {name: max(1.0, _PRIOR * len(scores[name])) for name in self.modules}
-        self.policy = Budgets(bias, recipe.lowest_budget, recipe.highest_budget)
+        bias = {name: -logit for name, logit in start.logit.items()}
+        self.policy = Budgets(bias, start.ridge, recipe.lowest_budget, recipe.highest_budget)
         self.policy.curve = curve_of([scores[name] for name in self.modules], self.saved, self.policy.grid)
         self.policy.after_step = self._apply
         self.add_callback(self.policy)
         self._pending: dict[str, Tensor] = {}
         self._kept: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
+
+    @cached_property
+    def metric(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and ridged factor of what routers see, with the ridge that a checkpoint may have brought."""
+        inputs, self.inputs = self.inputs, {}
+        return {name: (seen.mean, seen.factor(self.policy.ridge)) for name, seen in inputs.items()}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """A group per parameter: each matrix of a skip path moves by a share of its rms per step."""
@@ -117,7 +127,7 @@ class RegressionTrainer(RouterTrainer):
         if dense is None:
             losses = -routed.gather(1, inputs["labels"].roll(-1, dims=1)[predicts][:, None])[:, 0]
         else:
-            losses = (dense.exp() * (dense - routed)).sum(-1)
+            losses = kl_div(routed, dense, reduction="none", log_target=True).sum(-1)
         share = 1 - sum(self.saved) * (1 - budget)
         weight = torch.exp(-_GROWTH / 2 * (1 - share)).to(routed.device)[predicts.nonzero()[:, 0]]
         surprise = (weight.sqrt() * routed.gather(1, drawn(routed.detach().exp()))[:, 0]).sum()
@@ -200,7 +210,7 @@ class RegressionTrainer(RouterTrainer):
 
     def _step(self, name: str, gate: Gate, excess: Tensor, decided: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the decisions of the steps of weights ``[E, d]`` and bias, ``[E, d + 1]``; and their number."""
-        mean, factor = self.inputs[name]
+        mean, factor = self.metric[name]
         excess = excess.clamp(-_CLIP, _CLIP) * decided
         count = decided.sum().clamp(min=1)
         middle = excess.sum() / count if self.modules[name].mod_part != "expert" else 0.0
