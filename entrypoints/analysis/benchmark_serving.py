@@ -7,6 +7,7 @@ Runs where vLLM and this package are installed. On a CPU, seconds are those that
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import write_json
+from router_tuning.model.class_swap import plain_class
 from router_tuning.provenance import provenance
 from router_tuning.serving import comparison
 
@@ -70,14 +72,17 @@ def main() -> None:
         write_json(args.output, rows)
         print(json.dumps(found), flush=True)
 
+    llm = None
     for dtype in args.dtypes:
         model = comparison.our_model(args.export, dtype)
         expected = comparison.our_tokens(model, prompts, args.new_tokens)
         for name, settings in comparison.SETTINGS.items():
+            llm = None  # an engine that ends takes along what those share that its process has then
+            gc.collect()
             llm = comparison.engine(args.export, dtype, **settings)
             note("equality", dtype=dtype, setting=name, **comparison.equality(llm, prompts, expected))
     if args.budgets:
-        plain = {"architectures": [model.config.architectures[0].replace("ModFor", "For")]}
+        plain = {"architectures": [plain_class(model).__name__]}
         llms = {"routed": llm, "dense": comparison.engine(args.base, dtype, hf_overrides=plain)}
         for batch in args.batches:
             timed = (prompts * batch)[:batch]

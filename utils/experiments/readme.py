@@ -101,6 +101,28 @@ def kills_block() -> str:
     return Table(["engines", "processes", "SIGKILLs", "same bits at the end"], [row]).markdown()
 
 
+def serving_block() -> str:
+    """vLLM beside the engine and beside the dense base, by export."""
+    found = json.loads((FIGURES / "serving.json").read_text())
+    equal = [
+        [row["export"], cell["dtype"], cell["setting"], f"{cell['equal_in_batch']} of {cell['batch']}"]
+        + [f"{cell['equal_alone']} of {cell['alone']}", f"{cell['same_tokens']:.1%}"]
+        + [cell["preemptions"], cell["prefix_hits"]]
+        for row in found
+        for cell in row["equality"]
+    ]
+    header = ["export", "type", "vLLM", "equal, in one batch", "equal, alone", "same tokens", "preemptions"]
+    header += ["tokens from the cache"]
+    timed = [
+        [row["export"], cell["batch"], "dense" if cell["budget"] is None else f"budget {cell['budget']}"]
+        + [cell["tokens_per_second"], cell["ratio"], cell["flops_share"]]
+        for row in found
+        for cell in row["throughput"]
+    ]
+    columns = ["export", "batch", "model", "tokens per second", "ratio to dense", "share of the FLOPs"]
+    return f"{Table(header, equal).markdown()}\n\n{Table(columns, timed, digits=2).markdown()}"
+
+
 BLOCKS: dict[str, Callable[..., str]] = {
     "base": lambda: records_block(lambda records: tables.task_table(records, errors=False), "base"),
     "bases": bases_block,
@@ -115,6 +137,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "gpu": gpu_block,
     "training": training_block,
     "kills": kills_block,
+    "serving": serving_block,
 }
 """By the first word of a marker; the second is the argument."""
 

@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 48,
         "num_gpu_blocks_override": 20,
     },
-    "prefix cache, whole prefill": {"enable_prefix_caching": True},
+    "prefix cache, whole prefill": {"enable_prefix_caching": True, "enable_chunked_prefill": False},
 }
 """Ways in which vLLM may split and repeat the same work; the first one preempts sequences."""
 
@@ -64,16 +64,22 @@ def vllm_tokens(llm: LLM, prompts: Prompts, new_tokens: int) -> list[list[int]]:
 
 
 def equality(llm: LLM, prompts: Prompts, expected: Sequence[list[int]]) -> dict[str, Any]:
-    """How many continuations are the same, in one batch and every third alone, and what vLLM did meanwhile."""
+    """How many continuations are the same, in one batch and every third alone, and what vLLM did meanwhile.
+
+    ``same_tokens`` is the share of tokens of both that are the same: after one that differs, others follow.
+    """
     new_tokens = len(expected[0])
     batched = vllm_tokens(llm, prompts, new_tokens)
     single = [vllm_tokens(llm, [ids], new_tokens)[0] for ids in prompts[::3]]
     counts = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
+    pairs = [*zip(batched, expected, strict=True), *zip(single, expected[::3], strict=True)]
+    same = [mine == theirs for pair in pairs for mine, theirs in zip(*pair, strict=True)]
     return {
         "batch": len(prompts),
-        "equal_in_batch": sum(map(list.__eq__, batched, expected)),
+        "equal_in_batch": sum(mine == theirs for mine, theirs in pairs[: len(prompts)]),
         "alone": len(single),
-        "equal_alone": sum(map(list.__eq__, single, expected[::3])),
+        "equal_alone": sum(mine == theirs for mine, theirs in pairs[len(prompts) :]),
+        "same_tokens": sum(same) / len(same),
         "preemptions": counts["vllm:num_preemptions"],
         "prefix_hits": counts["vllm:prefix_cache_hits"],
     }
