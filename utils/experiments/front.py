@@ -76,8 +76,8 @@ def bases_table(bases: Iterable[tuple[str, Sequence[Record]]]) -> Table:
                     name,
                     share_left(ours, "texts"),
                     *(group and divergence(group) for group in (ours, static, random)),
-                    share_left(ours, "tasks"),
-                    *(group and _mean(group.averages("choices")) for group in (dense, ours, static)),
+                    scored := share_left(ours, "tasks"),
+                    *(scored and group and _mean(group.averages("choices")) for group in (dense, ours, static)),
                     *(_mean(ours.costs(phase, "time_ratio")) for phase in ("prefill", "generate")),
                 ]
             )

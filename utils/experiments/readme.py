@@ -22,12 +22,11 @@ FIGURES = ROOT / "figures"
 PICTURED = ("smollm2_budgets", "smollm2")
 """Experiments whose records the README's picture may show: the first that has been run."""
 BASES = {
-    "smollm2_budgets": "SmolLM2-135M-Instruct",
-    "smollm2": "SmolLM2-135M-Instruct",
-    "qwen": "Qwen2.5-Coder-0.5B-Instruct",
-    "gemma": "Gemma-3-270m",
+    "SmolLM2-135M-Instruct": ("smollm2_budgets", "smollm2"),
+    "Qwen2.5-Coder-0.5B-Instruct": ("qwen",),
+    "Gemma-3-270m": ("gemma",),
 }
-"""Experiments on real bases, and what they are of."""
+"""Real bases, and the experiments on each."""
 
 
 def records_block(make: Callable[[list[Record]], Table], path: str) -> str:
@@ -44,8 +43,9 @@ def speed_block(name: str) -> str:
 
 def bases_block() -> str:
     """Real bases, those that have been run."""
-    files = {FIGURES / "experiments" / f"{plan}.jsonl": name for plan, name in BASES.items()}
-    return bases_table((name, read_records(file)) for file, name in files.items() if file.is_file()).markdown()
+    files = {name: [FIGURES / "experiments" / f"{plan}.jsonl" for plan in plans] for name, plans in BASES.items()}
+    found = {name: [r for file in own if file.is_file() for r in read_records(file)] for name, own in files.items()}
+    return bases_table((name, records) for name, records in found.items() if records).markdown()
 
 
 def draw_front() -> Path:
