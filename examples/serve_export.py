@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def made() -> Path:
     """A small export, where none is named."""
-    from router_tuning.checkpoint.export import export
+    from router_tuning.checkpoint.exporting import export
     from router_tuning.embedded import TINY_LLAMA
     from router_tuning.model import route, save_routers, unroute
 

@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from router_tuning.tuning.command_line import parse_command
+from router_tuning.tuning.command.command_line import parse_command
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

@@ -17,8 +17,7 @@ from router_tuning.evaluation.rows import encoded, read_rows
 from router_tuning.model import save_routers, set_thresholds
 from router_tuning.model.dial import calibrate
 from router_tuning.model.saving import read_router_config, thresholds_for
-from router_tuning.tuning.batching import Collator
-from router_tuning.tuning.calibration import inputs_to_calibrate_on, is_sequence_level
+from router_tuning.tuning.batching import Collator, inputs_to_calibrate_on, is_sequence_level
 
 OURS = ("format", "base")
 

@@ -22,7 +22,7 @@ from router_tuning.experiments.laboratory import Laboratory, shard
 from router_tuning.experiments.plan import read_plan
 from router_tuning.files import write_text
 from router_tuning.places import ROOT
-from router_tuning.tuning.console import set_up_logs
+from router_tuning.tuning.trainer.console import set_up_logs
 
 
 def parse_args() -> argparse.Namespace:

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from router_tuning.checkpoint.card import model_card
-from router_tuning.checkpoint.export import FORMS, export
+from router_tuning.checkpoint.exporting import FORMS, export
 from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.records import COMPARISON, all_tables, read_records
 from router_tuning.tuning.run_folder import base_of

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from router_tuning.checkpoint.base import read_config
+from router_tuning.bases.description import read_config
 from router_tuning.checkpoint.card import front_matter, training_facts
 from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
 from router_tuning.checkpoint.loading import add_arguments, load_dense, opened

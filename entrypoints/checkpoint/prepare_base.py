@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from router_tuning.checkpoint.prepare_base import prepare_base
+from router_tuning.bases.preparing import prepare_base
 from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.places import ROOT
 

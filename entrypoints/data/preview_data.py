@@ -1,4 +1,4 @@
-"""Show what a training file looks like to a model: rows with the loss mask visible, token lengths, a histogram.
+"""Show what a training file looks like to a model: rows with the loss mask visible, token lengths.
 
 python entrypoints/data/preview_data.py --data_file data/mixed/data.jsonl --tokenizer ckpt/tiny-llama-mod
 """

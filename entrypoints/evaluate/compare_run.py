@@ -28,8 +28,7 @@ from router_tuning.model import set_thresholds
 from router_tuning.model.dial import Batch, calibrate
 from router_tuning.model.saving import thresholds_for
 from router_tuning.places import ROOT
-from router_tuning.tuning.batching import Collator
-from router_tuning.tuning.calibration import inputs_to_calibrate_on, is_sequence_level
+from router_tuning.tuning.batching import Collator, inputs_to_calibrate_on, is_sequence_level
 from router_tuning.tuning.run_folder import data_of, read_run, training_log
 
 

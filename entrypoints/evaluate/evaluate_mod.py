@@ -24,7 +24,7 @@ from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.evaluation.tasks import requested_tokens
 from router_tuning.files import write_text
 from router_tuning.tuning.encoding import load_tokenizer
-from router_tuning.tuning.estimate import LONG, duration, reading_rate
+from router_tuning.tuning.rehearsal import LONG, duration, reading_rate
 
 
 def parse_args() -> argparse.Namespace:

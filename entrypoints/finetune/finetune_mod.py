@@ -14,12 +14,12 @@ import os
 from pathlib import Path
 
 from router_tuning.errors import cli
-from router_tuning.tuning.command_line import parse_command
-from router_tuning.tuning.console import set_up_logs
+from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.dry_run import dry_run
-from router_tuning.tuning.engines import lost_contact
-from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.run import Run
+from router_tuning.tuning.trainer.console import set_up_logs
+from router_tuning.tuning.trainer.engines import lost_contact
+from router_tuning.tuning.trainer.interruption import Interruption
 from router_tuning.tuning.tuning import run_tuning
 
 RANK = int(os.environ.get("RANK", 0))
@@ -39,7 +39,6 @@ def main() -> None:
         return
     run = Run(command, interruption)
     if command.training.check_inputs:
-        run.check_checkpoint()
         return
     try:
         tuned = run_tuning(run)

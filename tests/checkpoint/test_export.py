@@ -15,7 +15,7 @@ from peft import PeftModel
 from tiny_checkpoint import tiny_logits, tuned_run, write_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from router_tuning.checkpoint.export import FORMS, HOLDS, export
+from router_tuning.checkpoint.exporting import FORMS, HOLDS, export
 from router_tuning.checkpoint.loading import load_export, load_tuned
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers
@@ -226,7 +226,8 @@ def test_paths_cannot_escape_and_pickles_are_not_read(tmp_path, run, base):
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, run, base):
     code = (
-        "import resource, signal, sys; from pathlib import Path; from router_tuning.checkpoint.export import export\n"
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from router_tuning.checkpoint.exporting import export\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "export(*map(Path, sys.argv[1:]))\n"
     )

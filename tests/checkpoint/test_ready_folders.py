@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from router_tuning.checkpoint.base import dense_config, skeleton
+from router_tuning.bases.description import dense_config, skeleton
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {
@@ -26,7 +26,7 @@ def test_config_only_folders_hold_the_published_numbers(name: str):
     """The parameter count on the meta device is that of the public model, so no number can be off."""
     kind, layers, hidden, inner, heads, kv, vocab, theta, window, count = PUBLISHED[name]
     values = json.loads((ROOT / "ckpt" / name / "config.json").read_text())
-    assert values["model_type"] == f"{kind}_mod" and values["mod_granularity"] == "attn_sequence"
+    assert values["model_type"] == kind and values["mod_granularity"] == "attn_sequence"
     assert values["mod_layers"] == list(range(layers - 1 - layers // 2, layers - 1)) and "/" in values["mod_base"]
     config = dense_config(ROOT / "ckpt" / name)
     assert config.model_type == kind

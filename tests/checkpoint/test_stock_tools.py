@@ -9,7 +9,7 @@ import torch
 from isolated_environment import IsolatedPython
 from transformers import AutoTokenizer
 
-from router_tuning.checkpoint.export import export
+from router_tuning.checkpoint.exporting import export
 from router_tuning.checkpoint.loading import load_tuned
 from router_tuning.evaluation.tasks import TASK_CONFIGS, evaluate
 

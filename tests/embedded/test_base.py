@@ -165,7 +165,7 @@ def test_training_resumes_to_the_same_weights_and_writes_a_whole_folder(tmp_path
         assert config.num_local_experts == 3 and config.num_experts_per_tok == 2
         assert not any(key.startswith("mod_") for key in fields)
     else:
-        assert fields["model_type"] == "llama_mod" and {key: fields[key] for key in ROUTING_FIELDS} == ROUTING_FIELDS
+        assert fields["model_type"] == "llama" and {key: fields[key] for key in ROUTING_FIELDS} == ROUTING_FIELDS
     saved = json.loads((out / "tokenizer.json").read_text())
     assert saved["truncation"] is saved["padding"] is None
 

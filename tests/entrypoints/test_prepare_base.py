@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from router_tuning.bases.preparing import RECORD, prepare_base
+from router_tuning.bases.shards import INDEX, weight_map
 from router_tuning.checkpoint import prepare_base as module
-from router_tuning.checkpoint.prepare_base import RECORD, prepare_base
-from router_tuning.checkpoint.shards import INDEX, weight_map
 from router_tuning.embedded.base_training import build_tokenizer
 from router_tuning.errors import UserError
 from router_tuning.model import is_routed
@@ -133,7 +133,7 @@ def test_a_new_name_gets_a_configuration_with_half_of_the_layers_routed(tmp_path
     source = write_base(tmp_path / "source", family)
     done = prepare_base(tmp_path / "ckpt" / "mine", str(source))
     fields = json.loads((done.folder / "config.json").read_text())
-    assert fields["mod_layers"] == [2, 3] and fields["model_type"] == f"{family}_mod" and "mod_base" not in fields
+    assert fields["mod_layers"] == [2, 3] and fields["model_type"] == family and "mod_base" not in fields
     model = AutoModelForCausalLM.from_pretrained(done.folder)
     assert is_routed(model) and fields["architectures"] == [type(model).__name__]
     dense = tiny_logits(AutoModelForCausalLM.from_pretrained(source))
@@ -207,7 +207,7 @@ def test_hub_failure_is_one_line_and_changes_nothing(variant: Path, monkeypatch:
 def test_a_full_disk_is_one_line_and_leaves_nothing(base: Path, tmp_path: Path):
     code = (
         "import resource, signal, sys; from pathlib import Path\n"
-        "from router_tuning.checkpoint.prepare_base import prepare_base\n"
+        "from router_tuning.bases.preparing import prepare_base\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "prepare_base(Path(sys.argv[2]), sys.argv[1], link=False)\n"
     )

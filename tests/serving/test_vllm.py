@@ -20,7 +20,7 @@ import torch
 from tiny_checkpoint import write_run
 from transformers import AutoTokenizer
 
-from router_tuning.checkpoint.export import export
+from router_tuning.checkpoint.exporting import export
 from router_tuning.checkpoint.loading import load_export
 from router_tuning.model import record_routing
 from router_tuning.model.configuration_mod import plain_fields

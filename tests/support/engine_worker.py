@@ -22,9 +22,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from router_tuning.tuning.command_line import parse_command
-from router_tuning.tuning.console import set_up_logs
+from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.run import Run
+from router_tuning.tuning.trainer.console import set_up_logs
 from router_tuning.tuning.tuning import run_tuning
 
 ROOT = Path(__file__).resolve().parents[2]

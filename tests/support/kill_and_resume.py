@@ -34,8 +34,8 @@ import engine_worker  # noqa: E402
 import tiny_tuning  # noqa: E402
 
 from router_tuning.provenance import provenance  # noqa: E402
-from router_tuning.tuning.checkpoints import checkpoints, newest_complete  # noqa: E402
 from router_tuning.tuning.recipes import load_recipe  # noqa: E402
+from router_tuning.tuning.trainer.checkpoints import checkpoints, newest_complete  # noqa: E402
 
 WORLD = 2
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL for the rank that is left

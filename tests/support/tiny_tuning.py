@@ -8,9 +8,9 @@ from pathlib import Path
 
 import tiny_checkpoint
 
-from router_tuning.tuning.command_line import Command, parse_command
-from router_tuning.tuning.interruption import Interruption
+from router_tuning.tuning.command.command_line import Command, parse_command
 from router_tuning.tuning.run import Run, TunedRun
+from router_tuning.tuning.trainer.interruption import Interruption
 from router_tuning.tuning.tuning import run_tuning
 
 WORDS = "red blue green one two three cat dog sun moon tree house up down left right".split()

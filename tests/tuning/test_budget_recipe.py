@@ -17,8 +17,8 @@ from router_tuning.embedded.base_training import build_tokenizer
 from router_tuning.embedded.sample_tasks import generate
 from router_tuning.errors import UserError
 from router_tuning.model import force_routing, load_routers, record_routing
-from router_tuning.tuning.calibration import predicting_part_of, prompt_of
-from router_tuning.tuning.command_line import parse_command
+from router_tuning.tuning.batching import predicting_part_of, prompt_of
+from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.encoding import encode_row, render_prompt
 from router_tuning.tuning.run import Run
 from router_tuning.tuning.tuning import run_tuning

@@ -8,9 +8,9 @@ import pytest
 
 from router_tuning.errors import UserError
 from router_tuning.files import publish
-from router_tuning.tuning import checkpoints
-from router_tuning.tuning.arguments import DEFAULTS
+from router_tuning.tuning.command.arguments import DEFAULTS
 from router_tuning.tuning.run_folder import clear_folder
+from router_tuning.tuning.trainer import checkpoints
 
 SETTINGS = {"base": "abc", "granularity": "attn_sequence", "mod_n": 3, "betas": [0.9, 0.999]}
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from router_tuning.errors import UserError
-from router_tuning.tuning.command_line import parse_command
-from router_tuning.tuning.published_names import modernise
+from router_tuning.tuning.command.command_line import parse_command
+from router_tuning.tuning.command.published_names import modernise
 from router_tuning.tuning.tuning_model import cpu_dtype
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 import tiny_tuning
 
 from router_tuning.errors import UserError
-from router_tuning.tuning.command_line import parse_command
+from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.dry_run import dry_run, engine_of
 
 # Parameters in billions, as published.

@@ -9,8 +9,8 @@ import torch
 from tiny_models import tiny_model
 from tiny_tuning import command, write_conversations, write_parts
 
-from router_tuning.tuning import estimate
-from router_tuning.tuning.estimate import LONG, SHORT, duration, reading_rate, tokens_read
+from router_tuning.tuning import rehearsal
+from router_tuning.tuning.rehearsal import LONG, SHORT, duration, phases, reading_rate
 from router_tuning.tuning.run import Run
 
 
@@ -37,16 +37,16 @@ def encoded_run(parts, folder, **settings) -> Run:
 )  # fmt: skip
 def test_what_is_named_makes_a_long_run_short(parts, tmp_path, monkeypatch, caplog, settings, phase, flag):
     run = encoded_run(parts, tmp_path, **settings)
-    rate = sum(tokens_read(run).values()) / (3 * LONG)
-    monkeypatch.setattr(estimate, "reading_rate", lambda *_: rate)
+    rate = sum(tokens for tokens, _, _ in phases(run).values()) / (3 * LONG)
+    monkeypatch.setattr(rehearsal, "reading_rate", lambda *_: rate)
     caplog.set_level("INFO", logger="router_tuning")
-    estimate.tell(run, tiny_model())
+    rehearsal.tell(run, tiny_model())
     told = caplog.text
     assert "estimate: about 3.0 hours" in told and f"{phase} " in told
     name, number = re.search(r"--(\w+) (\d+) makes its", told).groups()
     assert name == flag
     shorter = encoded_run(parts, tmp_path, **settings | {flag: int(number)})
-    assert tokens_read(shorter)[phase] / rate <= 1.5 * SHORT
+    assert phases(shorter)[phase][0] / rate <= 1.5 * SHORT
 
 
 def test_the_probe_reads_and_leaves_random_numbers_alone():

@@ -16,10 +16,10 @@ import tiny_tuning
 import torch
 from safetensors.torch import load_file
 
-from router_tuning.tuning.arguments import PARTS
-from router_tuning.tuning.checkpoints import NEUTRAL
-from router_tuning.tuning.command_line import launch_command, parse_command
-from router_tuning.tuning.usage import VARIABLES, usage
+from router_tuning.tuning.command.arguments import PARTS
+from router_tuning.tuning.command.command_line import launch_command, parse_command
+from router_tuning.tuning.command.usage import VARIABLES, usage
+from router_tuning.tuning.trainer.checkpoints import NEUTRAL
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/finetune_mod.sh"

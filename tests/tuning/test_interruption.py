@@ -11,9 +11,9 @@ import tiny_tuning
 import torch
 import torch.distributed as dist
 
-from router_tuning.tuning.customized_trainer import RouterTrainer
-from router_tuning.tuning.engines import limit_waiting, lost_contact
-from router_tuning.tuning.interruption import Interruption
+from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
+from router_tuning.tuning.trainer.engines import limit_waiting, lost_contact
+from router_tuning.tuning.trainer.interruption import Interruption
 
 
 @pytest.fixture

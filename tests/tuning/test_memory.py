@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from router_tuning.model import record_routing, route
-from router_tuning.tuning.arguments import RoutingArguments
-from router_tuning.tuning.memory import StepMemory, simulate_step
+from router_tuning.tuning.command.arguments import RoutingArguments
+from router_tuning.tuning.dry_run import StepMemory, simulate_step
 from router_tuning.tuning.tuning_model import mark_trainable, routing_of
 
 BATCH, TOKENS = 4, 128

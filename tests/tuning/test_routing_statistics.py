@@ -8,7 +8,7 @@ from tiny_models import random_batch
 from tiny_routed import LAYERS, routed_model
 
 from router_tuning.model import record_routing
-from router_tuning.tuning.routing_statistics import RoutingStatistics, layer_key
+from router_tuning.tuning.trainer.routing_statistics import RoutingStatistics, layer_key
 
 
 def run(granularity, splits):

@@ -9,7 +9,7 @@ from tiny_routed import LAYERS
 from tiny_training import dense_answers, freeze_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from router_tuning.checkpoint.export import export
+from router_tuning.checkpoint.exporting import export
 from router_tuning.model import record_routing, route
 
 trl = pytest.importorskip("trl")

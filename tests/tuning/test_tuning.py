@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, route
-from router_tuning.tuning.run import Run
+from router_tuning.tuning.rehearsal import doubts
+from router_tuning.tuning.run import Run, steps_of
 from router_tuning.tuning.run_folder import RESULTS, base_of, default_folder
 
 
@@ -89,14 +90,14 @@ def test_a_checkpoint_of_other_settings_is_refused(parts, finished, tmp_path, ch
         parts, tmp_path / "run", resume_from_checkpoint=finished / "checkpoint-3", check_inputs=True, **change
     )
     with pytest.raises(UserError, match="cannot be continued by this run"):  # also before several are launched
-        Run(resumed).check_checkpoint()
+        Run(resumed)
 
 
 def test_what_changes_nothing_that_is_learnt_may_change(parts, finished, tmp_path):
     moved = shutil.copytree(parts["base"], tmp_path / "moved")
     resume = {"resume_from_checkpoint": finished / "checkpoint-3", "logging_steps": 2, "save_total_limit": 1}
     command = tiny_tuning.command({**parts, "base": moved}, tmp_path / "run", **resume, dataloader_num_workers=1)
-    Run(command).check_checkpoint()
+    Run(command)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_a_missed_target_is_told_once(parts, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("change", "doubts"),
+    ("change", "expected"),
     [
         ({"num_train_epochs": 4}, []),
         ({"num_train_epochs": 4, "warmup_steps": 5}, []),
@@ -201,10 +202,10 @@ def test_a_missed_target_is_told_once(parts, tmp_path, caplog):
         ({"recipe": "budget", "num_train_epochs": 0}, []),
     ],
 )
-def test_a_run_that_can_hardly_learn_says_so(parts, tmp_path, change, doubts):
+def test_a_run_that_can_hardly_learn_says_so(parts, tmp_path, change, expected):
     run_ = Run(tiny_tuning.command(parts, tmp_path / "run", **change))
-    found = run_.doubts(tiny_tuning.ROWS)
-    assert len(found) == len(doubts) and all(map(str.startswith, found, doubts)), found
+    found = doubts(run_.training, steps_of(run_.training, tiny_tuning.ROWS))
+    assert len(found) == len(expected) and all(map(str.startswith, found, expected)), found
 
 
 def test_a_tokenizer_of_another_base_is_refused_before_the_base_is_loaded(parts, tmp_path, monkeypatch):

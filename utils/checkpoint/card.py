@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.model.saving import read_router_config
-from router_tuning.tuning.command_line import launch_command
+from router_tuning.tuning.command.command_line import launch_command
 from router_tuning.tuning.run_folder import read_run, trained
 
 KNOBS = (

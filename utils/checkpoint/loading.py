@@ -11,9 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from router_tuning.checkpoint.base import dense_config
-from router_tuning.checkpoint.export import check_adapter, fitted
-from router_tuning.checkpoint.shards import tensor_names, weight_map
+from router_tuning.bases.description import dense_config
+from router_tuning.bases.shards import tensor_names, weight_map
+from router_tuning.checkpoint.exporting import check_adapter, fitted
 from router_tuning.errors import UserError
 from router_tuning.model import is_routed, load_routers, routed_modules, set_thresholds
 from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, thresholds_for

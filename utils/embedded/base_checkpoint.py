@@ -52,7 +52,7 @@ def write_checkpoint(
         tokenizer.save_pretrained(staged)
         config = json.loads((staged / "config.json").read_text(encoding="utf-8"))
         if config["model_type"] == "llama":
-            config |= {"model_type": "llama_mod", "architectures": ["LlamaModForCausalLM"], **ROUTING_FIELDS}
+            config |= ROUTING_FIELDS
         write_text(staged / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
         losses = [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in log if "loss" in row]
         record = {

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from router_tuning.evaluation.records import METRICS, Record, grouped  # noqa: E402
 from router_tuning.files import publish  # noqa: E402
-from router_tuning.tuning.routing_statistics import CAPACITY  # noqa: E402
+from router_tuning.tuning.trainer.routing_statistics import CAPACITY  # noqa: E402
 
 LAYER = f"{CAPACITY}_layer_"
 _LINES = {"routed": "o-", "static": "s--", "random": "x:"}

@@ -31,7 +31,7 @@ from router_tuning.model.saving import read_router_config
 from router_tuning.places import SHIPPED
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import load_tokenizer
-from router_tuning.tuning.estimate import duration, reading_rate
+from router_tuning.tuning.rehearsal import duration, reading_rate
 from router_tuning.tuning.run_folder import read_run
 
 FINETUNE = SHIPPED / "entrypoints" / "finetune" / "finetune_mod.py"

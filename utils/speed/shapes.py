@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from router_tuning.checkpoint.base import dense_config
+from router_tuning.bases.description import dense_config
 from router_tuning.places import ROOT
 
 CKPT = ROOT / "ckpt"

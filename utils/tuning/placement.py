@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from router_tuning.model import ModConfig, fit_skip_paths, route, routed_modules, unroute
 from router_tuning.model.flops import saved_shares
 from router_tuning.model.recording import routed_base
-from router_tuning.tuning.arguments import RoutingArguments, layers_text
+from router_tuning.tuning.command.arguments import RoutingArguments, layers_text
 from router_tuning.tuning.recipes.budget.damage import damage_in_parts
 
 PATH_TOKENS = 12_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -17,31 +16,6 @@ from router_tuning.tuning.tuning_data import count_faults, encoded_or_fault
 
 TRAINED = "⟦", "⟧"
 COLOURS = "\033[32m⟦", "⟧\033[0m"
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens ``[n]`` of each row before the cut, tokens with loss ``[n]``, and which rows teach nothing, as text."""
-
-    tokens: np.ndarray
-    trained: np.ndarray
-    max_length: int
-    left_out: str
-
-    def table(self) -> str:
-        """The statistics as text."""
-        quantiles = {"mean": self.tokens.mean()}
-        quantiles |= {f"p{share}": np.percentile(self.tokens, share) for share in (10, 50, 90, 99)}
-        numbers = "  ".join(f"{name} {value:,.0f}" for name, value in quantiles.items())
-        longer, total = int((self.tokens > self.max_length).sum()), len(self.tokens)
-        return "\n".join(
-            (
-                f"tokens a row:  {numbers}  max {self.tokens.max():,}",
-                f"rows {total:,}, with loss on {self.trained.sum() / self.tokens.sum():.1%} of their tokens",
-                f"longer than {self.max_length:,} tokens, so cut: {longer:,} ({longer / total:.1%})",
-                f"nothing to learn: {self.left_out or 0}",
-            )
-        )
 
 
 def read_rows(path: Path, limit: int | None = None) -> Iterator[dict]:
@@ -76,36 +50,28 @@ def preview(rows: Iterable[Mapping], tokenizer: PreTrainedTokenizerBase, max_len
     return "\n".join(parts)
 
 
-def measure(rows: Iterable[Mapping], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Lengths:
-    """Token lengths of rows; :class:`UserError` if there is none that can be rendered."""
-    tokens, trained, faults = [], [], []
+def lengths(rows: Iterable[Mapping], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    """Token lengths of rows before the cut, as text; :class:`UserError` if there is none that can be rendered."""
+    found, trained, faults = [], 0, []
     for row in rows:
         encoded, fault = encoded_or_fault(row, tokenizer, max_length)
         faults.append(fault)
         if labels := encoded["labels"]:
-            tokens.append(len(labels))
-            trained.append(sum(label != IGNORE_INDEX for label in labels))
-    if not tokens:
-        raise UserError(f"no row to measure ({count_faults(faults) or 'the file holds none'})")
-    return Lengths(np.array(tokens), np.array(trained), max_length, count_faults(faults))
-
-
-def draw(lengths: Lengths, path: Path, title: str) -> None:
-    """Histogram of the lengths as a figure; its format follows from the suffix."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    top = np.percentile(lengths.tokens, 99.5)
-    axes.hist(np.minimum(lengths.tokens, top), bins=60, color="#4477aa")
-    axes.axvline(lengths.max_length, color="#cc3311", linestyle="--", linewidth=1, label="max_seq_length")
-    axes.set_xlim(0, max(top, 1) * 1.02)
-    axes.set(xlabel="tokens a row (the last bar: as many and more)", ylabel="rows", title=title)
-    if lengths.max_length <= top:
-        axes.legend()
-    figure.savefig(path, dpi=150)
+            found.append(len(labels))
+            trained += sum(label != IGNORE_INDEX for label in labels)
+    left_out = count_faults(faults)
+    if not found:
+        raise UserError(f"no row to measure ({left_out or 'the file holds none'})")
+    tokens = np.array(found)
+    quantiles = {f"p{share}": np.percentile(tokens, share) for share in (10, 50, 90, 99)}
+    numbers = "  ".join(f"{name} {value:,.0f}" for name, value in {"mean": tokens.mean(), **quantiles}.items())
+    longer = int((tokens > max_length).sum())
+    return (
+        f"tokens a row:  {numbers}  max {tokens.max():,}\n"
+        f"rows {len(tokens):,}, with loss on {trained / tokens.sum():.1%} of their tokens\n"
+        f"longer than {max_length:,} tokens, so cut: {longer:,} ({longer / len(tokens):.1%})\n"
+        f"nothing to learn: {left_out or 0}"
+    )
 
 
 def report(
@@ -119,12 +85,8 @@ def report(
 ) -> str:
     """Preview of the first ``count`` rows of a file and the lengths of the first ``measured`` (None: of all).
 
-    The histogram is drawn beside the file, as ``token_lengths.png``. Raises :class:`UserError` for a file or a
-    tokenizer that cannot be read.
+    Raises :class:`UserError` for a file or a tokenizer that cannot be read.
     """
     loaded = load_tokenizer(tokenizer, chat_template)
     shown = preview(read_rows(path, count), loaded, max_length, colour)
-    lengths = measure(read_rows(path, measured), loaded, max_length)
-    figure = path.with_name("token_lengths.png")
-    draw(lengths, figure, f"{path.parent.name}, {len(lengths.tokens):,} rows, tokenizer {Path(tokenizer).name}")
-    return f"{shown}\n{lengths.table()}\nhistogram: {figure}"
+    return f"{shown}\n{lengths(read_rows(path, measured), loaded, max_length)}"

@@ -12,34 +12,29 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from router_tuning.bases.description import dense_config, fingerprint
+from router_tuning.bases.shards import tensor_shapes, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, route
 from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, read_router_weights
-from router_tuning.tuning import checkpoints
-from router_tuning.tuning.arguments import RoutingArguments, TuningArguments, layers_text
-from router_tuning.tuning.batching import Collator, StepOrder
-from router_tuning.tuning.calibration import Row, drawn_rows, in_batches, inputs_of
-from router_tuning.tuning.command_line import Command
+from router_tuning.tuning.batching import Collator, Row, StepOrder, drawn_rows, in_batches, inputs_of
+from router_tuning.tuning.command.arguments import RoutingArguments, TuningArguments, layers_text
+from router_tuning.tuning.command.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer, template_kind
-from router_tuning.tuning.estimate import tell
-from router_tuning.tuning.interruption import Interruption
 from router_tuning.tuning.placement import CHOICE_TOKENS, PATH_TOKENS, choose, fit_paths
-from router_tuning.tuning.rehearsal import learns_at
+from router_tuning.tuning.rehearsal import tell
 from router_tuning.tuning.run_folder import check_folder, default_folder
+from router_tuning.tuning.trainer import checkpoints
+from router_tuning.tuning.trainer.interruption import Interruption
 from router_tuning.tuning.tuning_data import RawData, TrainingData, check_file, encode_file, tokenizer_hash
 from router_tuning.tuning.tuning_model import (
-    count_parameters,
     cpu_dtype,
-    dense_config,
-    fingerprint,
     identify,
     load_base,
     locate_base,
     mark_trainable,
     routing_of,
 )
-
-_FEW_STEPS = 10
 
 
 class Run:
@@ -49,17 +44,17 @@ class Run:
         model: routed, and only what trains requires a gradient. data: encoded.
         settings: what a run must share with a checkpoint to continue it.
         base_fingerprint: for ``router_config.json``; read before an engine cuts the weights.
-        resume: the checkpoint to continue, complete and checked, or None.
+        resume: the checkpoint to continue, complete and checked, or None. notes: on how it was chosen.
         skip_explained: share of each module's variance that its skip path explained where it was fitted.
 
     Raises:
-        UserError: in the constructor, one line for what is wrong with base, routing, tokenizer, data or output folder.
+        UserError: in the constructor, one line for what is wrong with base, routing, tokenizer, data, output folder
+            or the checkpoint to continue.
     """
 
     model: PreTrainedModel
     data: TrainingData
     base_fingerprint: dict[str, Any]
-    resume: Path | None
     skip_explained: dict[str, float]
 
     def __init__(self, command: Command, interruption: Interruption | None = None) -> None:
@@ -67,9 +62,10 @@ class Run:
         self.interruption = interruption or Interruption()
         model, data, training, routing = command.model, command.data, command.training, command.routing
         self.base = locate_base(model)
-        self.config = dense_config(self.base, model)
+        self.config = dense_config(self.base, model.trust_remote_code)
+        self.config.use_cache = False
         if model.dtype == "auto":
-            model.dtype = cpu_dtype(count_parameters(self.base))
+            model.dtype = cpu_dtype(sum(map(math.prod, tensor_shapes(weight_map(self.base)).values())))
         routing_of(self.config, routing)
         if routing.router_dir:
             read_router_config(routing.router_dir), read_router_weights(routing.router_dir)
@@ -83,6 +79,7 @@ class Run:
             training.output_dir = str(default_folder(command))
         self.output = Path(training.output_dir)
         check_folder(self.output, training.resume_from_checkpoint is not None, training.overwrite_output_dir)
+        self.resume, self.notes = checkpoints.chosen(training.resume_from_checkpoint, self.output)
         plugin, needs = training.deepspeed_plugin, _needs_whole(routing)
         if needs and plugin and plugin.zero_stage == 3:
             raise UserError(f"{needs} needs whole weights on every process: use ZeRO stage 2 or lower")
@@ -91,23 +88,18 @@ class Run:
         self.steps = steps_of(training, self.raw.rows)
         if self.steps < 1 and (routing.recipe != "budget" or routing.trains != "routers"):
             raise UserError(f"--num_train_epochs {training.num_train_epochs:g}: the run has no step")
+        if self.resume is not None:  # one process that checks for several knows nothing of their engine
+            checkpoints.check_settings(self.resume, self.settings, ("deepspeed",) if training.check_inputs else ())
 
     def _adopt_layers(self) -> None:
         """In place of ``--mod_layers auto`` the layers that were chosen: of the checkpoint, or the start routers."""
         if self.routing.mod_layers != "auto":
             return
-        folder, _ = checkpoints.chosen(self.training.resume_from_checkpoint, self.output)
-        if folder is not None:
-            self.routing.mod_layers = checkpoints.settings_of(folder).get("mod_layers", "auto")
+        if self.resume is not None:
+            self.routing.mod_layers = checkpoints.settings_of(self.resume).get("mod_layers", "auto")
         elif self.routing.router_dir:
             layers = read_router_config(self.routing.router_dir)["mod_layers"]
             self.routing.mod_layers = layers_text(layers if isinstance(layers, dict) else {"": layers})
-
-    def check_checkpoint(self) -> None:
-        """UserError if the checkpoint to continue belongs to another run, as far as one process can tell."""
-        folder, _ = checkpoints.chosen(self.training.resume_from_checkpoint, self.output)
-        if folder is not None:
-            checkpoints.check_settings(folder, self.settings, unknown=("deepspeed",))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,24 +124,6 @@ class Run:
             "deepspeed": plugin and f"ZeRO-{plugin.zero_stage} on {self.training.world_size} processes",
         }
 
-    def doubts(self, rows: int) -> list[str]:
-        """What makes it unlikely that a run on so many rows learns anything, one line each."""
-        training, steps = self.training, steps_of(self.training, rows)
-        if not steps:
-            return []  # closed form is all
-        found = []
-        if not learns_at(training, steps):
-            found.append(
-                f"the learning rate is 0 at each of the {steps} steps (--learning_rate {training.learning_rate:g}, "
-                f"--warmup_steps {training.warmup_steps:g}): nothing is learnt"
-            )
-        if steps < _FEW_STEPS:
-            found.append(
-                f"{steps} steps are few to learn anything in: more rows (MAX_TRAIN_SAMPLES), more epochs (NUM_EPOCHS) "
-                "or a smaller GLOBAL_BATCH_SIZE give more"
-            )
-        return found
-
     # ---- loading
 
     def encode(self) -> None:
@@ -163,7 +137,7 @@ class Run:
             )
         self.data = data
 
-    def load(self, resume: Path | None) -> None:
+    def load(self) -> None:
         """Load the base, choose what is routed, route it, fit what skipped tokens get, and mark what trains.
 
         Where a run is resumed, or starts from saved routers, layers and paths are theirs. Ranks compute the same.
@@ -171,14 +145,13 @@ class Run:
         Raises:
             UserError: for a base that cannot be loaded or routed so.
         """
-        self.resume, routing = resume, self.routing
         model = load_base(self.base, self.command.model, self.config)
         tell(self, model)
         try:
             self.skip_explained = self._add_routing(model)
         except ValueError as error:
             raise UserError(str(error)) from None
-        self.model = mark_trainable(model, routing)
+        self.model = mark_trainable(model, self.routing)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.base_fingerprint = identify(self.model)
 
@@ -198,7 +171,7 @@ class Run:
         return {}
 
     def rows(self, tokens: int, other: bool = False) -> list[Row]:
-        """Rows of the training data, see :func:`~router_tuning.tuning.calibration.drawn_rows`."""
+        """Rows of the training data, see :func:`~router_tuning.tuning.batching.drawn_rows`."""
         return drawn_rows(self.data, self.training.seed, tokens, other)
 
 

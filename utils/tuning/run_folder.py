@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from router_tuning.errors import UserError
 from router_tuning.files import scratch_folder, write_text
 from router_tuning.places import ROOT
-from router_tuning.tuning.checkpoints import checkpoints, find_fault, remove
-from router_tuning.tuning.command_line import Command
+from router_tuning.tuning.command.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer
-from router_tuning.tuning.routing_statistics import CAPACITY
+from router_tuning.tuning.trainer.checkpoints import checkpoints, find_fault, remove
+from router_tuning.tuning.trainer.routing_statistics import CAPACITY
 
 TEMPLATE = "chat_template.jinja"
 """The template that a run rendered its conversations in."""

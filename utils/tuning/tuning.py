@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import transformers
+from peft import PeftModel
 
 from router_tuning.errors import UserError
-from router_tuning.tuning import checkpoints
+from router_tuning.files import publish, write_json, write_text
+from router_tuning.model import save_routers
+from router_tuning.provenance import provenance
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.recipes import load_recipe
-from router_tuning.tuning.results import save_measured, save_trained
-from router_tuning.tuning.run import Run, TunedRun
-from router_tuning.tuning.run_folder import clear_folder
+from router_tuning.tuning.rehearsal import doubts
+from router_tuning.tuning.run import Run, TunedRun, steps_of
+from router_tuning.tuning.run_folder import TEMPLATE, clear_folder, write_results
+from router_tuning.tuning.trainer import checkpoints
+from router_tuning.tuning.trainer.engines import running
+from router_tuning.tuning.trainer.routing_statistics import CAPACITY
+from router_tuning.tuning.tuning_data import tokenizer_hash
 
 logger = logging.getLogger(__name__)
+_TOLERANCE = 0.05  # a reached capacity further than this from its target is worth a warning
 
 
 def run_tuning(run: Run) -> TunedRun:
@@ -31,20 +39,23 @@ def run_tuning(run: Run) -> TunedRun:
             that cannot be calibrated.
     """
     training = run.training
-    agree_on(run.settings)
-    resume = choose_checkpoint(training.resume_from_checkpoint, run.output, run.settings)
+    agree_on(run.settings | {"checkpoint": run.resume and run.resume.name})
+    for note in run.notes:
+        logger.warning(note)
+    if run.resume is not None:
+        logger.info(f"continuing from {run.resume.name}")
     if training.should_save:
         clear_folder(run.output, keep_checkpoints=training.resume_from_checkpoint is not None)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.output / "tensorboard")
     with training.main_process_first(desc="encoding the data"):
         run.encode()
     transformers.set_seed(training.seed)
-    run.load(resume)
+    run.load()
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
     describe(run)
-    doubts = run.doubts(len(run.data.rows))
-    for doubt in doubts:
+    found = doubts(training, steps_of(training, len(run.data.rows)))
+    for doubt in found:
         logger.warning(doubt)
     recipe = load_recipe(run.routing.recipe)
     tuned = recipe.tune(run)
@@ -57,13 +68,13 @@ def run_tuning(run: Run) -> TunedRun:
         command = f"python entrypoints/analysis/calibrate.py --run {run.output} --data {run.data.raw.path}"
         raise UserError(f"{error}; the trained routers are saved: calibrate them with {command}") from None
     save_measured(run, tuned)
-    for doubt in doubts:
+    for doubt in found:
         logger.warning(doubt)
     return tuned
 
 
 def agree_on(settings: dict[str, Any]) -> None:
-    """UserError if processes were started with different settings."""
+    """UserError if processes were started with different settings, or do not see the same checkpoint."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -72,27 +83,8 @@ def agree_on(settings: dict[str, Any]) -> None:
         if differing := checkpoints.differences(everyone[0], other):
             raise UserError(
                 f"process {rank} was started with other settings than process 0: {differing}; give every machine the "
-                "same settings, base and data"
+                "same settings, base and data, and one output folder"
             )
-
-
-def choose_checkpoint(resume: str | None, output: Path, settings: dict[str, Any]) -> Path | None:
-    """The checkpoint to continue, the same on every rank; UserError if it belongs to another run."""
-    folder, notes = checkpoints.chosen(resume, output)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        choice = [None if folder is None else str(folder)]
-        dist.broadcast_object_list(choice, src=0)
-        if choice[0] is not None and not Path(choice[0], checkpoints.MANIFEST).is_file():
-            raise UserError(
-                f"process {dist.get_rank()} does not see {choice[0]}: put the output on a shared file system"
-            )
-        folder = None if choice[0] is None else Path(choice[0])
-    for note in notes:
-        logger.warning(note)
-    if folder is not None:
-        checkpoints.check_settings(folder, settings)
-        logger.info(f"continuing from {folder.name}")
-    return folder
 
 
 def describe(run: Run) -> None:
@@ -119,3 +111,83 @@ def describe(run: Run) -> None:
         f"{training.world_size} process(es) x {training.per_device_train_batch_size} sequences x "
         f"{training.gradient_accumulation_steps} accumulated, {command.model.dtype} weights on {training.device}"
     )
+
+
+# ---- what a run leaves
+
+
+def save_trained(run: Run, tuned: TunedRun) -> None:
+    """Routers always; the adapter, or the whole model, where it trained; and the record. Collective."""
+    tuned.weights = tuned.trainer.gather_trained()
+    if run.training.should_save:
+        model = tuned.model
+        if isinstance(model, PeftModel):
+            options = {"state_dict": tuned.weights, "save_embedding_layers": False}
+            with publish(run.output / "adapter") as folder:
+                model.save_pretrained(folder, **options)
+        elif run.routing.trains == "full":
+            with publish(run.output / "model") as folder:
+                model.save_pretrained(folder, state_dict=tuned.weights)
+                run.tokenizer.save_pretrained(folder)
+        write_text(run.output / TEMPLATE, run.tokenizer.chat_template)
+    save_measured(run, tuned)
+
+
+def save_measured(run: Run, tuned: TunedRun) -> None:
+    """Routers with their thresholds and calibration, and the record with what was measured. Collective."""
+    if run.training.should_save:
+        routing = {name: value for name, value in tuned.weights.items() if "mod_router" in name or "mod_skip" in name}
+        routers = {_router_name(name): value for name, value in routing.items()}
+        save_routers(tuned.model, run.output, state=routers, extra={**tuned.extra, "base": run.base_fingerprint})
+        if (config := run.output / "model" / "config.json").is_file():  # calibration has moved the thresholds
+            threshold = {"mod_threshold": tuned.model.config.mod_threshold}
+            write_json(config, json.loads(config.read_text(encoding="utf-8")) | threshold)
+        write_results(run.output, record_of(run, tuned), tuned.history)
+        reached, asked = tuned.measured.get(CAPACITY), run.routing
+        if reached is not None and abs(reached - asked.target_capacity) > _TOLERANCE:
+            logger.warning(missed_target(reached, asked.target_capacity, asked.recipe))
+    tuned.trainer.barrier()
+
+
+def record_of(run: Run, tuned: TunedRun) -> dict[str, Any]:
+    """What ``run.json`` says of a run; every path in it is absolute."""
+    losses = [row for row in tuned.history if "loss" in row]
+    return {
+        "arguments": run.command.values(),
+        **provenance(),
+        "base": {"path": str(run.base.absolute()), "fingerprint": run.settings["base"]},
+        "data": {
+            "path": str(run.data.raw.path.absolute()),
+            "rows": len(run.data.rows),
+            "left_out": run.data.left_out,
+            "sha256": run.data.raw.sha256,
+        },
+        "tokenizer": {
+            "name": run.command.model.tokenizer_name,
+            "chat_template": run.command.data.chat_template,
+            "sha256": tokenizer_hash(run.tokenizer),
+        },
+        "seed": run.training.seed,
+        "world_size": run.training.world_size,
+        "engine": running(tuned.trainer.accelerator),
+        "steps": tuned.trainer.state.global_step,
+        "skip_explained": run.skip_explained,
+        "target_capacity": run.routing.target_capacity,
+        "reached_capacity": tuned.measured.get(CAPACITY),
+        "capacity_by_router": {k: v for k, v in tuned.measured.items() if k.startswith(f"{CAPACITY}_layer")},
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+    }
+
+
+def missed_target(reached: float, target: float, recipe: str) -> str:
+    """What to tell a user whose routers run more or less than was asked for."""
+    told = f"reached capacity {reached:.3f}, target {target:g}"
+    if recipe == "paper":
+        return f"{told}: recipe 'paper' does not hold a run to its target; --recipe budget (RECIPE=budget) does"
+    return f"{told}: report the reached value; more data to calibrate on brings it closer (MAX_TRAIN_SAMPLES)"
+
+
+def _router_name(name: str) -> str:
+    """A router's name in a peft model → its name in a checkpoint of the routed model."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")

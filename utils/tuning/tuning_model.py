@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import select_layers
 from router_tuning.model.saving import base_fingerprint
 from router_tuning.places import ROOT
-from router_tuning.tuning.arguments import ModelArguments, RoutingArguments
+from router_tuning.tuning.command.arguments import ModelArguments, RoutingArguments
 from router_tuning.tuning.placement import candidates
 
 _LARGE = 50_000_000
-_PROBED = 1 << 20  # bytes read at either end of a weight file for its fingerprint
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, following links; empty if there are none."""
-    return sorted(path for path in folder.glob("*.safetensors") if path.is_file())
 
 
 def locate_base(arguments: ModelArguments, weights: bool = True) -> Path:
@@ -45,7 +35,7 @@ def locate_base(arguments: ModelArguments, weights: bool = True) -> Path:
         raise UserError(f"no base at {folder}; folders under ckpt are {', '.join(known) or 'none'}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: it is no checkpoint folder")
-    if weights and not weight_files(folder):
+    if weights and not any(folder.glob("*.safetensors")):
         name = arguments.folder_name or folder.name
         raise UserError(
             f"{folder} holds no weights (*.safetensors); bring them with: "
@@ -73,15 +63,6 @@ def _download(arguments: ModelArguments, weights: bool) -> Path:
         raise UserError(f"{arguments.base} is no local folder and did not come from the hub: {reason}") from None
 
 
-def count_parameters(folder: Path) -> int:
-    """Numbers in the weight files of a checkpoint folder, of which only the headers are read."""
-    total = 0
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
-    return total
-
-
 def cpu_dtype(parameters: int) -> str:
     """The type in which a frozen base of so many parameters is fastest on this machine's CPU.
 
@@ -89,17 +70,6 @@ def cpu_dtype(parameters: int) -> str:
     """
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bfloat16" if native and parameters >= _LARGE else "float32"
-
-
-def dense_config(folder: Path, arguments: ModelArguments) -> PretrainedConfig:
-    """The base's config without the routing that it may suggest."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=arguments.trust_remote_code)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read: {' '.join(str(error).split())}") from None
-    config.mod_layers = None
-    config.use_cache = False
-    return config
 
 
 def routing_of(config: PretrainedConfig, routing: RoutingArguments) -> ModConfig:
@@ -179,22 +149,6 @@ def identify(model: PreTrainedModel) -> dict[str, Any]:
 
     with deepspeed.zero.GatheredParameters(parts):
         return base_fingerprint(model)
-
-
-def fingerprint(folder: Path) -> str:
-    """What tells one base from another: its config, and the names, sizes and both ends of its weight files."""
-    digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text())
-    plain = {k: v for k, v in config.items() if not k.startswith(("mod_", "_")) and k != "transformers_version"}
-    digest.update(json.dumps(plain, sort_keys=True).encode())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name}{size}".encode())
-        with open(path, "rb") as stream:
-            digest.update(stream.read(_PROBED))
-            stream.seek(max(0, size - _PROBED))
-            digest.update(stream.read(_PROBED))
-    return digest.hexdigest()[:16]
 
 
 def _four_bit() -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from router_tuning.tuning.batching import StepOrder
-from router_tuning.tuning.customized_trainer import RouterTrainer
-from router_tuning.tuning.interruption import StopOnSignal
 from router_tuning.tuning.run import Run, TunedRun
+from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
+from router_tuning.tuning.trainer.interruption import StopOnSignal
 
 _MEASURED_ROWS = 256
 

@@ -16,21 +16,21 @@ from router_tuning.errors import UserError
 from router_tuning.model import routed_modules, set_thresholds
 from router_tuning.model.dial import calibrate, capacity_at, logits_at, router_logits
 from router_tuning.model.flops import saved_shares
-from router_tuning.tuning.batching import StepOrder
-from router_tuning.tuning.calibration import (
+from router_tuning.tuning.batching import (
+    StepOrder,
     drawn_rows,
     in_batches,
     inputs_to_calibrate_on,
     is_sequence_level,
 )
-from router_tuning.tuning.customized_trainer import RouterTrainer
-from router_tuning.tuning.interruption import StopOnSignal
 from router_tuning.tuning.recipes.budget.closed_form import RIDGES, Start, fit_routers, within_limits
 from router_tuning.tuning.recipes.budget.gates import inputs_seen, router_of
 from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
-from router_tuning.tuning.routing_statistics import CAPACITY, layer_key
 from router_tuning.tuning.run import Run, TunedRun
+from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
+from router_tuning.tuning.trainer.interruption import StopOnSignal
+from router_tuning.tuning.trainer.routing_statistics import CAPACITY, layer_key
 
 _ROWS = 8
 _LABELLED_AT_ONCE = 1024

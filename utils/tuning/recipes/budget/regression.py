@@ -23,12 +23,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from router_tuning.model import capacity_penalty, record_routing, routed_modules
-from router_tuning.tuning.customized_trainer import RouterTrainer
 from router_tuning.tuning.recipes.budget.budgets import BINS, Budgets
 from router_tuning.tuning.recipes.budget.closed_form import Start
 from router_tuning.tuning.recipes.budget.damage import drawn
 from router_tuning.tuning.recipes.budget.gates import Gate, Seen, curve_of, gates, predicting, router_of
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments, path_rate
+from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
 
 _CLIP = 40.0
 _PRIOR = 1 / 8  # of the decisions that the start was fitted on, as many as it counts for

@@ -6,7 +6,7 @@ import textwrap
 from dataclasses import Field, fields
 from typing import Any
 
-from router_tuning.tuning.arguments import (
+from router_tuning.tuning.command.arguments import (
     DEFAULTS,
     DataArguments,
     ModelArguments,

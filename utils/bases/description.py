@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from router_tuning.checkpoint.shards import read_rows, weight_map
+from router_tuning.bases.shards import read_rows, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import plain_fields, select_layers
+
+_PROBED = 1 << 20  # bytes read at either end of a weight file for its fingerprint
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -32,18 +35,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def dense_config(folder: Path) -> PretrainedConfig:
-    """Configuration of the base as its plain family, without routing fields."""
+def dense_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Configuration of the base as its plain family, without routing fields.
+
+    Args:
+        trust_remote_code: take the class that comes with a base which transformers does not know.
+    """
     fields = read_config(folder)
     kind = str(fields.get("model_type")).removesuffix("_mod")
-    plain = plain_fields(fields)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"{folder / 'config.json'}: transformers has no causal language model of type {kind!r}")
     try:
-        return AutoConfig.for_model(kind, **plain)
+        if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return AutoConfig.for_model(kind, **plain_fields(fields))
+        if trust_remote_code:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=True)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.json'} is no configuration of a {kind} model ({reason})") from None
+    raise UserError(f"{folder / 'config.json'}: transformers has no causal language model of type {kind!r}")
 
 
 def routed_fields(base: PretrainedConfig, hub_id: str | None = None) -> dict[str, Any]:
@@ -62,8 +70,7 @@ def routed_fields(base: PretrainedConfig, hub_id: str | None = None) -> dict[str
         raise UserError(f"this base cannot be routed: {error}") from None
     unused = ("transformers_version", "_name_or_path")
     plain = {name: value for name, value in base.to_diff_dict().items() if name not in unused}
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base.model_type].replace("ForCausalLM", "ModForCausalLM")
-    named = {"model_type": f"{base.model_type}_mod", "architectures": [architecture]}
+    named = {"model_type": base.model_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[base.model_type]]}
     return plain | routing.to_fields() | named | ({"mod_base": hub_id} if hub_id else {})
 
 
@@ -77,3 +84,18 @@ def row_reader(base: Path) -> Callable[[str, slice], Tensor | None]:
     """Rows of a weight by its name, from the shards; None for a name that they lack."""
     files = weight_map(base)
     return lambda name, rows: read_rows(files, name, rows) if name in files else None
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells one base from another: its config, and the names, sizes and both ends of its weight files."""
+    plain = {k: v for k, v in plain_fields(read_config(folder)).items() if not k.startswith("_")}
+    plain.pop("transformers_version", None)
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for path in sorted(set(weight_map(folder).values())):
+        size = path.stat().st_size
+        digest.update(f"{path.name}{size}".encode())
+        with open(path, "rb") as stream:
+            digest.update(stream.read(_PROBED))
+            stream.seek(max(0, size - _PROBED))
+            digest.update(stream.read(_PROBED))
+    return digest.hexdigest()[:16]

@@ -18,11 +18,11 @@ from transformers.trainer_callback import ExportableState
 
 from router_tuning.files import publish
 from router_tuning.model import RoutingLog, capacity_penalty, prompt_length_from, record_routing
-from router_tuning.tuning import checkpoints, engine_state
 from router_tuning.tuning.batching import StepOrder
-from router_tuning.tuning.console import use_compact_progress
-from router_tuning.tuning.engines import check_engine, check_wrapped, enable_fsdp_on_cpu, limit_waiting
-from router_tuning.tuning.routing_statistics import RoutingStatistics
+from router_tuning.tuning.trainer import checkpoints, engine_state
+from router_tuning.tuning.trainer.console import use_compact_progress
+from router_tuning.tuning.trainer.engines import check_engine, check_wrapped, enable_fsdp_on_cpu, limit_waiting
+from router_tuning.tuning.trainer.routing_statistics import RoutingStatistics
 
 
 class RouterTrainer(Trainer):

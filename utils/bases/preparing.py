@@ -17,9 +17,9 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from router_tuning.checkpoint.base import dense_config, read_config, routed_fields
-from router_tuning.checkpoint.gguf import convert_gguf
-from router_tuning.checkpoint.shards import INDEX, WEIGHTS, bring, tensor_shapes, weight_map
+from router_tuning.bases.description import dense_config, read_config, routed_fields
+from router_tuning.bases.gguf import convert_gguf
+from router_tuning.bases.shards import INDEX, WEIGHTS, bring, tensor_shapes, weight_map
 from router_tuning.errors import UserError
 from router_tuning.files import scratch_folder, write_json, writing
 

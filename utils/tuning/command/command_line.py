@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from router_tuning.errors import UserError
-from router_tuning.tuning.arguments import (
+from router_tuning.tuning.command.arguments import (
     DEFAULTS,
     PARTS,
     DataArguments,
@@ -28,13 +28,13 @@ from router_tuning.tuning.arguments import (
     RoutingArguments,
     TuningArguments,
 )
-from router_tuning.tuning.checkpoints import NEUTRAL
-from router_tuning.tuning.engines import keep_schedule
-from router_tuning.tuning.published_names import RENAMED, modernise
+from router_tuning.tuning.command.published_names import RENAMED, modernise
+from router_tuning.tuning.command.usage import VARIABLES, usage
 from router_tuning.tuning.recipes import RECIPES, recipe_defaults
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 from router_tuning.tuning.rehearsal import tried
-from router_tuning.tuning.usage import VARIABLES, usage
+from router_tuning.tuning.trainer.checkpoints import NEUTRAL
+from router_tuning.tuning.trainer.engines import keep_schedule
 
 _PATHS = ("router_dir", "train_file", "output_dir", "resume_from_checkpoint", "cache_dir")
 _PATHS_OR_NAMES = ("model_name_or_path", "tokenizer_name")

@@ -12,7 +12,7 @@ from typing import Any
 
 from router_tuning.errors import UserError
 from router_tuning.files import scratch_folder
-from router_tuning.tuning.arguments import DEFAULTS
+from router_tuning.tuning.command.arguments import DEFAULTS
 
 MANIFEST = "manifest.json"
 FORMAT = 3
