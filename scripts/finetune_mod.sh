@@ -12,38 +12,17 @@ set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-# ---- knobs: variable, flag. What is not set keeps the default of the recipe (the published one: alpaca, 1,000
-# samples, attn_sequence, routers only, learning rate 1e-5, one epoch, 2,048 tokens, target 0.5).
-KNOBS=(
-  MOD_N:mod_n                                  # routed layers; default: half of them
-  MOD_LAYERS:mod_layers                        # which: 4,6,8, attn:4,6+mlp:7,8, or auto: by measured importance
-  GRANULARITY:granularity                      # attn_sequence, attn_token, mlp_token, attn_token+mlp_token, …
-  SKIP:skip                                    # what skipped tokens get: zero, mean, low_rank (budget's default)
-  SKIP_RANK:skip_rank                          # of low_rank, 32
-  ROUTER_ONLY:router_only                      # False: the base trains too
-  RECIPE:recipe                                # paper, budget
-  DATA_TYPE:data_type                          # a set under data/reformatted/, or mixed
-  MAX_TRAIN_SAMPLES:max_train_samples          # 0: all
-  MAX_SEQ_LENGTH:max_seq_length
-  CHAT_TEMPLATE:chat_template                  # auto, own, published
-  LEARNING_RATE:learning_rate
-  WEIGHT_DECAY:weight_decay
-  NUM_EPOCHS:num_train_epochs
-  GRADIENT_SCALE:gradient_scale                # weight of the capacity penalty
-  TARGET_CAPACITY:target_capacity
-  GLOBAL_BATCH_SIZE:global_batch_size          # sequences per step over all processes, 64
-  MICRO_BATCH_SIZE:per_device_train_batch_size # sequences per forward pass of one process, 4
-  SEED:seed
-  OUTPUT_DIR:output_dir                        # default: trained_models/<base>/<data>/<knobs>
-  RESUME:resume_from_checkpoint                # auto, or a checkpoint folder; default: start again
-)
+# ---- what to tune: MOD_N, GRANULARITY, RECIPE, MAX_TRAIN_SAMPLES, … as `finetune_mod.py --help` and docs/tuning.md list
+# them, read by the entrypoint; what is not set keeps the default of the recipe. The base is named here, too:
 RUN="${RUN:-}"                                  # YAML of settings (configs/runs); variables and arguments count more
 in_run() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" "${RUN:-/dev/null}"; }
 if [[ -z "${FOLDER_NAME:-}${MODEL_NAME_OR_PATH:-}" ]]; then
   FOLDER_NAME="$(in_run folder_name)" MODEL_NAME_OR_PATH="$(in_run model_name_or_path)"
 fi
 FOLDER_NAME="${FOLDER_NAME:-tiny-llama-mod}"    # base under ckpt/
-MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"    # or any checkpoint folder or hub id
+MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"    # or any checkpoint folder or hub id, which counts more
+[[ -z "${MODEL_NAME_OR_PATH}" ]] || FOLDER_NAME=""
+export FOLDER_NAME MODEL_NAME_OR_PATH
 # ---- where
 PORT="${PORT:-29501}"
 NUM_MACHINES="${NUM_MACHINES:-1}"
@@ -123,16 +102,8 @@ fi
 [[ -f "${CONFIG_FILE}" ]] || fail "CONFIG_FILE=${CONFIG_FILE} does not exist; configs are in ${ROOT}/configs/accelerate"
 
 [[ -z "${RUN}" || -f "${RUN}" ]] || fail "RUN=${RUN} does not exist; runs are in ${ROOT}/configs/runs"
-if [[ -n "${MODEL_NAME_OR_PATH}" ]]; then
-  arguments=(--model_name_or_path "${MODEL_NAME_OR_PATH}")
-else
-  arguments=(--folder_name "${FOLDER_NAME}")
-fi
+arguments=(--environment)
 [[ -z "${RUN}" ]] || arguments+=(--config "${RUN}")
-for knob in "${KNOBS[@]}"; do
-  variable="${knob%%:*}"
-  [[ -z "${!variable:-}" ]] || arguments+=("--${knob#*:}" "${!variable}")
-done
 [[ -n "${RESUME:-}" ]] || arguments+=(--overwrite_output_dir)
 entrypoint="${ROOT}/entrypoints/finetune/finetune_mod.py"
 
@@ -198,9 +169,5 @@ while kill -0 -- "-${group}" 2>/dev/null; do
 done
 if [[ -s "${ROUTER_TUNING_EXIT_CODE_FILE}" ]]; then
   code="$(<"${ROUTER_TUNING_EXIT_CODE_FILE}")"
-fi
-if [[ "${code}" == 0 && -z "${RECIPE:-}${RUN}" && "$*" != *--recipe* ]]; then
-  echo "this was the published recipe; RECIPE=budget GRANULARITY=attn_token+mlp_token on the same rows ends at the share" \
-    "of the work that is asked for, and on real models far closer to the dense one: README.md"
 fi
 exit "${code}"

@@ -11,8 +11,8 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from router_tuning.bases import gguf as module
 from router_tuning.bases.gguf import convert_gguf
-from router_tuning.checkpoint import gguf as module
 from router_tuning.embedded.base_training import build_tokenizer
 from router_tuning.errors import UserError
 

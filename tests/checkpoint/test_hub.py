@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 
-from router_tuning.checkpoint import export as exports
+from router_tuning.checkpoint import exporting as exports
 from router_tuning.checkpoint.card import model_card
 from router_tuning.checkpoint.hub import push_export, uploaded_files
 from router_tuning.errors import UserError

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoint import write_base
 from tiny_models import random_batch
 
-from router_tuning.checkpoint import export as exports
+from router_tuning.checkpoint import exporting as exports
 from router_tuning.checkpoint.loading import load_export, load_tuned
 from router_tuning.errors import UserError
 from router_tuning.tuning.run_folder import base_of, read_run

@@ -20,9 +20,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from router_tuning.bases import preparing as module
 from router_tuning.bases.preparing import RECORD, prepare_base
 from router_tuning.bases.shards import INDEX, weight_map
-from router_tuning.checkpoint import prepare_base as module
 from router_tuning.embedded.base_training import build_tokenizer
 from router_tuning.errors import UserError
 from router_tuning.model import is_routed

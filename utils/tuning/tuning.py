@@ -7,8 +7,8 @@ import logging
 import os
 from typing import Any
 
-import torch.distributed as dist
 import transformers
+from accelerate.utils import gather_object
 from peft import PeftModel
 
 from router_tuning.errors import UserError
@@ -75,10 +75,7 @@ def run_tuning(run: Run) -> TunedRun:
 
 def agree_on(settings: dict[str, Any]) -> None:
     """UserError if processes were started with different settings, or do not see the same checkpoint."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, settings)
+    everyone = gather_object([settings])
     for rank, other in enumerate(everyone):
         if differing := checkpoints.differences(everyone[0], other):
             raise UserError(
@@ -146,7 +143,7 @@ def save_measured(run: Run, tuned: TunedRun) -> None:
         reached, asked = tuned.measured.get(CAPACITY), run.routing
         if reached is not None and abs(reached - asked.target_capacity) > _TOLERANCE:
             logger.warning(missed_target(reached, asked.target_capacity, asked.recipe))
-    tuned.trainer.barrier()
+    tuned.trainer.accelerator.wait_for_everyone()
 
 
 def record_of(run: Run, tuned: TunedRun) -> dict[str, Any]:

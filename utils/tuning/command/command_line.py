@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -130,7 +131,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     Raises:
         UserError: one line that names every unknown flag, every value of a wrong type or range, and every conflict.
     """
-    argv, notes = modernise(with_config(sys.argv[1:] if argv is None else list(argv)))
+    argv, notes = modernise(expanded(sys.argv[1:] if argv is None else list(argv)))
     parser = _Parser(PARTS, allow_abbrev=False, description="Tune the routers of a Mixture-of-Depths model.")
     parser.set_defaults(**recipe_defaults(*_given(argv, "recipe", "granularity")))
     if {"-h", "--help", "--help_all"} & set(argv):
@@ -169,17 +170,22 @@ _ONE_OF = (("folder_name", "model_name_or_path"), ("data_type", "train_file"))
 """What is given behind a file takes the place of all of its kind in the file."""
 
 
-def with_config(argv: list[str]) -> list[str]:
-    """``--config F`` replaced by the arguments of that YAML file, in front: what else is given counts more.
+def expanded(argv: list[str]) -> list[str]:
+    """``--config F`` replaced by the arguments of that YAML file and ``--environment`` by those of the launcher's
+    variables, both in front: what else is given counts more, and a variable more than the file.
 
     Raises:
         UserError: for a file that cannot be read, is no mapping, or names an unknown argument.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     peek.add_argument("--config", type=Path)
+    peek.add_argument("--environment", action="store_true")
     found, rest = peek.parse_known_args(argv)
+    if found.environment:
+        named = [(name, os.environ.get(variable)) for name, variable in VARIABLES.items()]
+        rest = [word for name, value in named if value for word in (f"--{name}", value)] + rest
     if found.config is None:
-        return argv
+        return rest
     try:
         values = yaml.safe_load(found.config.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -132,17 +132,12 @@ class RouterTrainer(Trainer):
         """The DeepSpeed engine, if that is what trains."""
         return self.model_wrapped if self.is_deepspeed_enabled else None
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        if dist.is_available() and dist.is_initialized():
-            dist.barrier()
-
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write what trains, optimizer, schedule, random state and position; the folder appears when all is there."""
         place = checkpoints.place_of(Path(self.args.output_dir), self.state.global_step)
         self.store_flos()
         with publish(place) if self.args.should_save else nullcontext() as draft:
-            folder = self._shared(draft)
+            [folder] = broadcast_object_list([draft])
             folder.mkdir(parents=True, exist_ok=True)
             weights = engine_state.gather_weights(self.model)
             if self.deepspeed_engine is not None:
@@ -153,7 +148,7 @@ class RouterTrainer(Trainer):
                     torch.save(moments, folder / engine_state.OPTIMIZER)
             self._save_rng_state(str(folder))
             self._save_scaler(str(folder))
-            self.barrier()
+            self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 save_file(weights, folder / engine_state.WEIGHTS, metadata={"format": "pt"})
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
@@ -164,14 +159,7 @@ class RouterTrainer(Trainer):
                 checkpoints.describe(folder, self.settings)
         if self.args.should_save:
             checkpoints.rotate(place.parent, self.args.save_total_limit)
-        self.barrier()
-
-    def _shared(self, path: Path | None) -> Path:
-        """The first process's path, on all processes."""
-        paths = [path]
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast_object_list(paths, src=0)
-        return paths[0]
+        self.accelerator.wait_for_everyone()
 
     def _export_callbacks(self) -> None:
         stateful = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import reduce
 from torch import Tensor
 
 from router_tuning.model import RoutingLog
@@ -19,6 +20,13 @@ def layer_key(key: int | tuple[int, str]) -> str:
     """Name of a router in logs: ``capacity_layer_07``, or ``capacity_layer_07_attn`` where a layer has several."""
     layer, part = key if isinstance(key, tuple) else (key, "")
     return f"{CAPACITY}_layer_{layer:02d}" + (f"_{part}" if part else "")
+
+
+def summed(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Sums of tensors over all processes, on the CPU, in one collective and one host sync."""
+    packed = torch.cat([value.flatten().to(device) for value in values.values()])
+    parts = reduce(packed, "sum").cpu().split([value.numel() for value in values.values()])
+    return {name: part.view_as(value) for part, (name, value) in zip(parts, values.items(), strict=True)}
 
 
 class RoutingStatistics:
@@ -72,14 +80,12 @@ class RoutingStatistics:
     def read(self, steps: int) -> dict[str, float]:
         """Means over the ``steps`` optimizer steps since the last reading, and a reset. Collective."""
         seconds = time.perf_counter() - self.started
-        count = torch.tensor([float(self.micro_batches)], dtype=torch.float32, device=self.device)
-        packed = torch.cat([self.sums, count, self.executed, self.counted])
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(packed)
-        task, penalty, real, slots, micro, *rest = packed.tolist()
-        executed, counted = rest[: len(self.names)], rest[len(self.names) :]
-        capacity = {name: e / c if c else 1.0 for name, e, c in zip(self.names, executed, counted, strict=True)}
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        processes = torch.tensor([self.micro_batches, 1.0], device=self.device)
+        sums = {"sums": self.sums, "processes": processes, "executed": self.executed, "counted": self.counted}
+        found = {name: value.tolist() for name, value in summed(sums, self.device).items()}
+        (task, penalty, real, slots), (micro, world) = found["sums"], found["processes"]
+        shares = zip(self.names, found["executed"], found["counted"], strict=True)
+        capacity = {name: executed / counted if counted else 1.0 for name, executed, counted in shares}
         self.reset()
         return {
             "task_loss": task / max(steps, 1),

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import kl_div, log_softmax
@@ -29,6 +28,7 @@ from router_tuning.tuning.recipes.budget.damage import drawn
 from router_tuning.tuning.recipes.budget.gates import Gate, Seen, curve_of, gates, predicting, router_of
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments, path_rate
 from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
+from router_tuning.tuning.trainer.routing_statistics import summed
 
 _CLIP = 40.0
 _PRIOR = 1 / 8  # of the decisions that the start was fitted on, as many as it counts for
@@ -222,7 +222,7 @@ class RegressionTrainer(RouterTrainer):
     @torch.no_grad()
     def _apply(self) -> None:
         """Take the step that the micro-batches of all processes ask for; thresholds follow where it moves scores."""
-        sums, self._pending = _summed(self._pending, self.args.device), {}
+        sums, self._pending = summed(self._pending, self.args.device), {}
         kept, self._kept = self._kept, []
         policy = self.policy
         for name, module in self.modules.items():
@@ -243,7 +243,7 @@ class RegressionTrainer(RouterTrainer):
             if all(len(score) for score in scores):
                 found["parts"] += 1
                 found["curve"] += curve_of(scores, self.saved, policy.grid)
-        found = _summed(found, self.args.device)
+        found = summed(found, self.args.device)
         if found["parts"]:
             policy.follow(found["curve"] / found["parts"])
         policy.ratio = policy.ratio_with(sums["ratio"], sums["rows"])
@@ -251,16 +251,6 @@ class RegressionTrainer(RouterTrainer):
     def _restore(self, folder: Path) -> None:
         super()._restore(folder)
         self.policy.restore(folder)
-
-
-def _summed(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Sums over all processes, on the CPU."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return dict(values)
-    packed = torch.cat([value.flatten() for value in values.values()]).to(device)
-    dist.all_reduce(packed)
-    parts = packed.cpu().split([value.numel() for value in values.values()])
-    return {name: part.view_as(value) for part, (name, value) in zip(parts, values.items(), strict=True)}
 
 
 def _add(weight: Tensor, step: Tensor) -> None:
