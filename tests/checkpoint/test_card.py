@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from huggingface_hub import ModelCard
 
 from router_tuning.checkpoint.card import model_card
 from router_tuning.errors import UserError
@@ -27,7 +28,7 @@ def test_card_states_what_the_run_recorded_and_nothing_else(tmp_path, run):
     for fact in ("| reached_capacity | 0.52 |", "700 rows", "`0123456789abcdef`", "| system | score |"):
         assert fact in card
     assert "LEARNING_RATE=0.001" in card and "TARGET_CAPACITY" not in card
-    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert ModelCard(card).data.library_name == "transformers"
 
 
 def test_base_and_data_of_a_run(tmp_path, base, run):

@@ -131,13 +131,22 @@ def _locate(source: str, revision: str | None, converted: Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(".") or source.endswith(".gguf"):
         raise UserError(f"--source {source} is no folder, no .gguf file, and no hub id such as Qwen/Qwen2.5-0.5B")
     patterns = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", *TOKENIZER_FILES, *OTHER_FILES]
+    return downloaded(source, patterns, revision=revision)
+
+
+def downloaded(hub_id: str, patterns: list[str], **options: Any) -> Path:
+    """The hub cache's snapshot of a base; UserError where it cannot be had.
+
+    Args:
+        patterns: of the files to bring. options: of ``snapshot_download``.
+    """
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, **options))
     except Exception as error:  # the hub client raises many kinds: offline, gated, unknown, disk full
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{source} did not come from the hub: {reason} (gated models need `hf auth login`; without a network give "
-            "--source a local folder or a .gguf file)"
+            f"{hub_id} did not come from the hub: {reason} (gated models need `hf auth login`; without a network name "
+            "a local folder, or bring a .gguf file with prepare_base.py)"
         ) from None
 
 

@@ -14,8 +14,8 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from router_tuning.bases.description import dense_config, row_reader, skeleton
 from router_tuning.bases.shards import INDEX, WEIGHTS, bring, tensor_names, weight_map
-from router_tuning.checkpoint.output_folder import new_folder
 from router_tuning.errors import UserError
+from router_tuning.files import new_folder
 from router_tuning.model import load_routers
 from router_tuning.model.fingerprint import base_fingerprint, check_base
 from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights

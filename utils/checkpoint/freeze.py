@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router_tuning.checkpoint.output_folder import new_folder
 from router_tuning.errors import UserError
+from router_tuning.files import new_folder
 from router_tuning.model import routed_modules, unroute
 from router_tuning.model.modules import decoder_of
 

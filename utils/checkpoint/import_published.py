@@ -11,8 +11,8 @@ from torch import Tensor
 
 from router_tuning.bases.description import row_reader, skeleton
 from router_tuning.bases.shards import tensor_names, weight_map
-from router_tuning.checkpoint.output_folder import new_folder
 from router_tuning.errors import UserError
+from router_tuning.files import new_folder
 from router_tuning.model import route, save_routers
 from router_tuning.model.fingerprint import base_fingerprint
 from router_tuning.model.saving import CONFIG_NAME, router_names

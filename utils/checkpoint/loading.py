@@ -93,7 +93,11 @@ def load_tuned(
             of the decoder's operations.
     """
     if (run / MODEL).is_dir():
-        return _load_fully_tuned(run, capacity, flops, dtype, device)
+        model = load_export(run / MODEL, dtype, device)
+        if capacity is not None or flops is not None:
+            budget, axis = (capacity, "capacity") if flops is None else (flops, "flops")
+            set_thresholds(model, thresholds_for(read_router_config(run), budget, run, axis))
+        return model
     model = load_routers(load_dense(base, dtype, device), run, capacity=capacity, flops=flops)
     return with_lora(model, run / ADAPTER) if (run / ADAPTER).is_dir() else model.eval()
 
@@ -143,17 +147,6 @@ def _check_finite(model: PreTrainedModel, folder: Path) -> None:
         for weight in module.mod_router.parameters():
             if not bool(torch.isfinite(weight).all()):
                 raise UserError(f"{folder}: the router {name} holds values that are not finite; export it anew")
-
-
-def _load_fully_tuned(
-    run: Path, capacity: float | None, flops: float | None, dtype: str, device: str | None
-) -> PreTrainedModel:
-    """All weights were tuned: ``model/`` holds them with their routers."""
-    model = load_export(run / MODEL, dtype, device)
-    if capacity is not None or flops is not None:
-        budget, axis = (capacity, "capacity") if flops is None else (flops, "flops")
-        set_thresholds(model, thresholds_for(read_router_config(run), budget, run, axis))
-    return model
 
 
 def precision(name: str) -> torch.dtype | str:

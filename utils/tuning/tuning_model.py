@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from router_tuning.bases.preparing import downloaded
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import select_layers
@@ -30,7 +31,9 @@ def locate_base(arguments: ModelArguments, weights: bool = True) -> Path:
     folder = Path(arguments.base).expanduser()
     if not folder.is_dir():
         if arguments.model_name_or_path and arguments.base.count("/") == 1 and not arguments.base.startswith("."):
-            return _download(arguments, weights)
+            patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] if weights else ["config.json"]
+            options = {"cache_dir": arguments.cache_dir, "token": arguments.token}
+            return downloaded(arguments.base, patterns, revision=arguments.model_revision, **options)
         known = sorted(path.parent.name for path in (ROOT / "ckpt").glob("*/config.json"))
         raise UserError(f"no base at {folder}; folders under ckpt are {', '.join(known) or 'none'}")
     if not (folder / "config.json").is_file():
@@ -42,25 +45,6 @@ def locate_base(arguments: ModelArguments, weights: bool = True) -> Path:
             f"python entrypoints/checkpoint/prepare_base.py --folder_name {name} --source <hub id or local folder>"
         )
     return folder
-
-
-def _download(arguments: ModelArguments, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] if weights else ["config.json"]
-    try:
-        return Path(
-            snapshot_download(
-                arguments.base,
-                revision=arguments.model_revision,
-                cache_dir=arguments.cache_dir,
-                token=arguments.token,
-                allow_patterns=patterns,
-            )
-        )
-    except Exception as error:  # the hub client raises many kinds: offline, gated, unknown, disk full
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{arguments.base} is no local folder and did not come from the hub: {reason}") from None
 
 
 def cpu_dtype(parameters: int) -> str:
