@@ -25,7 +25,7 @@ from router_tuning.tuning.placement import CHOICE_TOKENS, PATH_TOKENS, choose, f
 from router_tuning.tuning.rehearsal import tell
 from router_tuning.tuning.run_folder import check_folder, default_folder
 from router_tuning.tuning.trainer import checkpoints
-from router_tuning.tuning.trainer.interruption import Interruption
+from router_tuning.tuning.trainer.interruption import Interruption, StopOnSignal
 from router_tuning.tuning.tuning_data import RawData, TrainingData, check_file, encode_file, tokenizer_hash
 from router_tuning.tuning.tuning_model import (
     cpu_dtype,
@@ -169,6 +169,21 @@ class Run:
         elif routing.skip != "zero" and self.resume is None:
             return fit_paths(model, inputs_of(self.rows(PATH_TOKENS), self.collator))
         return {}
+
+    @property
+    def trainer_options(self) -> dict[str, Any]:
+        """What a trainer of any kind is made with, once everything is loaded."""
+        training, grouped = self.training, self.command.data.length_grouping
+        return {
+            "model": self.model,
+            "args": training,
+            "train_dataset": self.data.rows,
+            "data_collator": self.collator,
+            "callbacks": [StopOnSignal(self.interruption)],
+            "target_capacity": self.routing.target_capacity,
+            "order": StepOrder(self.data.lengths, training.global_batch_size, training.seed, grouped),
+            "settings": self.settings,
+        }
 
     def rows(self, tokens: int, other: bool = False) -> list[Row]:
         """Rows of the training data, see :func:`~router_tuning.tuning.batching.drawn_rows`."""

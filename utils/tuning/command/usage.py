@@ -16,29 +16,14 @@ from router_tuning.tuning.command.arguments import (
 from router_tuning.tuning.recipes import RECIPE_DEFAULTS
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 
-VARIABLES = {
-    "folder_name": "FOLDER_NAME",
-    "model_name_or_path": "MODEL_NAME_OR_PATH",
-    "mod_n": "MOD_N",
-    "mod_layers": "MOD_LAYERS",
-    "granularity": "GRANULARITY",
-    "skip": "SKIP",
-    "skip_rank": "SKIP_RANK",
-    "router_only": "ROUTER_ONLY",
-    "recipe": "RECIPE",
-    "data_type": "DATA_TYPE",
-    "max_train_samples": "MAX_TRAIN_SAMPLES",
-    "max_seq_length": "MAX_SEQ_LENGTH",
-    "chat_template": "CHAT_TEMPLATE",
-    "learning_rate": "LEARNING_RATE",
-    "weight_decay": "WEIGHT_DECAY",
+_SAME = (
+    "folder_name model_name_or_path mod_n mod_layers granularity skip skip_rank router_only recipe "
+    "data_type max_train_samples max_seq_length chat_template learning_rate weight_decay gradient_scale "
+    "target_capacity global_batch_size seed output_dir"
+)
+VARIABLES = {name: name.upper() for name in _SAME.split()} | {
     "num_train_epochs": "NUM_EPOCHS",
-    "gradient_scale": "GRADIENT_SCALE",
-    "target_capacity": "TARGET_CAPACITY",
-    "global_batch_size": "GLOBAL_BATCH_SIZE",
     "per_device_train_batch_size": "MICRO_BATCH_SIZE",
-    "seed": "SEED",
-    "output_dir": "OUTPUT_DIR",
     "resume_from_checkpoint": "RESUME",
 }
 """Argument → environment variable of ``scripts/finetune_mod.sh`` that sets it."""

@@ -67,11 +67,7 @@ class RouterTrainer(Trainer):
     # ---- loss
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ):
         """Task loss of a micro-batch plus its share of the penalty."""
         if "labels" in inputs:  # which label smoothing takes away

@@ -8,7 +8,6 @@ requested share of the routed work runs, and a dial that reaches any other share
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,7 +16,6 @@ from router_tuning.model import routed_modules, set_thresholds
 from router_tuning.model.dial import calibrate, capacity_at, logits_at, router_logits
 from router_tuning.model.flops import saved_shares
 from router_tuning.tuning.batching import (
-    StepOrder,
     drawn_rows,
     in_batches,
     inputs_to_calibrate_on,
@@ -29,7 +27,6 @@ from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 from router_tuning.tuning.run import Run, TunedRun
 from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
-from router_tuning.tuning.trainer.interruption import StopOnSignal
 from router_tuning.tuning.trainer.routing_statistics import CAPACITY, layer_key
 
 _ROWS = 8
@@ -53,7 +50,7 @@ def tune(run: Run) -> TunedRun:
     if run.steps:
         trainer, end = _trained(run, start)
     else:
-        trainer, end = RouterTrainer(**trainer_options(run), gradient_scale=0), start.logit
+        trainer, end = RouterTrainer(**run.trainer_options, gradient_scale=0), start.logit
     dial = {"capacity": [0.5], "logit": {name: [value] for name, value in within_limits(run.model, end).items()}}
     stopped = run.interruption.signal is not None
     extra = {"dial": dial, "damage": start.damage}
@@ -109,7 +106,7 @@ def _trained(run: Run, start: Start) -> tuple[RouterTrainer, dict[str, float]]:
     batches = inputs_to_calibrate_on(_label_rows(run), run.collator, is_sequence_level(model))
     inputs, scores = inputs_seen(model, batches, bias)
     trainer = RegressionTrainer(
-        **trainer_options(run),
+        **run.trainer_options,
         recipe=_budgets(run),
         distil=run.routing.trains == "routers",
         saved=saved_shares(model),
@@ -129,23 +126,6 @@ def _budgets(run: Run) -> BudgetArguments:
 
 def _label_rows(run: Run) -> list[dict[str, list[int]]]:
     return run.rows(run.command.budget.label_tokens * (_SEQUENCES if is_sequence_level(run.model) else 1))
-
-
-def trainer_options(run: Run) -> dict[str, Any]:
-    """What a trainer of any kind is made with."""
-    training = run.training
-    return {
-        "model": run.model,
-        "args": training,
-        "train_dataset": run.data.rows,
-        "data_collator": run.collator,
-        "callbacks": [StopOnSignal(run.interruption)],
-        "target_capacity": run.routing.target_capacity,
-        "order": StepOrder(
-            run.data.lengths, training.global_batch_size, training.seed, run.command.data.length_grouping
-        ),
-        "settings": run.settings,
-    }
 
 
 def _calibration_rows(run: Run) -> list[dict[str, list[int]]]:

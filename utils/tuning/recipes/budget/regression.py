@@ -107,11 +107,7 @@ class RegressionTrainer(RouterTrainer):
         return self.optimizer
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ):
         """The loss at a budget drawn for each row; low ones, which diverge more, weigh less."""
         if self.deepspeed_engine is not None:  # whose forward pass takes any gradient for the one that it steps by
