@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,51 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--export", type=Path, required=True, help="an export (full) of token level")
     parser.add_argument("--base", type=Path, required=True, help="folder of its dense base")
     parser.add_argument(
+        "--dtypes", nargs="*", default=["float32", "bfloat16"], help="in which tokens are compared; none: not compared"
+    )
+    parser.add_argument(
         "--budgets", type=float, nargs="*", default=[1.0, 0.8, 0.6], help="shares of the FLOPs; none: not timed"
     )
+    parser.add_argument("--timed_dtype", default="float32")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="for equality; the last one timed"
+        "--output", type=Path, required=True, help="JSON; in the row of this export, what is measured is replaced"
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON; the row of this export is added or replaced")
     args = parser.parse_args()
     if min(*args.batches, args.new_tokens, args.repeats) < 1:
         raise UserError("--batches, --new_tokens and --repeats must be 1 or more")
     return args
+
+
+def compare(args: argparse.Namespace, prompts: list[list[int]], note: Callable[..., None]) -> None:
+    """Tokens of vLLM in each of its settings beside ours."""
+    llm = None
+    for dtype in args.dtypes:
+        expected = comparison.our_tokens(comparison.our_model(args.export, dtype), prompts, args.new_tokens)
+        for name, settings in comparison.SETTINGS.items():
+            llm = None  # an engine that ends takes along what those share that its process has then
+            gc.collect()
+            llm = comparison.engine(args.export, dtype, **settings)
+            note(dtype=dtype, setting=name, **comparison.equality(llm, prompts, expected))
+
+
+def clock(args: argparse.Namespace, prompts: list[list[int]], note: Callable[..., None]) -> None:
+    """Tokens per second of vLLM, with routers at each budget and on the dense base."""
+    gc.collect()
+    model = comparison.our_model(args.export, args.timed_dtype)
+    plain = {"architectures": [plain_class(model).__name__]}
+    llms = {
+        "routed": comparison.engine(args.export, args.timed_dtype),
+        "dense": comparison.engine(args.base, args.timed_dtype, hf_overrides=plain),
+    }
+    for batch in args.batches:
+        timed = (prompts * batch)[:batch]
+        for found in comparison.throughput(llms, args.export, args.budgets, timed, args.new_tokens, args.repeats):
+            kept = found.pop("kept")
+            share = comparison.flops_left(model, kept) if kept else 1.0
+            note(dtype=args.timed_dtype, batch=batch, flops_share=share, **found)
 
 
 def main() -> None:
@@ -62,34 +95,22 @@ def main() -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
         for text in texts
     ]
-    row = {"export": args.export.name, "new_tokens": args.new_tokens, "about": provenance()}
-    row |= {"equality": [], "throughput": []}
     rows = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
-    rows = [*[other for other in rows if other["export"] != row["export"]], row]
+    row = next((row for row in rows if row["export"] == args.export.name), None)
+    if row is None:
+        row = {"export": args.export.name, "about": {}, "equality": [], "throughput": []}
+        rows.append(row)
+    for kind, measure, asked in (("equality", compare, args.dtypes), ("throughput", clock, args.budgets)):
+        if not asked:
+            continue
+        row[kind], row["about"][kind] = [], provenance()
 
-    def note(kind: str, **found: Any) -> None:
-        row[kind].append(found)
-        write_json(args.output, rows)
-        print(json.dumps(found), flush=True)
+        def note(kind: str = kind, **found: Any) -> None:
+            row[kind].append({"new_tokens": args.new_tokens, **found})
+            write_json(args.output, rows)
+            print(json.dumps(found), flush=True)
 
-    llm = None
-    for dtype in args.dtypes:
-        model = comparison.our_model(args.export, dtype)
-        expected = comparison.our_tokens(model, prompts, args.new_tokens)
-        for name, settings in comparison.SETTINGS.items():
-            llm = None  # an engine that ends takes along what those share that its process has then
-            gc.collect()
-            llm = comparison.engine(args.export, dtype, **settings)
-            note("equality", dtype=dtype, setting=name, **comparison.equality(llm, prompts, expected))
-    if args.budgets:
-        plain = {"architectures": [plain_class(model).__name__]}
-        llms = {"routed": llm, "dense": comparison.engine(args.base, dtype, hf_overrides=plain)}
-        for batch in args.batches:
-            timed = (prompts * batch)[:batch]
-            for found in comparison.throughput(llms, args.export, args.budgets, timed, args.new_tokens, args.repeats):
-                kept = found.pop("kept")
-                share = comparison.flops_left(model, kept) if kept else 1.0
-                note("throughput", dtype=dtype, batch=batch, flops_share=share, **found)
+        measure(args, prompts, note)
 
 
 if __name__ == "__main__":
