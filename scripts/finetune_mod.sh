@@ -10,7 +10,7 @@
 # Every knob is an environment variable; further arguments go to entrypoints/finetune/finetune_mod.py as they are.
 set -euo pipefail
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # ---- what to tune: MOD_N, GRANULARITY, RECIPE, MAX_TRAIN_SAMPLES, … as `finetune_mod.py --help` and docs/tuning.md list
 # them, read by the entrypoint; what is not set keeps the default of the recipe. The base is named here, too:
@@ -30,12 +30,7 @@ MACHINE_RANK="${MACHINE_RANK:-0}"
 MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-127.0.0.1}"
 CONFIG_FILE="${CONFIG_FILE:-}"                        # accelerate config; empty: chosen below
 
-fail() {
-  echo "error: $*" >&2
-  exit 2
-}
-
-find_python() {
+active_python() {
   if [[ -n "${PYTHON:-}" ]]; then
     echo "${PYTHON}"
   elif [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]] && command -v python >/dev/null; then
@@ -81,7 +76,7 @@ choose_config() {
   echo "${ROOT}/configs/accelerate/${name}.yaml"
 }
 
-PYTHON_BIN="$(find_python)"
+PYTHON_BIN="$(active_python)"
 packages='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("accelerate", "transformers"))))'
 "${PYTHON_BIN}" -c "${packages}" ||
   fail "${PYTHON_BIN} has not the packages of requirements.txt: pip install -r requirements.txt, or activate their environment"
@@ -122,10 +117,11 @@ fi
 PATH="$(dirname "${PYTHON_BIN}"):${PATH}"
 export PATH
 
+told="config: ${CONFIG_FILE#"${ROOT}/"}, ${NUM_PROCESSES} process(es) on ${NUM_MACHINES} machine(s)"
 for argument in "$@"; do
   if [[ "${argument}" == --dry_run || "${argument}" == --dry-run ]]; then
-    exec "${PYTHON_BIN}" "${entrypoint}" "${arguments[@]}" --num_processes "${NUM_PROCESSES}" \
-      --accelerate_config "${CONFIG_FILE}" "$@"
+    echo "${told}"
+    exec "${PYTHON_BIN}" "${entrypoint}" "${arguments[@]}" --num_processes "${NUM_PROCESSES}" "$@"
   fi
 done
 
@@ -135,7 +131,7 @@ if (( NUM_PROCESSES > 1 )); then
     >/dev/null || exit $?
 fi
 
-echo "config: ${CONFIG_FILE#"${ROOT}/"}, ${NUM_PROCESSES} process(es) on ${NUM_MACHINES} machine(s)"
+echo "${told}"
 launch=(
   "${PYTHON_BIN}" -m accelerate.commands.launch
   --config_file "${CONFIG_FILE}"

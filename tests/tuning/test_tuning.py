@@ -130,6 +130,15 @@ def test_a_record_is_read_from_everywhere(parts, tmp_path, monkeypatch):
     assert all(Path(path).is_absolute() for path in named), named
 
 
+def test_routers_name_the_hub_id_of_their_base(parts, tmp_path):
+    base = shutil.copytree(parts["base"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text()) | {"mod_base": "someone/tiny"}
+    (base / "config.json").write_text(json.dumps(config))
+    tiny_tuning.tune({**parts, "base": base}, tmp_path / "run", max_steps=1, router_dir=None)
+    found = json.loads((tmp_path / "run" / "router_config.json").read_text())
+    assert found["base"]["name_or_path"] == "someone/tiny"
+
+
 def test_a_checkpoint_of_another_base_or_other_data_is_refused(parts, finished, tmp_path):
     other = tiny_checkpoint.write_base(tmp_path / "base", seed=1)
     resume = {"resume_from_checkpoint": finished / "checkpoint-3", "router_dir": None}

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from router_tuning.bases.description import dense_config, read_config, routed_fields
+from router_tuning.bases.description import dense_config, read_config, routed_fields, skeleton
 from router_tuning.bases.gguf import convert_gguf
 from router_tuning.bases.shards import INDEX, WEIGHTS, bring, tensor_shapes, weight_map
 from router_tuning.errors import UserError
@@ -75,7 +74,7 @@ def prepare_base(folder: Path, source: str | None = None, revision: str | None =
         base = dense_config(origin)
         if known:
             _check_architecture(dense_config(folder), base, folder, source)
-        names, copied = _checked_files(origin, base), 0
+        names, copied = _checked_files(origin), 0
         if origin != draft:
             draft.mkdir()
             copied = sum(_fetch(origin / name, draft / name, folder / name, link) for name in names)
@@ -168,13 +167,12 @@ def _equal(there: object, here: object) -> bool:
     return there == here
 
 
-def _checked_files(origin: Path, base: PretrainedConfig) -> list[str]:
+def _checked_files(origin: Path) -> list[str]:
     """Names of the files to bring; UserError unless weights and tokenizer are there and whole. Reads headers only."""
     files = weight_map(origin)
     found = tensor_shapes(files)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base)
-    tied = set(model.all_tied_weights_keys) if base.tie_word_embeddings else set()
+    model = skeleton(origin)
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     state = {name: value for name, value in model.state_dict().items() if name not in tied}
     # Some families are stored by other names than those of their modules, as single experts for example.
     stored = min((state, revert_weight_conversion(model, state)), key=lambda names: len(set(names) - set(found)))

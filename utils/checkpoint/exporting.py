@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from router_tuning.bases.description import dense_config, row_reader, skeleton
 from router_tuning.bases.shards import INDEX, WEIGHTS, bring, tensor_names, weight_map
 from router_tuning.errors import UserError
-from router_tuning.files import new_folder
+from router_tuning.files import new_folder, write_json
 from router_tuning.model import load_routers
 from router_tuning.model.fingerprint import base_fingerprint, check_base
 from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights
@@ -90,11 +90,11 @@ def write_routed(run: Path, weights: Path, folder: Path, link: bool) -> None:
     _write_tokenizer(run, weights, folder)
     shutil.copyfile(run / WEIGHTS_NAME, folder / WEIGHTS_NAME)
     config = read_router_config(run) | {"base": base_fingerprint(model, row_reader(weights))}
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG_NAME, config)
     places = {name: names[file] for name, file in shards.items()} | dict.fromkeys(routers, WEIGHTS_NAME)
     size = sum((folder / name).stat().st_size for name in set(places.values()))
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)
     custom_object_save(model, str(folder), config=model.config)
     model.config.save_pretrained(folder)
 
@@ -123,7 +123,7 @@ def _write_peft(run: Path, base: Path, draft: Path, output: Path, link: bool) ->
     write_routed(run, base, draft / "base", link)
     config = json.loads((run / ADAPTER / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = str(output.resolve() / "base")
-    (draft / ADAPTER_FILES[0]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(draft / ADAPTER_FILES[0], config)
     shutil.copyfile(run / ADAPTER / ADAPTER_FILES[1], draft / ADAPTER_FILES[1])
 
 

@@ -8,11 +8,9 @@ routed, what trains and what autograd keeps, without a formula that could age.
 from __future__ import annotations
 
 import copy
-import re
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -192,10 +190,6 @@ def dry_run(command: Command) -> str:
         "",
         "GB per GPU at the longest micro-batch, 1 GB of it for CUDA and communication; shorter rows need less.",
     ]
-    asked = engine_of(training.accelerate_config)
-    if asked and training.num_processes:
-        total = memory.per_process(asked, training.num_processes)["total"]
-        lines.append(f"chosen: {asked} on {training.num_processes} process(es), {total / 1e9:.1f} GB each")
     return "\n".join(lines)
 
 
@@ -224,14 +218,3 @@ def _table(memory: StepMemory, worlds: list[int]) -> list[str]:
             name = "one process" if engine == "DDP" and world == 1 else engine
             lines.append(f"{world:>4}  {name:<15}" + "".join(f"{shown[part] / 1e9:>13.2f}" for part in parts))
     return lines
-
-
-def engine_of(config: str | None) -> str | None:
-    """The engine that an accelerate config names, by its file name and content."""
-    if config is None:
-        return None
-    text = Path(config).read_text()
-    stage = re.search(r"zero(\d)(_offload)?\.json", text)
-    if stage:
-        return f"ZeRO-{stage[1]}" + (" offload" if stage[2] else "")
-    return "FSDP2" if re.search(r"distributed_type:\s*FSDP", text) else "DDP"

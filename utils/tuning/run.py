@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from router_tuning.bases.description import dense_config, fingerprint
+from router_tuning.bases.description import dense_config, fingerprint, read_config
 from router_tuning.bases.shards import tensor_shapes, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, route
@@ -154,6 +154,8 @@ class Run:
         self.model = mark_trainable(model, self.routing)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.base_fingerprint = identify(self.model)
+        if hub_id := read_config(self.base).get("mod_base"):
+            self.base_fingerprint["name_or_path"] = hub_id
 
     def _add_routing(self, model: PreTrainedModel) -> dict[str, float]:
         routing = self.routing

@@ -229,7 +229,6 @@ class TuningArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Trainer's; the data has no other columns"})
     dry_run: bool = field(default=False, metadata={"help": "print sizes, memory and steps; load no weights"})
     num_processes: int | None = field(default=None, metadata={"help": "with --dry_run or --check_inputs: to plan for"})
-    accelerate_config: str | None = field(default=None, metadata={"help": "with --dry_run: the engine to plan for"})
     check_inputs: bool = field(default=False, metadata={"help": "check arguments, base and data, then stop"})
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ ORIGINS = frozenset(
 
 _WITHOUT_INFLUENCE = ("logging_", "log_", "save_", "hub_", "trackio_", "dataloader_", "ddp_", "eval_", "do_")
 NEUTRAL = frozenset(name for name in DEFAULTS if name.startswith(_WITHOUT_INFLUENCE)) | frozenset(
-    "output_dir overwrite_output_dir resume_from_checkpoint dry_run check_inputs num_processes accelerate_config "
+    "output_dir overwrite_output_dir resume_from_checkpoint dry_run check_inputs num_processes "
     "cache_dir token preprocessing_num_workers attn_implementation report_to run_name project push_to_hub "
     "disable_tqdm debug skip_memory_metrics include_num_input_tokens_seen torch_empty_cache_steps use_cache "
     "enable_jit_checkpoint gradient_accumulation_steps activation_checkpointing activation_checkpointing_kwargs "
