@@ -130,7 +130,7 @@ def phases(run: Run) -> dict[str, tuple[float, str, int]]:
     deep = 1.0 if routing.mod_layers == "auto" else (routing.mod_n or layers) / layers
     passes = (2 if routing.recipe == "budget" else 1) + _BACKWARD * (1 if routing.trains == "full" else deep / 2)
     trained = run.steps * run.training.global_batch_size * sum(lengths) / len(lengths)
-    found = {"training": (passes * trained, "max_train_samples", len(lengths))}
+    found = {"training": (passes * trained, "max_train_samples", len(lengths))} if trained else {}
     if routing.recipe == "budget":
         label, calibration = run.command.budget.label_tokens, run.command.budget.calibration_tokens
         sequence = set(routing.config().parts.values()) == {"sequence"}
