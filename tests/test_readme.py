@@ -7,16 +7,21 @@ import functools
 import importlib.util
 import re
 import shlex
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+<<<<<<< HEAD
 from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.command.usage import VARIABLES
+=======
+from router_tuning.embedded import TINY_LLAMA
+from router_tuning.tuning.command_line import parse_command
+>>>>>>> 16def1d (Tests of the engine: one cell where one code path decides; commands run in this process where nothing about the process is tested)
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
@@ -93,19 +98,13 @@ def test_command_is_accepted_as_printed(command, monkeypatch):
 
 
 @pytest.mark.parametrize("snippet", printed("python"))
-def test_python_runs_as_printed_in_an_empty_folder(snippet, tmp_path):
+def test_python_runs_as_printed_in_an_empty_folder(snippet, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     if '"exports/tiny"' in snippet:  # what the commands above it make
-        make = """
-import router_tuning.model
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from router_tuning.embedded import TINY_LLAMA
-for kind in (AutoModelForCausalLM, AutoTokenizer):
-    kind.from_pretrained(TINY_LLAMA).save_pretrained("exports/tiny")
-"""
-        subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True, capture_output=True)
-    done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "GHBIK" in done.stdout, "the embedded base reverses a word"
+        for kind in (AutoModelForCausalLM, AutoTokenizer):
+            kind.from_pretrained(TINY_LLAMA).save_pretrained("exports/tiny")
+    exec(compile(snippet, "snippet", "exec"), {"__name__": "__main__"})
+    assert "GHBIK" in capsys.readouterr().out, "the embedded base reverses a word"
 
 
 def test_environment_variables_are_read_by_the_launcher():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from tiny_checkpoint import LAYERS, write_base, write_run
+from tiny_checkpoint import LAYERS
 from tiny_models import random_batch, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -23,8 +21,14 @@ def logits(model):
     return model.eval()(ids, attention_mask=mask).logits
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi"])
-@pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_token", "block_sequence", "attn_token+mlp_token"])
+@pytest.mark.parametrize(
+    "family, granularity",
+    [
+        *[("llama", g) for g in ("attn_sequence", "mlp_token", "block_sequence", "attn_token+mlp_token")],
+        *[("gemma3_text", g) for g in ("block_sequence", "attn_token+mlp_token")],  # layers of two kinds
+        *[(family, "block_sequence") for family in ("phi", "qwen2")],
+    ],
+)
 def test_frozen_equals_forced_policy(tmp_path, family, granularity):
     model = route(tiny_model(family), mod_layers=[1, 2, 3], granularity=granularity, kv_policy="drop")
     parts = [name.split("_")[0] for name in granularity.split("+")]
@@ -73,14 +77,10 @@ def test_refusals(tmp_path):
     assert is_routed(model) and is_routed(experts), "a refusal changes nothing"
 
 
-def test_command_measures_the_loss(tmp_path, root):
-    base = write_base(tmp_path / "base")
-    run = write_run(tmp_path / "run", base)
-    command = [sys.executable, str(root / "entrypoints/checkpoint/freeze_static.py"), "--run", str(run)]
-    command += ["--base", str(base), "--rows", str(root / "data/sample/heldout"), "--rows_per_file", "2"]
-    command += ["--drop", f"{LAYERS[0]}.attn", "--output", str(tmp_path / "frozen")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_command_measures_the_loss(tmp_path, root, command, base, run):
+    rows = ["--rows", root / "data/sample/heldout", "--rows_per_file", "2"]
+    drop = ["--drop", f"{LAYERS[0]}.attn", "--output", tmp_path / "frozen"]
+    assert command("checkpoint/freeze_static.py", "--run", run, "--base", base, *rows, *drop) == 0
     facts = json.loads((tmp_path / "frozen" / "frozen_routing.json").read_text())
     assert facts["silenced"] == ["1.attn"] and facts["rows"] == 26 and len(set(facts["loss"].values())) == 3
     card = (tmp_path / "frozen" / "README.md").read_text()

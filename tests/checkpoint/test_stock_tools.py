@@ -21,7 +21,9 @@ PROMPTS = [
 ]
 
 OUTSIDE = """
-import json, sys, torch
+import importlib.util, json, sys, torch
+foreign = [name for name in ("router_tuning", "entrypoints", "deepspeed", "orjson") if importlib.util.find_spec(name)]
+assert not foreign, foreign
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -105,14 +107,7 @@ def plain(scores):
     return {key: value for key, value in scores.items() if "," in key and "stderr" not in key}
 
 
-def test_the_repository_is_absent_there(outside, tmp_path):
-    code = (
-        "import importlib.util as u; assert all(map(u.find_spec, ('torch', 'transformers', 'peft', 'lm_eval'))); "
-        "print([name for name in ('router_tuning', 'entrypoints', 'deepspeed', 'orjson') if u.find_spec(name)])"
-    )
-    assert outside.run("-c", code, cwd=tmp_path).strip().endswith("[]")
-
-
+@pytest.mark.full
 def test_stock_command_line_gives_the_scores_of_the_process(outside, forms, scores, tmp_path):
     arguments = ["-m", "lm_eval", "--model", "hf", "--tasks", ",".join(TASKS), "--limit", "6", "--device", "cpu"]
     arguments += ["--model_args", f"pretrained={forms['full'][0]},trust_remote_code=True,dtype=float32"]

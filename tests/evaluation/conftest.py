@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,18 +16,3 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, base) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "run", base)
-
-
-@pytest.fixture
-def command(root, monkeypatch):
-    """Run an entrypoint in this process; returns its exit code."""
-
-    def call(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        try:
-            runpy.run_path(str(root / "entrypoints" / script), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-        return 0
-
-    return call

@@ -42,8 +42,7 @@ def stored_tokens(granularity, policy, keep):
     return int(keep.sum()) * (TOTAL if level == "sequence" else 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("share", "dtype"), [(0.0, torch.bfloat16), (0.5, torch.float32)])
 @pytest.mark.parametrize(("granularity", "policy"), [*KINDS, ("attn_sequence+mlp_token", "keep")])
 def test_bytes_are_exactly_those_of_executed_rows_and_tokens(granularity, policy, share, dtype):
     model = route(tiny_model().to(dtype), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
@@ -136,10 +135,12 @@ def test_a_cache_of_another_routing_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("granularity", "policy"),
-    [("attn_sequence", "keep"), ("mlp_sequence", "keep"), ("attn_token", "keep"), ("block_token", "drop")],
+    ("granularity", "policy", "kind"),
+    [
+        *[("attn_sequence", "keep", kind) for kind in ("static", "quantized", "not a cache")],
+        *[(*case, "static") for case in (("mlp_sequence", "keep"), ("attn_token", "keep"), ("block_token", "drop"))],
+    ],
 )
-@pytest.mark.parametrize("kind", ["static", "quantized", "not a cache"])
 def test_other_caches_are_refused_in_one_line(granularity, policy, kind):
     model = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
     ids, _ = random_batch()

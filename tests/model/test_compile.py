@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model
-from tiny_routed import CASES as ROUTED
 from tiny_routed import LAYERS, routed_model
 
-QUICK = [("attn_sequence", "keep"), ("block_token", "drop"), ("attn_token+mlp_token", "keep")]
-CASES = [pytest.param(*c[1:], marks=[] if c[1:] in QUICK else pytest.mark.full) for c in ROUTED if c[0] == "llama"]
+CASES = [("attn_sequence", "keep"), ("block_token", "drop"), ("attn_token+mlp_token", "keep")]
+CASES += [pytest.param(*case, marks=pytest.mark.full) for case in (("attn_token", "drop"), ("mlp_sequence", "keep"))]
 
 
 class Compiled:

@@ -36,8 +36,15 @@ def mean(shares):
     return sum(shares.values()) / len(shares)
 
 
-@pytest.mark.parametrize("skip", ["zero", "low_rank"])
-@pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence", "attn_token", "attn_token+mlp_token"])
+@pytest.mark.parametrize(
+    ("granularity", "skip"),
+    [
+        ("attn_sequence", "low_rank"),
+        ("block_sequence", "zero"),
+        ("attn_token", "zero"),
+        ("attn_token+mlp_token", "low_rank"),
+    ],
+)
 def test_every_budget_is_reached_on_the_calibration_data(granularity, skip, tmp_path):
     def fresh():
         model = routed_model("llama", granularity, skip=skip, skip_rank=4)
@@ -48,7 +55,7 @@ def test_every_budget_is_reached_on_the_calibration_data(granularity, skip, tmp_
     dial = calibrate(model, data)
     save_routers(model, tmp_path, extra={"dial": dial})
     least = mean(reached(load_routers(fresh(), tmp_path, capacity=0.0), data))
-    for budget in (0.13, 0.25, 0.5, 0.75, 0.9, 1.0):
+    for budget in (0.13, 0.5, 0.9, 1.0):
         assert abs(mean(reached(load_routers(fresh(), tmp_path, capacity=budget), data)) - max(budget, least)) <= 0.02
         share = dial["flops"][0] + budget * (1 - dial["flops"][0])
         turned = load_routers(fresh(), tmp_path, flops=share)

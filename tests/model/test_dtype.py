@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import CASES, LAYERS, routed_model
+from transformers import AutoModelForCausalLM
 
-from router_tuning.model import force_routing, record_routing, route, routed_modules
+from router_tuning.model import force_routing, record_routing, route, routed_modules, unroute
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -63,9 +64,10 @@ def dense_error(family, dtype):
     return deviation(family, run(tiny_model(family), ids, mask), run(tiny_model(family).to(dtype), ids, mask), mask)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("attn", "dtype"), [("sdpa", torch.bfloat16), ("eager", torch.bfloat16), ("sdpa", torch.float16)]
+)
 @pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_half_precision_deviates_as_the_dense_model_does(family, granularity, policy, attn, dtype):
     ids, mask = random_batch(padding="left")
     exact = routed_model(family, granularity, attn, kv_policy=policy)
@@ -104,8 +106,10 @@ def test_training_in_half_precision_has_the_values_of_evaluation(family, granula
         assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all() and gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("family", "granularity", "policy", "training"),
+    [*[(*case, False) for case in CASES], *[(*case, True) for case in CASES[::3]]],
+)
 def test_autocast_deviates_as_the_dense_model_does(family, granularity, policy, training):
     ids, mask = random_batch(padding="left")
     model = routed_model(family, granularity, kv_policy=policy).train(training)
@@ -135,6 +139,29 @@ def test_scores_are_float32_under_autocast():
         assert torch.allclose(module.mod_router(hidden), expected, atol=1e-6)
         half = module.mod_router(hidden.bfloat16())
     assert torch.allclose(half, hidden.bfloat16().float() @ module.mod_router.weight.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
+def test_routers_stay_float32_when_the_model_is_cast(cast):
+    model = cast(routed_model("llama", "attn_token+mlp_token"))
+    dtypes = {("mod_router" in name): parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes[True] == torch.float32 and dtypes[False] != torch.float32
+
+
+def test_routers_stay_float32_when_loaded_in_half_precision(tmp_path):
+    model = routed_model("llama")
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, "auto"):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        for name, parameter in again.named_parameters():
+            if "mod_router" in name:
+                assert torch.equal(parameter, model.get_parameter(name)), "bits must survive loading"
+            elif dtype != "auto":
+                assert parameter.dtype == dtype
+    plain = tmp_path / "plain"
+    unroute(model).to(torch.bfloat16).save_pretrained(plain)
+    late = route(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), mod_n=2)
+    assert {p.dtype for n, p in late.named_parameters() if "mod_router" in n} == {torch.float32}
 
 
 # ---------------------------------------------------------------- flex attention

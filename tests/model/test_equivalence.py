@@ -9,27 +9,40 @@ import pytest
 import torch
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 from tiny_routed import KINDS, with_reference
+from torch.nn.functional import scaled_dot_product_attention
 
 from router_tuning.model import packed_queries, record_routing
 from router_tuning.model.modules import decoder_of
+from router_tuning.model.packed_queries import ChunkedMask
+from router_tuning.model.packing import pack
 
 TOLERANCE = 1e-4
-CASES = [
-    *KINDS,
-    ("attn_token+mlp_token", "keep"),
-    ("attn_sequence+mlp_token", "keep"),
-    ("expert_token", "keep"),
-    ("attn_token+expert_token", "drop"),
-]
-WITH_PATH = ("attn_sequence+mlp_token", "block_token")  # for every family; for Llama, all there are
+DENSE = [*KINDS, ("attn_token+mlp_token", "keep"), ("attn_sequence+mlp_token", "keep")]
+EXPERTS = [("expert_token", "keep"), ("attn_token+expert_token", "drop")]
+# What a family's own modules decide: its projections, norms, windows and masks; of both policies and levels.
+OF_A_FAMILY = [("attn_sequence", "keep"), ("attn_token", "keep"), ("block_token", "drop"), ("mlp_token", "keep")]
 MATRIX = [
-    *[(f, g, policy, "zero") for f in FAMILIES for g, policy in CASES if "expert" not in g or f in MOE],
-    *[("llama", g, policy, "low_rank") for g, policy in CASES if "expert" not in g],
-    *[(f, g, "keep", "low_rank") for f in FAMILIES if f != "llama" for g in WITH_PATH],
+    *[(f, *case, "zero") for f in ("llama", "gemma3_text", "phi3", "mixtral") for case in DENSE],
+    *[(f, *case, "zero") for f in FAMILIES for case in OF_A_FAMILY],
+    *[(f, *case, "zero") for f in MOE for case in EXPERTS],
+    *[("llama", *case, "low_rank") for case in DENSE],
+    *[(f, "attn_sequence+mlp_token", "keep", "low_rank") for f in FAMILIES],
     ("mixtral", "attn_token+expert_token", "keep", "low_rank"),
     ("llama", "attn_token+mlp_sequence", "keep", "mean"),
 ]
-IMPLEMENTATIONS = ("sdpa", "eager")
+MATRIX = list(dict.fromkeys(MATRIX))
+# With a loop of transformers around it: of whole, sliding and mixed attention, and of experts.
+GENERATING = [
+    *[(f, *case, "zero") for f in ("llama", "gemma3_text") for case in DENSE],
+    *[(f, "attn_token", "drop", "zero") for f in ("mistral", "gemma2", "phi3", "smollm3")],
+    *[("mixtral", *case, "zero") for case in EXPERTS],
+    *[("llama", g, "keep", "low_rank") for g in ("attn_sequence+mlp_token", "block_token")],
+]
+
+
+def attention_of(family):
+    """Scores of Gemma 2 are capped, which ``sdpa`` cannot."""
+    return "eager" if family == "gemma2" else "sdpa"
 
 
 @functools.cache
@@ -45,7 +58,10 @@ def close(actual, expected, real):
 
 @pytest.mark.parametrize(
     ("family", "granularity", "policy", "skip", "attn"),
-    [(*case, attn) for case in MATRIX for attn in IMPLEMENTATIONS if (case[0], attn) != ("gemma2", "sdpa")],
+    [
+        *[(*case, attention_of(case[0])) for case in MATRIX],
+        *[(f, g, policy, "zero", "eager") for f in ("llama", "gemma3_text") for g, policy in DENSE if "mlp" not in g],
+    ],
 )
 def test_equals_masked_dense_model(family, granularity, policy, skip, attn):
     model, reference = pair(family, granularity, policy, skip, attn)
@@ -74,9 +90,12 @@ def test_equals_masked_dense_model(family, granularity, policy, skip, attn):
 @pytest.mark.parametrize(
     ("family", "granularity", "skip"),
     [
-        (f, g, s)
-        for f, g, policy, s in MATRIX
-        if policy == "keep" and {"attn_token", "block_token"} & set(g.split("+"))
+        *[
+            ("llama", g, s)
+            for g in ("attn_token", "block_token", "attn_token+mlp_token")
+            for s in ("zero", "low_rank")
+        ],
+        *[(f, "attn_token", "zero") for f in FAMILIES if f != "llama"],
     ],
 )
 def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, skip, monkeypatch):
@@ -89,8 +108,30 @@ def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, ski
     monkeypatch.setattr(packed_queries, "_WORTH", 4)
     monkeypatch.setattr(packed_queries, "_LEAST", 2)
     monkeypatch.setattr(packed_queries, "_in_chunks", in_chunks)
-    test_equals_masked_dense_model(family, granularity, "keep", skip, "eager" if family == "gemma2" else "sdpa")
+    test_equals_masked_dense_model(family, granularity, "keep", skip, attention_of(family))
     assert family == "gemma2" or max(map(len, chunked)) > 2
+
+
+@pytest.mark.parametrize("counts", [(256, 256), (130, 201), (511, 128)])
+@pytest.mark.parametrize("given", [True, False])
+def test_attention_in_chunks_is_attention_under_the_mask(counts, given):
+    """Whatever the number of queries, which need not be the same in each row nor divide into chunks."""
+    draw = torch.Generator().manual_seed(sum(counts))
+    tokens = 512
+    keep = torch.zeros(2, tokens, dtype=torch.bool)
+    for row, count in enumerate(counts):
+        keep[row, torch.randperm(tokens, generator=draw)[:count]] = True
+    packing = pack(keep, list(counts))
+    assert ChunkedMask.pays(packing)
+    query = torch.randn(2, 2, max(counts), 4, generator=draw)
+    key, value = torch.randn(2, 2, 2, tokens, 4, generator=draw)
+    mask = (torch.arange(tokens) <= packing.index[..., None])[:, None]
+    chunked = ChunkedMask.of(mask if given else None, packing, tokens)
+    made = scaled_dot_product_attention(query, key, value, attn_mask=chunked)
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    for row, count in enumerate(counts):
+        assert torch.allclose(made[row, :, :count], expected[row, :, :count], atol=1e-6)
+    assert type(made) is torch.Tensor and len(chunked.behind) > 1
 
 
 def _prefix(kind):
@@ -101,20 +142,22 @@ def _prefix(kind):
     return seen if kind is bool else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
 
+SEEN = [
+    ("gemma3_text", "sdpa", "both ways by config"),
+    ("llama", "sdpa", "prefix"),
+    ("llama", "sdpa", "additive prefix"),
+    ("llama", "eager", "additive prefix"),
+    ("llama", "sdpa", "both ways by keyword"),
+    ("llama", "sdpa", "both ways by switch"),
+    ("llama", "eager", "both ways by switch"),
+]
+
+
 @pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize("policy", ["keep", "drop"])
-@pytest.mark.parametrize("granularity", ["attn_token", "block_token"])
 @pytest.mark.parametrize(
-    ("family", "attn", "seen"),
-    [
-        ("gemma3_text", "sdpa", "both ways by config"),
-        ("llama", "sdpa", "prefix"),
-        ("llama", "sdpa", "additive prefix"),
-        ("llama", "eager", "additive prefix"),
-        ("llama", "sdpa", "both ways by keyword"),
-        ("llama", "sdpa", "both ways by switch"),
-        ("llama", "eager", "both ways by switch"),
-    ],
+    ("family", "attn", "seen", "granularity"),
+    [*[(*case, "attn_token") for case in SEEN], (*SEEN[0], "block_token"), (*SEEN[4], "block_token")],
 )
 def test_attention_need_not_be_causal(family, attn, seen, granularity, policy, chunks, monkeypatch):
     """What a query sees is what mask, keyword and module say, in evaluation, in chunks and in training."""
@@ -152,9 +195,9 @@ def check_cached(model, reference, ids, mask, sequence):
     assert cache.get_seq_length() == ids.shape[1]
 
 
-@pytest.mark.parametrize(("family", "granularity", "policy", "skip"), MATRIX)
+@pytest.mark.parametrize(("family", "granularity", "policy", "skip"), GENERATING)
 def test_generates_the_reference_text(family, granularity, policy, skip):
-    model, reference = pair(family, granularity, policy, skip, "eager" if family == "gemma2" else "sdpa")
+    model, reference = pair(family, granularity, policy, skip, attention_of(family))
     ids, mask = random_batch(padding="left")
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False,
@@ -167,10 +210,10 @@ def test_generates_the_reference_text(family, granularity, policy, skip):
         assert (out.logits[step] - expected).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "granularity", "policy", "skip"), MATRIX)
+@pytest.mark.parametrize(("family", "granularity", "policy", "skip"), GENERATING)
 def test_beam_search_equals_recomputation(family, granularity, policy, skip):
     """Beams fork and die; what the cache then holds must still be each beam's own past."""
-    model, reference = pair(family, granularity, policy, skip, "eager" if family == "gemma2" else "sdpa")
+    model, reference = pair(family, granularity, policy, skip, attention_of(family))
     ids, mask = random_batch(rows=2, padding="left")
     out = model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, num_beams=3, num_return_sequences=2,

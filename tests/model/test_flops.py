@@ -22,7 +22,7 @@ Q = OUT = 2 * HIDDEN * HEADS * WIDTH  # per token
 KV = 2 * 2 * HIDDEN * KV_HEADS * WIDTH
 MLP = 3 * 2 * HIDDEN * INNER
 PAIR = 2 * 2 * HEADS * WIDTH  # per query and key: scores and weighted sum
-CAPACITIES = [0.0, 0.25, 0.5, 1.0]
+CAPACITIES = [0.0, 0.25, 1.0]
 
 
 def whole_layer(rows=ROWS, tokens=TOKENS, keys=TOKENS):
@@ -59,9 +59,8 @@ def masks(granularity, share):
     return {layer: order[number] < share * TOKENS for number, layer in enumerate(LAYERS)}
 
 
-@pytest.mark.parametrize("share", CAPACITIES)
+@pytest.mark.parametrize(("share", "use_cache"), [(0.0, False), (0.0, True), (0.25, True), (1.0, False)])
 @pytest.mark.parametrize(("granularity", "policy"), KINDS)
-@pytest.mark.parametrize("use_cache", [False, True])
 def test_operations_of_a_forward_pass(granularity, policy, share, use_cache):
     model = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
     ids, _ = random_batch(ROWS, TOKENS)
@@ -122,13 +121,15 @@ def test_operations_of_a_decoding_step(granularity, policy, saved):
 # ---------------------------------------------------------------- what a budget leaves, on paper
 
 
-@pytest.mark.parametrize("skip", ["zero", "low_rank"])
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "mlp_sequence", "mlp_token", "block_token"])
-@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen2_moe", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "granularity", "skip"),
+    [
+        *[("llama", g, s) for g, policy in KINDS if policy == "keep" for s in ("zero", "low_rank")],
+        *[(f, g, "zero") for f in ("phi3", "mixtral", "qwen2_moe") for g in ("attn_token", "mlp_token")],
+    ],
+)
 def test_the_share_on_paper_is_that_of_a_real_pass(family, granularity, skip):
     """A real pass gives every query all keys, as many as 2·t - 1 tokens do on average, and fills up short rows."""
-    if family == "phi3" and granularity not in ("attn_token", "mlp_sequence"):
-        pytest.skip("other modules, but the same arithmetic")
     dense = tiny_model(family)
     dense.config._experts_implementation = "eager"
     ids, _ = random_batch(ROWS, TOKENS)

@@ -71,7 +71,7 @@ def test_a_conversation_continues_on_its_cache(family, granularity, policy):
     assert (torch.stack(second.logits, 1) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize(("granularity", "policy"), CASES)
+@pytest.mark.parametrize(("granularity", "policy"), CASES[::3])
 def test_sampling_with_several_returned_sequences(granularity, policy):
     model, reference = with_reference("llama", granularity, policy)
     prompt = random_batch(2, 8)[0]
@@ -86,12 +86,16 @@ def test_sampling_with_several_returned_sequences(granularity, policy):
     assert (torch.stack(once.logits, 1) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+HELPERS = ["itself, dense", "another", "prompt look-up", "its first layers"]
+
+
 @pytest.mark.parametrize(
-    ("granularity", "policy"),
-    [*CASES[::3], *(pytest.param(*case, marks=pytest.mark.full) for case in CASES if case not in CASES[::3])],
+    ("family", "granularity", "policy", "helper"),
+    [
+        *[("llama", *case, helper) for case in CASES[::3] for helper in HELPERS],
+        *[("mistral", *case, HELPERS[1]) for case in CASES],
+    ],
 )
-@pytest.mark.parametrize("helper", ["itself, dense", "another", "prompt look-up", "its first layers"])
 def test_assisted_decoding_gives_the_text_of_plain_decoding(family, granularity, policy, helper):
     model, _ = with_reference(family, granularity, policy)
     for seed in range(2):
@@ -129,7 +133,7 @@ def test_without_a_cache_every_pass_decides_on_what_it_sees(granularity, policy)
         assert (logits - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize(("granularity", "policy"), CASES)
+@pytest.mark.parametrize(("granularity", "policy"), CASES[::3])
 def test_embeddings_as_prompt_give_the_same_text(granularity, policy):
     model, _ = with_reference("llama", granularity, policy)
     prompt = random_batch(2, 6)[0]

@@ -181,8 +181,7 @@ def backward(model, ids, mask, use_cache=False, **inputs):
 
 
 @pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
-@pytest.mark.parametrize("use_cache", [False, True])
-@pytest.mark.parametrize("tokens", [12, 300])
+@pytest.mark.parametrize(("use_cache", "tokens"), [(False, 12), (True, 300)])
 def test_evaluation_mode_gives_the_gradients_of_training(family, granularity, policy, use_cache, tokens):
     model = routed_model(family, granularity, kv_policy=policy)
     ids, mask = random_batch(tokens=tokens, padding="left")

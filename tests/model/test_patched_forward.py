@@ -29,10 +29,14 @@ def wrap(module, before, _):
     module.forward = lambda *args, **kwargs: before(*args, **kwargs)
 
 
-@pytest.mark.parametrize("patch", [replace, replace_in_dictionary, wrap])
-@pytest.mark.parametrize("granularity", PLACES)
 @pytest.mark.parametrize("first", ["patch", "route"])
-@pytest.mark.parametrize("where", ["module", "decoder", "model"])
+@pytest.mark.parametrize(
+    ("patch", "granularity", "where"),
+    [
+        *[(patch, place, "module") for patch in (replace, replace_in_dictionary, wrap) for place in PLACES],
+        *[(patch, "attn_token", where) for patch in (replace, wrap) for where in ("decoder", "model")],
+    ],
+)
 def test_a_patched_forward_runs_inside_the_routing(patch, granularity, first, where):
     expected_model, model = routed_model("llama", granularity), tiny_model()
     plain, ran = model.get_submodule(".".join(filter(None, ["model.layers.2", PLACES[granularity]]))), []

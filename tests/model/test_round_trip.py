@@ -11,9 +11,10 @@ import sys
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload, dispatch_model
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
-from tiny_routed import random_skip_paths, routed_model
+from tiny_routed import LAYERS, random_skip_paths, routed_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -83,9 +84,17 @@ def test_a_class_that_knows_nothing_of_routing_refuses_the_weights(tmp_path):
     routed_model("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="routed model: pass trust_remote_code=True"):
         LlamaForCausalLM.from_pretrained(tmp_path)
-    plain = unroute(AutoModelForCausalLM.from_pretrained(tmp_path))
-    plain.save_pretrained(tmp_path / "dense")
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")) is LlamaForCausalLM
+
+
+def test_unrouting_leaves_a_plain_checkpoint(tmp_path):
+    routed_model("llama").save_pretrained(tmp_path / "routed")
+    unroute(AutoModelForCausalLM.from_pretrained(tmp_path / "routed")).save_pretrained(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+    text = (tmp_path / "plain" / "config.json").read_text()
+    assert "mod_" not in text and "auto_map" not in text
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert type(again) is LlamaForCausalLM
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
 
 
 def test_other_checkpoints_of_a_family_are_what_they_are_without_this_package(tmp_path):
@@ -181,6 +190,21 @@ def test_a_router_that_is_not_finite_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.mod_router.* not finite"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token", "block_sequence"])
+def test_hooks_of_accelerate_serve_before_and_after_routing(granularity):
+    model, dense = routed_model(granularity=granularity), tiny_model()
+    expected, plain, routers = logits(model), logits(dense), [weight.detach().clone() for weight in weights(model)]
+    for hook in (lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True), lambda m: cpu_offload(m, "cpu")):
+        assert torch.equal(logits(hook(copy.deepcopy(model))), expected)
+        late = copy.deepcopy(dense)
+        hook(late)
+        route(late, mod_layers=LAYERS, granularity=granularity)
+        for weight, value in zip(weights(late), routers, strict=True):
+            weight.data.copy_(value)
+        assert torch.equal(logits(late), expected)
+        assert torch.equal(logits(unroute(late)), plain)
 
 
 # ---------------------------------------------------------------- another process, with this package and without
@@ -281,17 +305,6 @@ def test_an_adapter_comes_back_on_the_routed_model_or_not_at_all(tmp_path):
     again.save_pretrained(tmp_path / "adapter")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert is_routed(loaded) and torch.equal(logits(loaded), logits(again))
-
-
-def test_unrouting_leaves_a_plain_checkpoint(tmp_path):
-    routed_model("llama").save_pretrained(tmp_path / "routed")
-    unroute(AutoModelForCausalLM.from_pretrained(tmp_path / "routed")).save_pretrained(tmp_path / "plain")
-    assert sorted(p.name for p in (tmp_path / "plain").glob("*.py")) == []
-    text = (tmp_path / "plain" / "config.json").read_text()
-    assert "mod_" not in text and "auto_map" not in text
-    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
-    assert type(again) is LlamaForCausalLM
-    assert not loading["missing_keys"] and not loading["unexpected_keys"]
 
 
 def test_models_of_one_configuration_share_nothing():

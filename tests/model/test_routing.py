@@ -202,8 +202,9 @@ def test_unroute_refuses_a_dense_model():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unroute_restores_outputs_classes_and_config(family):
+def test_only_router_weights_are_new_and_unroute_takes_all_back(family):
     model = tiny_model(family, "eager")
+    keys, count = set(model.state_dict()), sum(p.numel() for p in model.parameters())
     ids, mask = random_batch(padding="left")
     classes = {name: type(module) for name, module in model.named_modules()}
     config, config_class = copy.deepcopy(model.config.to_dict()), type(model.config)
@@ -212,6 +213,12 @@ def test_unroute_restores_outputs_classes_and_config(family):
     for granularity in granularities(family):
         routed_model(granularity=granularity, model=model)
         assert is_routed(model)
+        parts = parse_granularity(granularity)
+        expected = {f"model.layers.{n}.{WHERE[part]}mod_router.weight" for n in LAYERS for part in parts}
+        assert set(model.state_dict()) - keys == expected and keys < set(model.state_dict())
+        assert {name for name, _ in model.named_parameters() if "mod_router" in name} == expected
+        routers = sum(4 if part == "expert" else 1 for part in parts) * len(LAYERS)
+        assert sum(p.numel() for p in model.parameters()) == count + routers * 32
         with torch.no_grad():
             assert not torch.equal(model(ids, attention_mask=mask).logits, before)
         assert unroute(model) is model and not is_routed(model)
@@ -220,21 +227,6 @@ def test_unroute_restores_outputs_classes_and_config(family):
         assert model.config.to_dict() == config and type(model.config) is config_class
         with torch.no_grad():
             assert torch.equal(model(ids, attention_mask=mask).logits, before)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_only_the_router_weights_are_new(family):
-    dense = tiny_model(family, "eager")
-    keys, count = set(dense.state_dict()), sum(p.numel() for p in dense.parameters())
-    for granularity in granularities(family):
-        model = route(copy.deepcopy(dense), mod_layers=LAYERS, granularity=granularity)
-        parts = parse_granularity(granularity)
-        expected = {f"model.layers.{n}.{WHERE[part]}mod_router.weight" for n in LAYERS for part in parts}
-        assert set(model.state_dict()) - keys == expected
-        assert keys < set(model.state_dict())
-        assert {name for name, _ in model.named_parameters() if "mod_router" in name} == expected
-        routers = sum(4 if part == "expert" else 1 for part in parts) * len(LAYERS)
-        assert sum(p.numel() for p in model.parameters()) == count + routers * 32
 
 
 # ---------------------------------------------------------------- keep all, skip all

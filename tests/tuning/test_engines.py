@@ -30,18 +30,19 @@ CONFIGS = {
     "DeepSpeed ZeRO-2": "configs/accelerate/deepspeed_zero2.yaml",
     "DeepSpeed ZeRO-3": "configs/accelerate/deepspeed_zero3.yaml",
 }
-ENGINES = [pytest.param(name, marks=pytest.mark.full) if "DeepSpeed" in name else name for name in CONFIGS]
-SHARDING = [ENGINES[list(CONFIGS).index(name)] for name in ("FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")]
 LORA = {"lora": True, "lora_r": 2, "lora_dropout": 0.2, "num_train_epochs": 1, "router_dir": None}
 LORA["lora_target_modules"] = "q_proj,down_proj"  # ZeRO-3 pays for each module
-HALF = {"bf16": True, "num_train_epochs": 1}
 BUDGET = {"recipe": "budget", "router_dir": None, "num_train_epochs": 1}
-BUDGETS = [
-    ("DDP", "attn_sequence"),
-    ("DDP", "attn_token"),
-    ("FSDP2", "attn_token"),
-    pytest.param("DeepSpeed ZeRO-2", "attn_token", marks=pytest.mark.full),
-]
+KINDS = {
+    "plain": {},
+    "lora": LORA,
+    "half": {"bf16": True, "num_train_epochs": 1},
+    "budget-attn_token": {**BUDGET, "granularity": "attn_token"},
+    "budget-attn_sequence": {**BUDGET, "granularity": "attn_sequence"},
+    "own-schedule": {},
+}
+RESUMED_AFTER = {"plain": 3, "lora": 1}
+BY_DEFAULT = {"DDP": ("plain", "plain-resumed", "budget-attn_token"), "FSDP2": ("plain", "lora", "lora-resumed")}
 # Sections with which a DeepSpeed config would silently replace the command line's optimizer and schedule.
 OWN_SCHEDULE = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1.0, "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
@@ -51,6 +52,10 @@ OWN_SCHEDULE = {
 
 def folder_of(engine: str, kind: str) -> str:
     return f"{engine.replace(' ', '-')}-{kind}"
+
+
+def whole_before_resumed(kind: str) -> list[str]:
+    return list(dict.fromkeys([kind.removesuffix("-resumed"), kind]))
 
 
 def own_schedule(folder: Path) -> str:
@@ -63,29 +68,29 @@ def own_schedule(folder: Path) -> str:
     return str(place)
 
 
+def of(kind: str, *engines: str) -> pytest.MarkDecorator:
+    """Parameters of a test that looks at the runs of a kind under some engines."""
+    full = [[] if kind in BY_DEFAULT.get(engine, ()) else pytest.mark.full for engine in engines]
+    cells = [pytest.param(engine, kind, marks=marks) for engine, marks in zip(engines, full, strict=True)]
+    return pytest.mark.parametrize(("engine", "kind"), cells)
+
+
 @pytest.fixture(scope="module")
 def runs(parts, tmp_path_factory, request) -> Path:
-    """Folder with one run per kind and engine that is tested: plain, resumed, LoRA, LoRA resumed, bfloat16, budget."""
+    """Folder with the runs that the selected tests look at."""
     folder = tmp_path_factory.mktemp("engines")
     asked = [item.callspec.params for item in request.session.items if item.path == request.path and "[" in item.name]
+    asked = dict.fromkeys((cell["engine"], kind) for cell in asked for kind in whole_before_resumed(cell["kind"]))
     plan = []
-    for engine in {params["engine"]: None for params in asked}:
-        kinds = {"plain": {}, "lora": LORA, "half": HALF}
-        resumed = {"plain": 3} | ({"lora": 1} if engine in ("FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3") else {})
-        levels = {params.get("granularity") for params in asked if params["engine"] == engine} - {None}
-        kinds |= {f"budget-{level}": {**BUDGET, "granularity": level} for level in sorted(levels)}
-        if engine == "DeepSpeed ZeRO-2":
-            kinds["own-schedule"] = {}
-        for kind, settings in kinds.items():
-            config = own_schedule(folder) if kind == "own-schedule" else CONFIGS[engine]
-            place = folder / folder_of(engine, kind)
-            plan.append({"config": config, "arguments": tiny_tuning.arguments(parts, place, **settings)})
-            if step := resumed.get(kind):
-                again = folder / folder_of(engine, f"{kind}-resumed")
-                settings = {**settings, "resume_from_checkpoint": "auto"}
-                copied = [str(folder / f"checkpoint-{step}") for folder in (place, again)]
-                arguments = tiny_tuning.arguments(parts, again, **settings)
-                plan.append({"config": config, "arguments": arguments, "copy": [copied]})
+    for engine, kind in sorted(asked):
+        config = own_schedule(folder) if kind == "own-schedule" else CONFIGS[engine]
+        place, whole = folder / folder_of(engine, kind), kind.removesuffix("-resumed")
+        settings, copied = KINDS[whole], []
+        if kind != whole:
+            settings = {**settings, "resume_from_checkpoint": "auto"}
+            step = f"checkpoint-{RESUMED_AFTER[whole]}"
+            copied = [[str(folder / folder_of(engine, whole) / step), str(place / step)]]
+        plan.append({"config": config, "arguments": tiny_tuning.arguments(parts, place, **settings), "copy": copied})
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
@@ -103,16 +108,6 @@ def runs(parts, tmp_path_factory, request) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def alone(parts, tmp_path_factory) -> Path:
-    """The LoRA run of one process, and the runs of the other recipe."""
-    folder = tmp_path_factory.mktemp("alone")
-    tiny_tuning.tune(parts, folder / "lora", **LORA)
-    for granularity in ("attn_sequence", "attn_token"):
-        tiny_tuning.tune(parts, folder / f"budget-{granularity}", granularity=granularity, **BUDGET)
-    return folder
-
-
 def assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
     saved, expected = load_file(ours), load_file(theirs)
     assert set(saved) == set(expected)
@@ -120,75 +115,57 @@ def assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
         torch.testing.assert_close(saved[name], value, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_learn_what_one_does(runs, finished, engine):
-    run = runs / folder_of(engine, "plain")
+@of("plain", *CONFIGS)
+def test_two_processes_learn_and_log_what_one_does(runs, finished, engine, kind):
+    run = runs / folder_of(engine, kind)
     record = json.loads((run / "run.json").read_text())
     assert (record["world_size"], record["engine"]) == (2, engine)
     assert_close(run / "router.safetensors", finished / "router.safetensors", 1e-5)
-    start, end = (load_file(folder / "router.safetensors") for folder in (finished, run))
-    assert all(value.dtype == torch.float32 for value in end.values()) and set(start) == set(end)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_log_what_one_does(runs, finished, engine):
+    assert {value.dtype for value in load_file(run / "router.safetensors").values()} == {torch.float32}
     names = ["task_loss", "penalty", "capacity", "loss", "learning_rate", "padding"]
-    for ours, theirs in zip(
-        tiny_tuning.history(runs / folder_of(engine, "plain")), tiny_tuning.history(finished), strict=True
-    ):
+    for ours, theirs in zip(tiny_tuning.history(run), tiny_tuning.history(finished), strict=True):
         assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, abs=2e-5)
+    checkpoint = run / "checkpoint-6"
+    assert set(load_file(checkpoint / "trainable.safetensors")) == set(load_file(finished / "router.safetensors"))
+    base = (Path(record["base"]["path"]) / "model.safetensors").stat().st_size
+    assert sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) < base
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_resuming_ends_with_the_same_bits(runs, engine):
-    whole, resumed = runs / folder_of(engine, "plain"), runs / folder_of(engine, "plain-resumed")
+@of("plain-resumed", *CONFIGS)
+def test_resuming_ends_with_the_same_bits(runs, engine, kind):
+    whole, resumed = runs / folder_of(engine, "plain"), runs / folder_of(engine, kind)
     assert (whole / "router.safetensors").read_bytes() == (resumed / "router.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("engine", SHARDING)
-def test_resumed_adapters_end_with_the_same_bits(runs, engine):
-    whole, resumed = runs / folder_of(engine, "lora"), runs / folder_of(engine, "lora-resumed")
+@of("lora-resumed", "FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")
+def test_resumed_adapters_end_with_the_same_bits(runs, engine, kind):
+    whole, resumed = runs / folder_of(engine, "lora"), runs / folder_of(engine, kind)
     for name in ("adapter/adapter_model.safetensors", "router.safetensors"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("engine", ["DeepSpeed ZeRO-2"])
-def test_the_command_line_decides_the_schedule_not_the_deepspeed_config(runs, finished, engine):
-    run = runs / folder_of(engine, "own-schedule")
+@of("own-schedule", "DeepSpeed ZeRO-2")
+def test_the_command_line_decides_the_schedule_not_the_deepspeed_config(runs, finished, engine, kind):
+    run = runs / folder_of(engine, kind)
     assert_close(run / "router.safetensors", finished / "router.safetensors", 1e-5)
     rates = [[line["learning_rate"] for line in tiny_tuning.history(folder)] for folder in (run, finished)]
     assert rates[0] == pytest.approx(rates[1])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_checkpoints_hold_what_trains(runs, finished, engine):
-    folder = runs / folder_of(engine, "plain") / "checkpoint-6"
-    assert set(load_file(folder / "trainable.safetensors")) == set(load_file(finished / "router.safetensors"))
-    base = sum(p.numel() for p in AutoModelForCausalLM.from_config(_config(finished)).parameters()) * 4
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < base
-
-
-def _config(finished):
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(json.loads((finished / "run.json").read_text())["base"]["path"])
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_bfloat16_base_keeps_float32_routers(runs, parts, engine):
-    saved = load_file(runs / folder_of(engine, "half") / "router.safetensors")
+@of("half", "FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")
+def test_a_bfloat16_base_keeps_float32_routers(runs, parts, engine, kind):
+    saved = load_file(runs / folder_of(engine, kind) / "router.safetensors")
     start = load_file(parts["start"] / "router.safetensors")
     for name, value in saved.items():
         assert value.dtype == torch.float32 and not torch.equal(value, start[name])
         assert not torch.equal(value, value.bfloat16().float()), "finer than bfloat16"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_lora_and_routers_equal_one_process_and_reload(runs, alone, parts, engine):
-    run = runs / folder_of(engine, "lora")
-    name = "adapter_model.safetensors"
-    assert_close(run / "adapter" / name, alone / "lora" / "adapter" / name, 1e-5)
+@of("lora", "DDP", "FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")
+def test_lora_and_routers_equal_one_process_and_reload(runs, parts, tmp_path, engine, kind):
+    run, name = runs / folder_of(engine, kind), "adapter/adapter_model.safetensors"
+    tiny_tuning.tune(parts, tmp_path / "alone", **LORA)
+    assert_close(run / name, tmp_path / "alone" / name, 1e-5)
     base = AutoModelForCausalLM.from_pretrained(parts["base"], dtype=torch.float32)
     model = PeftModel.from_pretrained(route(base, mod_layers=tiny_checkpoint.LAYERS), run / "adapter")
     trained = load_file(run / "checkpoint-3" / "trainable.safetensors")
@@ -196,13 +173,19 @@ def test_lora_and_routers_equal_one_process_and_reload(runs, alone, parts, engin
     assert len(trained) > 3 and all(torch.equal(state[key], value) for key, value in trained.items())
 
 
-@pytest.mark.parametrize(("engine", "granularity"), BUDGETS)
-def test_two_processes_reach_a_budget_as_one_does(runs, alone, engine, granularity):
-    ours, theirs = runs / folder_of(engine, f"budget-{granularity}"), alone / f"budget-{granularity}"
+@of("budget-attn_token", "DDP", "FSDP2", "DeepSpeed ZeRO-2")
+def test_two_processes_reach_a_budget_as_one_does(runs, parts, tmp_path, engine, kind):
+    ours, theirs = runs / folder_of(engine, kind), tmp_path / "alone"
+    tiny_tuning.tune(parts, theirs, **KINDS[kind])
     assert_close(ours / "router.safetensors", theirs / "router.safetensors", 1e-5)
     records = [json.loads((folder / "run.json").read_text()) for folder in (ours, theirs)]
     assert [record["world_size"] for record in records] == [2, 1]
     assert records[0]["reached_capacity"] == pytest.approx(records[1]["reached_capacity"], abs=1e-3)
+
+
+@of("budget-attn_sequence", "DDP")
+def test_so_they_do_where_whole_sequences_are_decided_on(runs, parts, tmp_path, engine, kind):
+    test_two_processes_reach_a_budget_as_one_does(runs, parts, tmp_path, engine, kind)
 
 
 def test_the_log_of_all_runs_is_short(runs):
