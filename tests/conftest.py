@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         further = parameters.get("family") in set(FAMILIES) - set(QUICK)
         if further or any(name in parameters and parameters[name] == twin for name, twin in TWINS.items()):
             item.add_marker(pytest.mark.full)
+    items.sort(key=lambda item: "tuning" not in item.path.parts)  # files that take longest are not begun last
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

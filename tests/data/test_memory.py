@@ -59,7 +59,14 @@ def write_many(path: Path) -> None:
             file.writelines(f"{row}\n" for row in rows)
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        ".jsonl",
+        ".parquet",
+        *(pytest.param(e, marks=pytest.mark.full) for e in (".json", ".jsonl.gz", ".jsonl.zst", ".arrow")),
+    ],
+)
 def test_memory_does_not_depend_on_the_size(ending: str, tmp_path: Path, root: Path):
     """100 MB of rows; pyarrow, which tables and zstandard need, is 60 MB itself. The mix is made in as little."""
     write_many(tmp_path / "raw" / "meta_math_qa" / f"rows{ending}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -161,7 +160,7 @@ def test_places_that_cannot_be_written(locked: str):
 
 
 @pytest.mark.parametrize("entry", ["reformat_datasets.py", "mix_datasets.py"])
-def test_no_more_room_for_a_file(entry: str, tmp_path: Path, root: Path, convert):
+def test_no_more_room_for_a_file(entry: str, tmp_path: Path, command, convert, full_disk, capsys):
     """The system refuses to let a file grow, as on a full disk; the command says so and leaves nothing."""
     path = write_rows(tmp_path / "raw" / "alpaca", sample_rows("alpaca", 3000), ".json")
     convert("alpaca", path, tmp_path / "whole")
@@ -170,13 +169,8 @@ def test_no_more_room_for_a_file(entry: str, tmp_path: Path, root: Path, convert
         "reformat_datasets.py": ["--raw_data_root", tmp_path / "raw"],
         "mix_datasets.py": ["--reformatted_dir", tmp_path / "whole", "--portion", "alpaca=1", *others],
     }[entry]
-    command = [sys.executable, root / "entrypoints" / "data" / entry, *options, "--save_path", tmp_path / "out"]
-    done = subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and os.strerror(errno.EFBIG) in error, done.stderr
+    with full_disk(100_000):
+        assert command(f"data/{entry}", *options, "--save_path", tmp_path / "out") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and os.strerror(errno.EFBIG) in error
     assert files_in(tmp_path / "out") == set()

@@ -104,8 +104,7 @@ def test_pythonpath_of_the_caller_does_not_leak_in(clone):
 def test_ci_runs_the_commands(root):
     lines = [line for line in (root / ".ci" / "run").read_text().splitlines() if line.startswith("bash ")]
     assert lines == [
-        "bash scripts/test.sh",
-        "bash scripts/test.sh -m full",
+        'bash scripts/test.sh -m "not real"',
         "bash scripts/test.sh -m real -rs tests/test_real_model.py",
         "bash scripts/quickstart.sh --smoke",
     ]

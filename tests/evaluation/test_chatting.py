@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -54,7 +53,7 @@ def test_summary_line():
     assert found.summary() == "▁█ depth 80% of the decoder, 4 tokens in 0.50 s, dense 1.00 s: +50% of the time saved"
 
 
-def test_terminal_session(tmp_path, base, root):
+def test_terminal_session(tmp_path, base, command, capsys, monkeypatch):
     run = write_run(tmp_path / "run", base)
     config = json.loads((run / "router_config.json").read_text())
     logits = {f"{layer}.attn": [9.0, -9.0] for layer in (1, 2, 3)}
@@ -64,11 +63,9 @@ def test_terminal_session(tmp_path, base, root):
     template = AutoTokenizer.from_pretrained(base).chat_template
     (run / "chat_template.jinja").write_text(refusing + template)  # the run's own, not the base's
     typed = "Add 3 and 9.\nMore.\n/reset\n/dial 1\nAgain.\n/dial x\n/dial 7\n/reset\n\n/what\n/quit\nnever\n"
-    command = [sys.executable, str(root / "entrypoints/demo/chat.py"), "--run", str(run), "--base", str(base)]
-    done = subprocess.run(
-        [*command, "--max_new_tokens", "4", "--compare"], input=typed, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    assert command("demo/chat.py", "--run", run, "--base", base, "--max_new_tokens", "4", "--compare") == 0
+    told = capsys.readouterr().out
     for part in (
         "dial at 1",
         "depth 100%",
@@ -77,5 +74,5 @@ def test_terminal_session(tmp_path, base, root):
         "new conversation",
         "one turn, please",
     ):
-        assert part in done.stdout, done.stdout
-    assert done.stdout.count("tokens in") == 2 and done.stdout.count("of the time saved") == 2
+        assert part in told, told
+    assert told.count("tokens in") == 2 and told.count("of the time saved") == 2

@@ -13,14 +13,29 @@ from tiny_checkpoint import write_run
 TASKS = ["mod_copy_gen", "mod_math_mc"]
 
 
-def test_two_processes_share_the_documents_and_one_writes(command, root, base, run, tmp_path, capsys):
-    where = ["--run", run, "--base", base, "--tasks", *TASKS, "--limit", "5", "--batch_size", "2"]
+@pytest.fixture(scope="module")
+def where(base, run):
+    return ["--run", run, "--base", base, "--tasks", *TASKS, "--limit", "5", "--batch_size", "2"]
+
+
+def test_scores_stand_in_a_table(command, where, tmp_path, capsys):
     assert command("evaluate/evaluate_mod.py", *where, "--output", tmp_path / "tuned.jsonl") == 0
     assert "mod_math_mc" in capsys.readouterr().out
+    found = json.loads((tmp_path / "tuned.jsonl").read_text())["tasks"]
+    assert set(found) == set(TASKS) and all(0 < found[task]["share"] < 1 for task in TASKS)
+    assert command("evaluate/results_table.py", tmp_path / "tuned.jsonl", "--output", tmp_path / "table") == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "| mod_math_mc | acc_norm |" in table and "±" in table
+    assert r"$\pm$" in (tmp_path / "table.tex").read_text()
+
+
+@pytest.mark.full
+def test_two_processes_share_the_documents_and_one_writes(command, root, where, tmp_path):
+    assert command("evaluate/evaluate_mod.py", *where, "--output", tmp_path / "tuned.jsonl") == 0
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     script = root / "entrypoints/evaluate/evaluate_mod.py"
-    call = [*launch, script, *where, "--output", tmp_path / "two.jsonl"]
+    call = [*map(str, [*launch, script, *where, "--output", tmp_path / "two.jsonl"])]
     done = subprocess.run(call, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results:") == 1
@@ -29,12 +44,7 @@ def test_two_processes_share_the_documents_and_one_writes(command, root, base, r
         for what in ("scores", "decisions", "capacity"):
             assert two[task][what] == pytest.approx(one[task][what], rel=1e-4), what
         assert [two[task][w] for w in ("documents", "requests")] == [one[task][w] for w in ("documents", "requests")]
-        assert two[task]["share"] == pytest.approx(one[task]["share"]) and 0 < one[task]["share"] < 1
-    tables = ["--output", tmp_path / "table"]
-    assert command("evaluate/results_table.py", tmp_path / "tuned.jsonl", tmp_path / "two.jsonl", *tables) == 0
-    table = (tmp_path / "table.md").read_text()
-    assert "| mod_math_mc | acc_norm |" in table and "±" in table
-    assert r"$\pm$" in (tmp_path / "table.tex").read_text()
+        assert two[task]["share"] == pytest.approx(one[task]["share"])
 
 
 def test_a_run_stands_beside_dense_another_recipe_random_and_static(command, root, base, run, tmp_path, capsys):
