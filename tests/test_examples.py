@@ -13,6 +13,7 @@ TELLS = {"sft_with_trl": "capacity 0.", "own_loop": "capacity 0.", "serve_export
 """What each prints in the end: routers that skip something, an answer that is right."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

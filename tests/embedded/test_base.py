@@ -170,6 +170,7 @@ def test_training_resumes_to_the_same_weights_and_writes_a_whole_folder(tmp_path
     assert saved["truncation"] is saved["padding"] is None
 
 
+@pytest.mark.full
 def test_two_processes_split_each_batch(tmp_path: Path, run):
     """World size 2 sees the same batches as world size 1, half on each process: the same weights up to rounding."""
     steps = ("--max_steps", "3", "--decay_share", "0")

@@ -159,51 +159,37 @@ KEY = "model.layers.2.self_attn.mod_router.weight"
 DAMAGE = {
     "no weights": lambda f: (f / WEIGHTS).unlink(),
     "no configuration": lambda f: (f / CONFIG).unlink(),
-    "no folder": lambda f: [path.unlink() for path in f.iterdir()],
     "a folder for weights": lambda f: ((f / WEIGHTS).unlink(), (f / WEIGHTS).mkdir()),
-    "empty weights": lambda f: (f / WEIGHTS).write_bytes(b""),
     "cut weights": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-7]),
-    "text": lambda f: (f / WEIGHTS).write_text("these are no weights"),
     "a pickle": lambda f: torch.save({KEY: torch.ones(1, 32)}, f / WEIGHTS),
-    "an endless header": lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 64),
     "wide router": lambda f: edit(f, lambda s: s.update({KEY: torch.zeros(1, 33)})),
-    "several outputs": lambda f: edit(f, lambda s: s.update({KEY: torch.zeros(4, 32)})),
     "flat router": lambda f: edit(f, lambda s: s.update({KEY: torch.zeros(32)})),
     "not a number": lambda f: edit(f, lambda s: s.update({KEY: torch.full((1, 32), math.nan)})),
     "infinite": lambda f: edit(f, lambda s: s[KEY].view(-1)[3:4].fill_(math.inf)),
     "integers": lambda f: edit(f, lambda s: s.update({KEY: torch.ones(1, 32, dtype=torch.int64)})),
     "a key too many": lambda f: edit(f, lambda s: s.update({"model.layers.0.self_attn.q_proj.weight": torch.ones(1)})),
     "a key too few": lambda f: edit(f, lambda s: s.pop(KEY)),
-    "no keys": lambda f: edit(f, lambda s: s.clear()),
     "half a JSON": lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:50]),
-    "empty JSON": lambda f: (f / CONFIG).write_text(""),
     "bytes for JSON": lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00\x01"),
     "a list for JSON": lambda f: (f / CONFIG).write_text("[]"),
     "deep JSON": lambda f: (f / CONFIG).write_text("[" * 100_000),
     "another format": lambda f: configure(f, format=99),
     "granularity typo": lambda f: configure(f, mod_granularity="attn_sequenc"),
-    "granularity is a path": lambda f: configure(f, mod_granularity="../../etc/passwd"),
     "granularity is a number": lambda f: configure(f, mod_granularity=3),
     "layers are a path": lambda f: configure(f, mod_layers="../../etc"),
-    "layers are missing": lambda f: configure(f, mod_layers=None),
     "layers beyond the model": lambda f: configure(f, mod_layers=[1, 2, 99]),
-    "negative layers": lambda f: configure(f, mod_layers=[-1, 2, 3]),
-    "layers are fractions": lambda f: configure(f, mod_layers=[1.5, 2, 3]),
     "threshold is text": lambda f: configure(f, mod_threshold="0.5"),
-    "threshold is not a number": lambda f: configure(f, mod_threshold=math.nan),
     "thresholds for others": lambda f: configure(f, mod_threshold={"7.mlp": 0.5}),
     "a field too many": lambda f: configure(f, mod_exec="rm -rf /"),
     "policy unknown": lambda f: configure(f, mod_kv_policy="lose"),
     "no base": lambda f: configure(f, base=None),
     "base is a list": lambda f: configure(f, base=["llama"]),
-    "base is a path": lambda f: configure(f, base="../../etc/passwd"),
     "other family": lambda f: base(f, model_type="mistral"),
     "other depth": lambda f: base(f, num_hidden_layers=6),
     "other width": lambda f: base(f, hidden_size=64),
     "other weights": lambda f: base(f, probes=[0.5] * 32),
     "probes are text": lambda f: base(f, probes=["a"] * 32),
     "probes too few": lambda f: base(f, probes=[0.1]),
-    "probes are nested": lambda f: base(f, probes={"a": 1}),
 }
 
 
@@ -214,7 +200,10 @@ def base(folder, **fields):
 
 @pytest.mark.parametrize(
     ("damage", "onto"),
-    [*[(name, "dense") for name in DAMAGE], *[(name, "routed") for name in ("text", "infinite", "other weights")]],
+    [
+        *[(name, "dense") for name in DAMAGE],
+        *[(name, "routed") for name in ("cut weights", "infinite", "other weights")],
+    ],
 )
 def test_damage_is_one_line_and_leaves_the_model_as_it_was(damage, onto, saved):
     folder, _ = saved

@@ -51,8 +51,8 @@ def mean_capacity(parts, folder, scale, peft, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"label_smoothing_factor": 0.1}, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}],
-    ids=lambda settings: next(iter(settings), "default"),
+    [{"label_smoothing_factor": 0.1}, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}],
+    ids=lambda settings: next(iter(settings)),
 )
 def test_capacity_goes_to_the_target(parts, tmp_path, settings):
     assert mean_capacity(parts, tmp_path, 1.0, peft=False, **settings) == pytest.approx(0.5, abs=0.15)
