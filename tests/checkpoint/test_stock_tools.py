@@ -46,10 +46,10 @@ for form, (folder, adapter) in forms.items():
         "chat": chat[0]["generated_text"][-1]["content"],
         "scores": {},
     }
-    for size in (1, 4):
+    for size, chosen in ((1, tasks.split(",")), (4, ["mod_copy_gen"])):
         options = f"pretrained={folder},trust_remote_code=True,dtype=float32" + (f",peft={adapter}" if adapter else "")
         result = simple_evaluate(
-            model="hf", model_args=options, tasks=tasks.split(","), limit=6, batch_size=size, device="cpu",
+            model="hf", model_args=options, tasks=chosen, limit=6, batch_size=size, device="cpu",
             bootstrap_iters=0, task_manager=TaskManager(include_path=configs, include_defaults=False),
         )
         found[form]["scores"][size] = json.dumps(result["results"], default=str)

@@ -242,6 +242,7 @@ for family, logits in expected.items():
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("package", ["absent", "present"])
 def test_another_process_loads_it(package, tmp_path):
     ids, mask = random_batch(padding="left")
