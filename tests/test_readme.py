@@ -15,13 +15,9 @@ from types import ModuleType
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-<<<<<<< HEAD
+from router_tuning.embedded import TINY_LLAMA
 from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.command.usage import VARIABLES
-=======
-from router_tuning.embedded import TINY_LLAMA
-from router_tuning.tuning.command_line import parse_command
->>>>>>> 16def1d (Tests of the engine: one cell where one code path decides; commands run in this process where nothing about the process is tested)
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
