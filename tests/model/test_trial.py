@@ -248,8 +248,8 @@ def test_what_a_configuration_or_a_checkpoint_routes_is_tried_too(family, granul
 @pytest.mark.parametrize(
     ("family", "granularity", "skip", "dtype"),
     [
-        ("llama", "attn_sequence", "zero", torch.float32),
-        ("llama", "block_token", "zero", torch.bfloat16),
+        ("mixtral", "attn_sequence", "zero", torch.float32),
+        ("mixtral", "block_token", "zero", torch.bfloat16),
         ("mixtral", "mlp_sequence", "zero", torch.float32),
         ("mixtral", "attn_token+mlp_token", "low_rank", torch.bfloat16),
     ],
