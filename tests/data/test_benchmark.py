@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "array"])
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("array", marks=pytest.mark.full)])
 def test_one_kind_of_file(kind: str, tmp_path: Path, root: Path):
     script = runpy.run_path(str(root / "entrypoints" / "analysis" / "benchmark_data.py"))
     raw = tmp_path / "raw"

@@ -24,7 +24,7 @@ def raw_sets(folder: Path, count: int, *names: str) -> dict[str, Path]:
     return {name: write_rows(folder / name / "rows", sample_rows(name, count), ".jsonl") for name in names}
 
 
-@pytest.mark.parametrize("workers", [1, 2, 7])
+@pytest.mark.parametrize("workers", [1, 7])
 def test_the_files_do_not_depend_on_the_workers(workers: int, tmp_path: Path, convert):
     places = raw_sets(tmp_path, 60, *FORMATS)
     outcomes = reformat(places, tmp_path / "out", Settings(workers))
@@ -108,7 +108,7 @@ def test_what_is_not_whole_is_made_again(damage: str, tmp_path: Path, convert):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_kill_9_at_random_points(workers: int, tmp_path: Path, root: Path):
     """No file is there in part, and the run that comes after makes what an undisturbed one does, and no more."""
     names = ("alpaca", "meta_math_qa", "evol_code_alpaca")

@@ -1,4 +1,4 @@
-"""generate() and its relatives: interleaved, threaded, continued, sampled, assisted, without cache."""
+"""generate() and its relatives: threaded, continued, sampled, assisted, without cache."""
 
 from __future__ import annotations
 
@@ -23,26 +23,6 @@ def recomputed(reference, prompt, sequences, granularity):
         repeats = len(sequences) // len(prompt)
         reference.held = {key: keep.repeat_interleave(repeats, 0) for key, keep in reference.held.items()}
     return reference.logits(sequences, hold=held)[:, prompt.shape[1] - 1 : -1]
-
-
-@pytest.mark.parametrize(("granularity", "policy"), CASES)
-def test_interleaved_generations_do_not_disturb_each_other(granularity, policy):
-    model, _ = with_reference("llama", granularity, policy)
-    prompts = [random_batch(2, 7, seed=1)[0], random_batch(1, 5, seed=2)[0], random_batch(3, 6, seed=3)[0]]
-
-    @torch.no_grad()  # as a decorator: a block around yield would be left in another order than entered, and stay on
-    def steps(ids):
-        out = model(ids, use_cache=True)
-        for _ in range(5):
-            token = out.logits[:, -1:].argmax(-1)
-            yield out.logits[:, -1]
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
-
-    alone = [list(steps(ids)) for ids in prompts]
-    interleaved = list(zip(*[steps(ids) for ids in prompts], strict=True))
-    for number, expected in enumerate(alone):
-        for step, logits in enumerate(expected):
-            assert torch.equal(interleaved[step][number], logits)
 
 
 @pytest.mark.parametrize(("granularity", "policy"), [("attn_sequence", "keep"), ("attn_token", "drop")])

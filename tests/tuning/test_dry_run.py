@@ -1,4 +1,4 @@
-"""The plan of a run: the four real bases from their config.json alone, on 1, 4 and 8 GPUs."""
+"""The plan of a run: real bases from their config.json alone, on 1, 4 and 8 GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.dry_run import dry_run
 
 # Parameters in billions, as published.
-BASES = {"mistral-7b-mod": 7.242, "llama3-8b-mod": 8.030, "llama3-8b-instruct-mod": 8.030, "qwen-2.5-7b-mod": 7.616}
+BASES = {"mistral-7b-mod": 7.242, "llama3-8b-mod": 8.030, "qwen-2.5-7b-mod": 7.616}
 
 
 def table(text: str) -> dict[tuple[int, str], dict[str, float]]:

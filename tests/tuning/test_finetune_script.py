@@ -24,6 +24,8 @@ from router_tuning.tuning.trainer.checkpoints import NEUTRAL
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts/finetune_mod.sh"
 STEPS = 20
+launched = pytest.mark.full
+"""Looks at what three processes leave, of which each starts Python anew."""
 
 
 def start(log: Path, *arguments: object, **variables: object) -> subprocess.Popen:
@@ -72,6 +74,7 @@ def log_of(run: Path, name: str) -> str:
     return (run / f"{name}.log").read_text()
 
 
+@launched
 def test_a_scheduler_sees_that_it_was_stopped_and_then_that_it_finished(run):
     seen, first, second = json.loads((run / "seen.json").read_text()), log_of(run, "first"), log_of(run, "second")
     assert seen["codes"] == [128 + signal.SIGTERM, 0], first + second
@@ -80,6 +83,7 @@ def test_a_scheduler_sees_that_it_was_stopped_and_then_that_it_finished(run):
     assert 4 <= step < STEPS and f"continuing from checkpoint-{step}\n" in second
 
 
+@launched
 def test_two_processes_ran_and_learnt_what_one_does(run, parts, tmp_path):
     first = log_of(run, "first")
     assert "configs/accelerate/cpu_ddp.yaml, 2 process(es) on 1 machine(s)" in first
@@ -91,11 +95,13 @@ def test_two_processes_ran_and_learnt_what_one_does(run, parts, tmp_path):
         torch.testing.assert_close(saved[name], value, rtol=0, atol=1e-5)
 
 
+@launched
 def test_checkpoints_are_limited(run):
     kept = {path.name for path in (run / "run").glob("checkpoint-*")}
     assert kept == {f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 1}"}, "the newest two by default"
 
 
+@launched
 def test_the_log_of_twenty_steps_fits_on_two_screens(run):
     # What the launcher says of the signal is no part of a normal run.
     first = re.split(r"^.*Received 15 death signal", log_of(run, "first"), maxsplit=1, flags=re.MULTILINE)[0]
