@@ -25,8 +25,7 @@ def comparison_table(records: Sequence[Record]) -> Table:
         row = [_name(kind, group), share, *(statistics.fmean(found) if found else None for found in values)]
         for column, cell in zip(columns.values(), row, strict=True):
             column.append(cell)
-    kept = {name: column for name, column in columns.items() if any(cell is not None for cell in column)}
-    return Table(list(kept), [list(row) for row in zip(*kept.values(), strict=True)])
+    return Table.of_columns(columns)
 
 
 def legend(records: Sequence[Record]) -> str:

@@ -129,8 +129,7 @@ def summary_table(records: Sequence[Record]) -> Table:
     for phase in ("prefill", "generate"):
         columns[f"time, {phase}"] = [_mean(group.costs(phase, "time_ratio")) for group in groups]
     columns["KV bytes"] = [_mean(group.costs("kv_share")) for group in groups]
-    kept = {name: values for name, values in columns.items() if any(value is not None for value in values)}
-    return Table(list(kept), [list(row) for row in zip(*kept.values(), strict=True)])
+    return Table.of_columns(columns)
 
 
 def control_table(records: Sequence[Record]) -> Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Cell = str | float | int | None
@@ -20,6 +20,12 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.header):
                 raise ValueError(f"row {row!r} has {len(row)} cells, the header {len(self.header)}")
+
+    @classmethod
+    def of_columns(cls, columns: Mapping[str, Sequence[Cell]]) -> Table:
+        """A table of columns, without those in which every cell is empty."""
+        kept = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+        return cls(list(kept), [list(row) for row in zip(*kept.values(), strict=True)])
 
     def text(self) -> str:
         """Aligned columns for a terminal."""

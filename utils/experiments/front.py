@@ -83,8 +83,7 @@ def bases_table(bases: Iterable[tuple[str, Sequence[Record]]]) -> Table:
             )
     titles = ["base", "FLOPs, texts", "KL: ours", "KL: removed", "KL: random", "FLOPs, tasks"]
     titles += ["tasks: dense", "tasks: ours", "tasks: removed", "time, prefill", "time, generation"]
-    kept = [place for place in range(len(titles)) if any(row[place] is not None for row in rows)]
-    return Table([titles[place] for place in kept], [[row[place] for place in kept] for row in rows])
+    return Table.of_columns(dict(zip(titles, zip(*rows, strict=True), strict=True)))
 
 
 def _published(group: Group) -> bool:
