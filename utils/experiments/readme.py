@@ -15,8 +15,7 @@ from router_tuning.experiments.front import bases_table, front_figure
 from router_tuning.files import read_json_lines
 from router_tuning.places import ROOT
 from router_tuning.speed.cells import measured
-from router_tuning.speed.limits import limits_table
-from router_tuning.speed.table import gpu_tables, speed_table
+from router_tuning.speed.table import speed_tables
 
 FIGURES = ROOT / "figures"
 PICTURED = ("smollm2_budgets", "smollm2")
@@ -35,10 +34,14 @@ def records_block(make: Callable[[list[Record]], Table], path: str) -> str:
 
 
 def speed_block(name: str) -> str:
-    """A speed benchmark: where and when, the table, the command."""
+    """A speed benchmark, if it has run: where and when, its tables, its command."""
     rows = read_json_lines(FIGURES / f"{name}.jsonl")
-    about = rows[0]["run"]
-    return f"{about['device']}, {about['date'][:10]}:\n\n{speed_table(rows).markdown()}\n\n`{about['command']}`"
+    if not rows:
+        return "**Not measured yet**: no GPU was at hand."
+    about = next(row["run"] for row in rows if "run" in row)
+    failed = [f"{row['cell']}: {row['failed']}" for row in rows if "failed" in row]
+    shown = [table.markdown() for table in speed_tables(measured(rows)).values()]
+    return "\n\n".join([f"{about['device']}, {about['date'][:10]}:", *shown, *failed, f"`{about['command']}`"])
 
 
 def bases_block() -> str:
@@ -57,40 +60,6 @@ def draw_front() -> Path:
 def cost_block(path: str) -> str:
     """What the first timed policy of a file costs."""
     return records_block(lambda records: tables.cost_table(next(r for r in records if "cost" in r)), path)
-
-
-def limits_block() -> str:
-    """Speed-up limits of Llama-3-8B on a GPU."""
-    result = json.loads((FIGURES / "speed_limits.json").read_text())
-    chip = result["accelerator"]
-    return (
-        f"{chip['name']}, {chip['operations'] / 1e12:.0f} TFLOP/s and {chip['bandwidth'] / 1e12:.2f} TB/s by its data "
-        f"sheet:\n\n{limits_table(result['rows'], 'llama3-8b').markdown()}\n\n`{result['command']}`"
-    )
-
-
-def gpu_block(journal: Path = FIGURES / "gpu_speed.jsonl") -> str:
-    """What was measured on a GPU, if it was."""
-    rows = read_json_lines(journal)
-    abouts = [row["run"] for row in rows if "run" in row]
-    if not abouts:
-        return "**Not measured yet**: no GPU was at hand."
-    lines = [
-        f"{about['device']}, {about['date'][:10]}, commit {about['git_commit']}, {about['shape']}: "
-        f"{about['ceilings']['operations'] / 1e12:.0f} TFLOP/s, {about['ceilings']['bandwidth'] / 1e12:.2f} TB/s"
-        for about in abouts
-    ]
-    failed = [f"{row['cell']}: {row['failed']}" for row in rows if "failed" in row]
-    tables = [table.markdown() for table in gpu_tables(measured(rows)).values()]
-    return "\n\n".join([*lines, *tables, *failed])
-
-
-def training_block() -> str:
-    """What a tuning step costs beside full tuning, and beside gradients through every layer."""
-    found = json.loads((FIGURES / "training_cost.json").read_text())
-    names = {"routers": "routers", "forced": "routers, gradients forced through every layer", "full": "everything"}
-    rows = [[text, found[mode]["seconds"], found[mode]["step_bytes"] / 1e6] for mode, text in names.items()]
-    return Table(["what trains", "seconds per step", "MB held"], rows).markdown()
 
 
 def kills_block() -> str:
@@ -133,9 +102,6 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "differences": lambda path: records_block(tables.difference_table, path),
     "cost": cost_block,
     "speed": speed_block,
-    "limits": limits_block,
-    "gpu": gpu_block,
-    "training": training_block,
     "kills": kills_block,
     "serving": serving_block,
 }

@@ -1,8 +1,8 @@
 """Dense beside routed in one process: what skipping saves, as a share of what it could save at best.
 
-Two bounds stand beside every ratio. The *ideal* is measured in the same rounds: at capacity c, ``(1 − c)`` of the
-time by which the dense model is slower than itself without the routed modules (:mod:`.ideal`). The *limit* is
-computed from operations and bytes and the ceilings of the device (:mod:`.limits`).
+Two bounds stand beside every ratio: the share of the decoder's operations that is left, and the *ideal*, measured in
+the same rounds: at capacity c, ``(1 − c)`` of the time by which the dense model is slower than itself without the
+routed modules (:mod:`.ideal`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from router_tuning.model import ModConfig, RoutingLog, is_routed, kv_cache_bytes, record_routing, route, routed_modules
-from router_tuning.speed.cells import free_memory
+from router_tuning.model import (
+    ModConfig,
+    RoutingLog,
+    flops_share,
+    is_routed,
+    kv_cache_bytes,
+    record_routing,
+    route,
+    routed_modules,
+)
+from router_tuning.speed.cells import Row, free_memory
 from router_tuning.speed.ideal import reduced, shared_copy
-from router_tuning.speed.limits import Accelerator, Workload, limit
+from router_tuning.speed.steps import profile_step
 from router_tuning.speed.timing import peak_bytes, spread, timed
 
 
@@ -32,7 +41,7 @@ class Setting:
         routing: what is routed and how, with ``mod_layers``; its skip path is replaced by each of ``skips``.
         capacities: shares that run, by masks drawn at random; None lets the routers decide.
         repeats: timed rounds (at least 2), in decoding one token each. builds: how often the models are built anew.
-        skips: skip paths, each with every capacity.
+        skips: skip paths, each with every capacity. profiled: whether a dense and a routed pass are profiled as well.
     """
 
     phase: str
@@ -44,6 +53,7 @@ class Setting:
     skips: tuple[str, ...] = ("zero",)
     builds: int = 1
     seed: int = 0
+    profiled: bool = False
 
     @property
     def exact_lengths(self) -> list[int]:
@@ -129,7 +139,7 @@ class Variant:
                 self.forward(self.ids[rows, prompt])
             self.cache.batch_repeat_interleave(self.setting.copies)
 
-    def warm_up(self) -> dict[str, Any]:
+    def warm_up(self) -> Row:
         """The first step, untimed: its peak memory, the keys and values held, the share that runs; room for times."""
         routers = routed_modules(self.model).values() if is_routed(self.model) else ()
         outputs: list[Any] = []
@@ -161,7 +171,7 @@ class Variant:
 
 def variants(
     dense: PreTrainedModel, setting: Setting, ids: Tensor, routed: PreTrainedModel | None = None
-) -> dict[str | tuple[str, float | None], Variant]:
+) -> dict[Any, Variant]:
     """``dense``, its ``ideal``, and the routed model by (skip path, capacity); weights are shared."""
     found: dict[Any, Variant] = {"dense": Variant(dense, ids, setting)}
     found["ideal"] = Variant(reduced(dense, setting.routing), ids, setting)
@@ -184,9 +194,7 @@ def routed_copy(dense: PreTrainedModel, routing: ModConfig) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def benchmark(
-    dense: PreTrainedModel, setting: Setting, accelerator: Accelerator, routed: PreTrainedModel | None = None
-) -> list[dict[str, Any]]:
+def benchmark(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel | None = None) -> list[Row]:
     """Time one setting at all its capacities, with each skip path.
 
     Every round runs each variant once, in an order that turns from round to round; medians over the rounds are
@@ -194,31 +202,34 @@ def benchmark(
     where its objects happen to lie makes one of two equal models up to a percent faster than the other.
 
     Args:
-        accelerator: the ceilings of the device. routed: a model that decides for itself, instead of random masks.
+        routed: a model that decides for itself, instead of random masks.
 
-    Returns one dict per skip path and capacity; ``capacity`` is the share executed in what was timed, ratios are
-    routed / dense, ``skip_efficiency`` and ``limit_share`` the shares of the ideal and of the computed saving that
-    are reached (None where there is next to nothing to save).
+    Returns one dict per skip path and capacity; ``capacity`` is the share executed in what was timed, ``share`` what
+    that leaves of the decoder's operations, ratios are routed / dense, and ``skip_efficiency`` is the share of the
+    ideal saving that is reached (None where there is next to nothing to save).
     """
     generator = torch.Generator().manual_seed(setting.seed)
     shape = (setting.batch, sum(setting.exact_lengths))
     ids = torch.randint(3, dense.config.vocab_size, shape, generator=generator).to(dense.device)
-    measured: dict[Any, dict[str, Any]] = {}
+    measured: dict[Any, Row] = {}
     for _ in range(setting.builds):
         free_memory()
-        for name, one in _timed_rounds(variants(dense, setting, ids, routed), setting.repeats).items():
+        found = variants(dense, setting, ids, routed)
+        for name, one in _timed_rounds(found, setting.repeats).items():
             measured.setdefault(name, {**one, "times": []})["times"] += one["times"]
     bounds = measured.pop("dense"), measured.pop("ideal")
-    past, tokens = (setting.length, 1) if setting.phase == "decode" else (0, setting.length)
-    work = Workload(setting.batch, tokens, past, dense.dtype.itemsize)
     rows = []
     for (skip, asked), one in measured.items():
-        computed = limit(dense.config, work, setting.routing, one["capacity"], accelerator)
-        rows.append({**_about(setting, skip, asked), **_row(*bounds, one, computed)})
+        share = flops_share(found[skip, asked].model, one["capacity"], setting.length)
+        rows.append({**_about(setting, skip, asked), "share": share, **_row(*bounds, one)})
+    if setting.profiled:
+        for name, variant in (("dense", found["dense"]), ("routed", found[next(iter(measured))])):
+            with variant.imposed(variant.at(0)):
+                rows[0][f"profile_{name}"] = profile_step(lambda v=variant: v.step(0), ids.device)
     return rows
 
 
-def _timed_rounds(found: dict[Any, Variant], rounds: int) -> dict[Any, dict[str, Any]]:
+def _timed_rounds(found: dict[Any, Variant], rounds: int) -> dict[Any, Row]:
     measured = {name: variant.warm_up() for name, variant in found.items()}
     names = list(found)
     for number in range(1, rounds + 1):
@@ -228,22 +239,19 @@ def _timed_rounds(found: dict[Any, Variant], rounds: int) -> dict[Any, dict[str,
     return measured
 
 
-def _about(setting: Setting, skip: str, asked: float | None) -> dict[str, Any]:
+def _about(setting: Setting, skip: str, asked: float | None) -> Row:
     about = {name: getattr(setting, name) for name in ("phase", "batch", "length", "repeats", "builds")}
     about |= {name: getattr(setting.routing, name) for name in ("granularity", "kv_policy", "mod_layers")}
     return about | {"skip": skip, "decisions": "own" if asked is None else asked}
 
 
-def _row(
-    dense: dict[str, Any], ideal: dict[str, Any], routed: dict[str, Any], computed: dict[str, float]
-) -> dict[str, Any]:
+def _row(dense: Row, ideal: Row, routed: Row) -> Row:
     ratios, floors = (
         [mine / its for mine, its in zip(one["times"], dense["times"], strict=True)] for one in (routed, ideal)
     )
     ratio = statistics.median(ratios)
     possible = (1 - routed["capacity"]) * (1 - statistics.median(floors))
-    computable = 1 - 1 / computed["speed_up_limit"]
-    return {
+    row = {
         "capacity": routed["capacity"],
         "seconds_dense": spread(dense["times"]),
         "seconds_routed": spread(routed["times"]),
@@ -251,10 +259,7 @@ def _row(
         "time_ratio_spread": spread(ratios),
         "ideal_ratio": 1 - possible,
         "skip_efficiency": (1 - ratio) / possible if possible > 0.005 else None,
-        "limit_ratio": 1 / computed["speed_up_limit"],
-        "limit_share": (1 - ratio) / computable if computable > 0.005 else None,
-        "limit_seconds_dense": computed["dense_seconds"],
-        "flops_share": computed["operations_share"],
-        **{f"{name}_{side}": one[name] for name in ("kv_bytes", "peak_bytes")
-           for side, one in (("dense", dense), ("routed", routed))},
-    }  # fmt: skip
+    }
+    for name in ("kv_bytes", "peak_bytes"):
+        row |= {f"{name}_dense": dense[name], f"{name}_routed": routed[name]}
+    return row

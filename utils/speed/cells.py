@@ -25,14 +25,13 @@ Row = dict[str, Any]
 class Cell:
     """Something to measure: ``run`` gives its rows.
 
-    Cells of one ``kind`` take about the same time; the first of them is expected to take ``expected`` seconds, or as
-    long as the longest of all cells before.
+    Cells of one ``kind`` take about the same time; the first of them is expected to take as long as the longest of
+    all cells before.
     """
 
     name: str
     kind: str
     run: Callable[[], list[Row]]
-    expected: float = 0.0
 
 
 def run_cells(
@@ -60,7 +59,7 @@ def run_cells(
         if cell.name in done:
             continue
         began = time.perf_counter()
-        expected = longest.get(cell.kind, max(cell.expected, *longest.values(), 0.0))
+        expected = longest.get(cell.kind, max(longest.values(), default=0.0))
         if minutes is not None and began - start + expected > 60 * minutes:
             late.append(cell.name)
             continue

@@ -41,20 +41,6 @@ class _KeysOnly(nn.Module):
         return hidden_states.new_zeros(()), None
 
 
-class _IdleLayer(nn.Module):
-    """A decoder layer that was cut out, or reduced to filling the cache."""
-
-    def __init__(self, layer: nn.Module, keys_only: bool) -> None:
-        super().__init__()
-        self.norm = layer.input_layernorm
-        self.keys = _KeysOnly(layer.self_attn) if keys_only else None
-
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        if self.keys is not None:
-            self.keys(self.norm(hidden_states), **kwargs)
-        return hidden_states
-
-
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A copy with its own modules and the same weights."""
     memo = {id(t): t for t in [*model.parameters(), *model.buffers()]}
@@ -66,10 +52,8 @@ def reduced(dense: PreTrainedModel, routing: ModConfig) -> PreTrainedModel:
     model = shared_copy(dense)
     for index, part in routing.targets:
         layer, keys_only = model.model.layers[index], routing.kv_policy == "keep" and routing.parts[part] == "token"
-        if part == "block":
-            model.model.layers[index] = _IdleLayer(layer, keys_only)
-        if part == "attn":
+        if part in ("attn", "block"):
             layer.self_attn = _KeysOnly(layer.self_attn) if keys_only else _NoUpdate(pair=True)
-        if part == "mlp":
+        if part in ("mlp", "block"):
             layer.mlp = _NoUpdate(pair=False)
     return model

@@ -1,4 +1,4 @@
-"""Seconds, memory and ceilings of a device: events and the allocator on a GPU, clock and resident set on a CPU."""
+"""Seconds and memory of one run: events and the allocator on a GPU, clock and resident set on a CPU."""
 
 from __future__ import annotations
 
@@ -11,36 +11,23 @@ from typing import Any
 
 import torch
 
-from router_tuning.speed.limits import Accelerator
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _LIMIT = 1 << 30
 
 
-def now(device: torch.device) -> Any:
-    """The moment at which the device gets here: an event in its stream, or the clock."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds_between(start: Any, end: Any) -> float:
-    """Seconds from one moment to another, once the device has reached both."""
-    if isinstance(start, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one run, the device idle before it and done after it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = now(device)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    torch.cuda.synchronize(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     run()
-    return seconds_between(start, now(device))
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -71,25 +58,6 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
 def _resident(field: str) -> int:
     with open(f"/proc/{os.getpid()}/status") as handle:
         return next(int(line.split()[1]) * 1024 for line in handle if line.startswith(f"{field}:"))
-
-
-@torch.no_grad()
-def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> Accelerator:
-    """What this device reaches: a large copy (bytes read and written), and a square matrix product.
-
-    Both on random numbers, which a GPU multiplies more slowly than zeros.
-    """
-    side, values = (8192, 1 << 30) if device.type == "cuda" else (512, 1 << 24)
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product = torch.empty_like(left)
-    source = torch.randn(1 << 20, device=device, dtype=dtype).repeat(values >> 20)
-    target = torch.empty_like(source)
-    seconds = {}
-    for name, run in (("product", lambda: torch.mm(left, right, out=product)), ("copy", lambda: target.copy_(source))):
-        timed(run, device)
-        seconds[name] = statistics.median(timed(run, device) for _ in range(repeats))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return Accelerator(f"{name}, measured", 2 * side**3 / seconds["product"], 2 * source.nbytes / seconds["copy"])
 
 
 def keep_freed_pages() -> bool:
