@@ -1,4 +1,4 @@
-"""A page that shows the routing: one self-contained HTML file, and the static figure from the same data.
+"""A page that shows the routing: one self-contained HTML file, and its data as JSON beside it.
 
     python entrypoints/analysis/routing_report.py --run trained_models/tiny-llama-mod/... --prompts data/sample/heldout
     python entrypoints/analysis/routing_report.py --model exports/tiny --prompts prompts.jsonl --output report.html
@@ -17,14 +17,13 @@ from transformers import PreTrainedModel
 
 from router_tuning.checkpoint.loading import add_arguments, opened
 from router_tuning.errors import UserError, cli, parser_of
-from router_tuning.evaluation.rows import encoded, read_rows, rendered
+from router_tuning.evaluation.documents import encoded, read_rows, rendered
 from router_tuning.files import write_json, write_text
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.provenance import provenance
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.run_folder import data_of, read_run
-from router_tuning.viewer.page_picture import PROGRAM, take_picture
-from router_tuning.viewer.routing_page import routing_figure, routing_page
+from router_tuning.viewer.routing_page import PROGRAM, routing_page, take_picture
 from router_tuning.viewer.routing_trace import collect, dial_curve, threshold_sweep
 
 DIAL = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -97,8 +96,7 @@ def main() -> None:
     output = args.output or (args.run or args.model) / "routing_report.html"
     write_text(output, routing_page(data, f"Routing of {name}, {model.config.mod_granularity}"))
     write_json(output.with_suffix(".json"), data)
-    figure = routing_figure(data, output.with_suffix(".png"))
-    print(f"{output}\n{figure}")
+    print(output)
     if args.picture:
         print(take_picture(output, args.picture, args.picture_prompt - 1))
 

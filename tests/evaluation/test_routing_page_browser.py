@@ -10,8 +10,7 @@ import pytest
 pytest.importorskip("aiohttp")
 from chromium import PROGRAM, Page  # noqa: E402
 
-from router_tuning.viewer.page_picture import take_picture  # noqa: E402
-from router_tuning.viewer.routing_page import routing_page  # noqa: E402
+from router_tuning.viewer.routing_page import routing_page, take_picture  # noqa: E402
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium here (Debian: apt-get install chromium)")
 

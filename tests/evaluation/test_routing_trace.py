@@ -10,15 +10,16 @@ from tiny_checkpoint import write_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from router_tuning.evaluation.rows import encoded
+from router_tuning.evaluation.documents import encoded
 from router_tuning.model import load_routers, record_routing
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import render_prompt
-from router_tuning.viewer.routing_page import routing_figure, routing_page
+from router_tuning.viewer.routing_page import routing_page
 from router_tuning.viewer.routing_trace import (
     capacities,
     collect,
     dial_curve,
+    dynamics,
     threshold_sweep,
     token_texts,
     trace_prompts,
@@ -130,7 +131,7 @@ def test_threshold_sweep_covers_the_scores():
     assert threshold_sweep([{"routers": {"1.expert": {"keep": [1.0], "score": None}}}]) == []
 
 
-def test_page_carries_its_data_and_nothing_from_elsewhere(sequence_model, tokenizer, tmp_path):
+def test_page_carries_its_data_and_nothing_from_elsewhere(sequence_model, tokenizer):
     data = collect(sequence_model, tokenizer, ROWS, max_new_tokens=2)
     data |= {"dial": [], "training": None, "metadata": {"run": "<b>"}}
     page = routing_page(data, "A <title> & more")
@@ -139,4 +140,21 @@ def test_page_carries_its_data_and_nothing_from_elsewhere(sequence_model, tokeni
     packed = page.split('<script type="application/json" id="data">')[1].split("</script>")[0]
     assert json.loads(packed)["prompts"] == json.loads(json.dumps(data["prompts"]))
     assert "src=" not in page and "href=" not in page and "@import" not in page
-    assert routing_figure(data, tmp_path / "figure.png").stat().st_size > 3000
+
+
+@pytest.mark.parametrize(
+    "decisions, mask_entropy, task_information, masks",
+    [
+        ({"a": [[1, 0]] * 5, "b": [[1, 0]] * 3}, 0, 0, 1),
+        ({"a": [[1, 1]] * 4, "b": [[0, 1]] * 4}, 1, 1, 2),
+        ({task: [[0, 1], [1, 1]] * 8 for task in "ab"}, 1, 0, 2),
+    ],
+    ids=["static", "a mask per task", "noise"],
+)
+def test_known_distributions_of_decisions_have_known_entropies(decisions, mask_entropy, task_information, masks):
+    found = dynamics(decisions)
+    assert found["mask_entropy"] == pytest.approx(mask_entropy) and found["masks"] == masks
+    assert found["task_information"] == pytest.approx(task_information)
+    first, second = found["routers"]
+    assert first["entropy"] == pytest.approx(mask_entropy) and first["information"] == pytest.approx(task_information)
+    assert second["entropy"] == second["information"] == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import aiohttp
 
-from router_tuning.viewer.page_picture import FLAGS, PROGRAM
+from router_tuning.viewer.routing_page import FLAGS, PROGRAM
 
 
 class Page:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router_tuning.evaluation.rows import Document
+from router_tuning.evaluation.documents import Document
 from router_tuning.evaluation.texts import answer_loss
 from router_tuning.model import RoutingLog, record_routing, routed_modules, set_thresholds
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import encode_text, render_prompt
-from router_tuning.viewer.dynamics import dynamics
 
 POSITION_BINS = 10
 BATCH = 16
@@ -138,6 +138,44 @@ def collect(
         "capacity": capacities(prompts, names),
         "dynamics": dynamics(masks) if masks else None,
     }
+
+
+def dynamics(decisions: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
+    """How decisions per sequence vary over inputs and tasks.
+
+    Args:
+        decisions: ``{task: rows of 0/1 per router}``, at least one.
+
+    Returns ``inputs``; ``masks``, how many different ones occur; ``most_common``, the share of the most frequent;
+    ``mask_entropy`` and ``task_information`` of the whole mask, and in ``routers`` by router the share ``kept``, the
+    ``entropy`` of its decision and its ``information`` about the task: in bits, the latter ``H(x) - H(x | task)``.
+    """
+    rows = {task: [tuple(row) for row in found] for task, found in decisions.items()}
+    everything = [row for found in rows.values() for row in found]
+    routers = []
+    for column in zip(*everything, strict=True):
+        place = len(routers)
+        by_task = {task: [row[place] for row in found] for task, found in rows.items()}
+        routers.append({"kept": _mean(column), "entropy": _entropy(column), "information": _information(by_task)})
+    return {
+        "inputs": len(everything),
+        "masks": len(set(everything)),
+        "most_common": Counter(everything).most_common(1)[0][1] / len(everything),
+        "mask_entropy": _entropy(everything),
+        "task_information": _information(rows),
+        "routers": routers,
+    }
+
+
+def _entropy(values: Sequence[Any]) -> float:
+    shares = [count / len(values) for count in Counter(values).values()]
+    return -sum(share * math.log2(share) for share in shares)
+
+
+def _information(by_task: Mapping[str, Sequence[Any]]) -> float:
+    everything = [value for found in by_task.values() for value in found]
+    within = sum(len(found) / len(everything) * _entropy(found) for found in by_task.values())
+    return max(0.0, _entropy(everything) - within)
 
 
 def capacities(prompts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
