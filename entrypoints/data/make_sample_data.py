@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from router_tuning.embedded.sample_files import sample_files
+from router_tuning.embedded.sample_tasks import sample_files
 from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import write_text
 from router_tuning.places import ROOT

@@ -21,8 +21,7 @@ from router_tuning.checkpoint.loading import load_dense
 from router_tuning.embedded.base_checkpoint import ROUTING_FIELDS
 from router_tuning.embedded.base_training import CURRICULUM, SampleStream, build_tokenizer, tiny_config
 from router_tuning.embedded.muon import MuonWithAdamW
-from router_tuning.embedded.sample_files import heldout_text
-from router_tuning.embedded.sample_tasks import TASKS
+from router_tuning.embedded.sample_tasks import TASKS, heldout_text
 from router_tuning.errors import UserError
 from router_tuning.evaluation.records import read_records
 from router_tuning.evaluation.tasks import evaluate

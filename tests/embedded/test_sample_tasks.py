@@ -14,8 +14,15 @@ from pathlib import Path
 import pytest
 
 from router_tuning.embedded.sample_drafts import facts
-from router_tuning.embedded.sample_files import distinct_items, sample_files
-from router_tuning.embedded.sample_tasks import FORMAT_OF_TASK, FREE_TASKS, TASKS, Item, generate
+from router_tuning.embedded.sample_tasks import (
+    FORMAT_OF_TASK,
+    FREE_TASKS,
+    TASKS,
+    Item,
+    distinct_items,
+    generate,
+    sample_files,
+)
 from router_tuning.errors import UserError
 
 COUNT = 300

@@ -1,4 +1,4 @@
-"""Instruction tasks of graded difficulty that a tiny language model can learn.
+"""Instruction tasks of graded difficulty that a tiny language model can learn, and the sample data made of them.
 
 Every item is a pure function of ``(task, split, seed)``. A hash of the item's content decides whether it belongs to
 the ``train`` or the ``heldout`` split, so the two never share an input, however many items are drawn. The invented
@@ -8,12 +8,13 @@ facts are the exception: a fact belongs to both splits, its *phrasing* to one.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 from router_tuning.embedded import sample_drafts as drafts
-from router_tuning.embedded import sample_texts as texts
 from router_tuning.embedded.sample_drafts import Draft
 from router_tuning.errors import UserError
 
@@ -33,11 +34,12 @@ MAKERS: dict[str, Callable[[random.Random], Draft]] = {
     "compare": drafts.compare,
     "math": drafts.math,
     "code": drafts.code,
-    "dialogue": texts.dialogue,
-    "story": texts.story,
+    "dialogue": drafts.dialogue,
+    "story": drafts.story,
 }
 TASKS = tuple(MAKERS)
 
+ALPACA = "alpaca"
 FORMAT_OF_TASK = {
     "dialogue": "vicuna_sharegpt",
     "story": "evol_instruct",
@@ -45,8 +47,10 @@ FORMAT_OF_TASK = {
     "math": "meta_math_qa",
     "code": "evol_code_alpaca",
 }
-"""Raw format in which a task is published in ``data/sample/raw``; every other task is in ``alpaca``."""
+"""Raw format in which a task is published in ``data/sample/raw``; every other task is in :data:`ALPACA`."""
 
+INPUT = "\nInput: "
+"""What the Alpaca converter puts between an instruction and its input."""
 FREE_TASKS = ("story",)
 """Tasks with several right answers: judged by perplexity and by choices, not by exact match."""
 
@@ -96,3 +100,80 @@ def _finish(task: str, draft: Draft, rng: random.Random) -> Item:
     choices = [right, *rng.sample(wrong, 3)]
     rng.shuffle(choices)
     return Item(task, draft.messages, draft.answer or right, choices, choices.index(right))
+
+
+def _turns(item: Item, **extra: object) -> list[dict[str, object]]:
+    senders = {"system": "system", "user": "human", "assistant": "gpt"}
+    return [{"from": senders[turn["role"]], "value": turn["content"], **extra} for turn in item.messages]
+
+
+def _weighted(item: Item) -> dict[str, object]:
+    weights = {"system": None, "human": 0.0, "gpt": 1.0}
+    return {"conversations": [{**turn, "weight": weights[str(turn["from"])]} for turn in _turns(item)]}
+
+
+def _alpaca(item: Item, _: int) -> dict[str, object]:
+    instruction, _, data = item.messages[0]["content"].partition(INPUT)
+    return {"instruction": instruction, "input": data, "output": item.messages[-1]["content"]}
+
+
+def _pair(question: str, answer: str) -> Callable[[Item, int], dict[str, object]]:
+    return lambda item, _: {question: item.messages[0]["content"], answer: item.messages[-1]["content"]}
+
+
+RAW_FILES: dict[str, tuple[str, Callable[[Item, int], dict[str, object]]]] = {
+    "vicuna_sharegpt": (
+        "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
+        lambda item, number: {"id": f"sample_{number}", "conversations": _turns(item)},
+    ),
+    "evol_instruct": (
+        "evol_instruct.jsonl",
+        lambda item, number: {"idx": f"sample_{number}", "conversations": _turns(item)},
+    ),
+    "slim_orca": ("oo-labeled_correct.gpt4.sharegpt.jsonl", lambda item, _: _weighted(item)),
+    "meta_math_qa": ("MetaMathQA-395K.jsonl", _pair("query", "response")),
+    "evol_code_alpaca": ("train.jsonl", _pair("instruction", "output")),
+    ALPACA: ("alpaca_data.json", _alpaca),
+}
+"""Per raw data set: its published file name, and how an item becomes a row of it."""
+
+RAW_ROWS = {"vicuna_sharegpt": 800, ALPACA: 1600}
+RAW_ROWS_ELSE = 400
+
+
+def distinct_items(task: str, split: str, count: int, first_seed: int = 0) -> list[Item]:
+    """``count`` items of a task with different prompts, from ``first_seed`` on; fewer after 20 ``count`` draws."""
+    items: dict[str, Item] = {}
+    for seed in range(first_seed, first_seed + 20 * count):
+        item = generate(task, seed, split)
+        items.setdefault(json.dumps(item.messages[:-1]), item)
+        if len(items) == count:
+            break
+    return list(items.values())
+
+
+def raw_text(name: str) -> str:
+    """Text of a raw data set; a file ``*.json`` is one array, a file ``*.jsonl`` a row per line."""
+    tasks = [task for task in TASKS if FORMAT_OF_TASK.get(task, ALPACA) == name]
+    share = RAW_ROWS.get(name, RAW_ROWS_ELSE) // len(tasks)
+    by_task = [distinct_items(task, "train", share) for task in tasks]
+    items = [item for row in zip(*by_task, strict=True) for item in row]
+    file_name, to_row = RAW_FILES[name]
+    rows = [json.dumps(to_row(item, number)) for number, item in enumerate(items)]
+    return "[\n" + ",\n".join(rows) + "\n]\n" if file_name.endswith(".json") else _lines(rows)
+
+
+def heldout_text(task: str, count: int, first_seed: int = 0) -> str:
+    """The held-out items of a task, ``{"task", "messages", "answer", "choices", "gold"}`` a line."""
+    return _lines(json.dumps(asdict(item)) for item in distinct_items(task, "heldout", count, first_seed))
+
+
+def _lines(rows: Iterable[str]) -> str:
+    return "".join(f"{row}\n" for row in rows)
+
+
+def sample_files(heldout_items: int, first_seed: int = 0) -> dict[str, Callable[[], str]]:
+    """Every file of the sample data: its path under the root, and the function that makes its text."""
+    files = {f"raw/{name}/{file}": partial(raw_text, name) for name, (file, _) in RAW_FILES.items()}
+    held_out = {f"heldout/{task}.jsonl": partial(heldout_text, task, heldout_items, first_seed) for task in TASKS}
+    return files | held_out
