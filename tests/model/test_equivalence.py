@@ -10,7 +10,7 @@ import torch
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 from tiny_routed import KINDS, with_reference
 
-from router_tuning.model import packed_queries, record_routing
+from router_tuning.model import packing, record_routing
 from router_tuning.model.modules import decoder_of
 
 TOLERANCE = 1e-4
@@ -96,15 +96,15 @@ def test_equals_masked_dense_model(family, granularity, policy, skip, attn):
     ],
 )
 def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, skip, monkeypatch):
-    chunked, plain = [], packed_queries._in_chunks
+    chunked, plain = [], packing._in_chunks
 
     def in_chunks(*args, attn_mask, **kwargs):
         chunked.append(attn_mask.behind)
         return plain(*args, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(packed_queries, "_WORTH", 4)
-    monkeypatch.setattr(packed_queries, "_LEAST", 2)
-    monkeypatch.setattr(packed_queries, "_in_chunks", in_chunks)
+    monkeypatch.setattr(packing, "_WORTH", 4)
+    monkeypatch.setattr(packing, "_LEAST", 2)
+    monkeypatch.setattr(packing, "_in_chunks", in_chunks)
     test_equals_masked_dense_model(family, granularity, "keep", skip, "eager" if family == "gemma2" else "sdpa")
     assert family == "gemma2" or max(map(len, chunked)) > 2
 
@@ -137,8 +137,8 @@ SEEN = [
 def test_attention_need_not_be_causal(family, attn, seen, granularity, policy, chunks, monkeypatch):
     """What a query sees is what mask, keyword and module say, in evaluation, in chunks and in training."""
     if chunks:
-        monkeypatch.setattr(packed_queries, "_WORTH", 4)
-        monkeypatch.setattr(packed_queries, "_LEAST", 2)
+        monkeypatch.setattr(packing, "_WORTH", 4)
+        monkeypatch.setattr(packing, "_LEAST", 2)
     dense = tiny_model(family, attn, **({"use_bidirectional_attention": True} if "config" in seen else {}))
     model, reference = with_reference(granularity=granularity, policy=policy, model=dense)
     for switched in (model, reference.model) if "switch" in seen else ():

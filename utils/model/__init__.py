@@ -9,7 +9,7 @@ from .recording import RoutingLog, force_routing, record_routing
 from .registry import defer
 from .routed_model import prompt_length_from
 from .routing import is_routed, route, routed_modules, set_thresholds, unroute
-from .saving import load_routers, router_state, save_routers
+from .saving import load_routers, save_routers
 
 defer()
 
@@ -28,7 +28,6 @@ __all__ = [
     "record_routing",
     "route",
     "routed_modules",
-    "router_state",
     "save_routers",
     "set_thresholds",
     "unroute",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,11 +65,7 @@ class Moments:
 
 @torch.no_grad()
 def fit_skip_paths(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    kind: str = "low_rank",
-    rank: int = 32,
-    on_skipped: bool = False,
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], kind: str = "low_rank", rank: int = 32
 ) -> dict[str, float]:
     """Give every routed module the skip path that is closest to its output, in place and in closed form.
 
@@ -83,8 +78,6 @@ def fit_skip_paths(
         model: routed; what its skip paths were before does not matter.
         batches: inputs of the model's forward.
         kind: ``low_rank``, ``mean``, or ``zero``, which takes the paths away. rank: of ``low_rank``.
-        on_skipped: fit on what the routers skip, under their decisions and the present paths, not on the dense pass;
-            a module that skips fewer than ``2·rank`` tokens keeps its path.
 
     Returns:
         The share of the variance of each module's output that its path explains, by ``"<layer>.<part>"``.
@@ -93,19 +86,14 @@ def fit_skip_paths(
         ValueError: for a bad ``kind`` or ``rank``, or batches that hold no token to fit on.
     """
     decoder, modules = routed_base(model), routed_modules(model)
-    if not on_skipped:
-        _install(model, decoder, modules, kind, rank)
-    elif (decoder.mod_config.skip, decoder.mod_config.skip_rank) != (kind, rank):
-        raise ValueError(f"on_skipped refits paths of the same kind: the model's are {decoder.mod_config.skip}")
+    _install(model, decoder, modules, kind, rank)
     wanted = {name: module for name, module in modules.items() if module.mod_skip is not None}
     shares: dict[str, float] = {}
     for group in _groups(wanted, decoder.config.hidden_size):
-        gathered = _gather(decoder, batches, group, on_skipped)
+        gathered = _gather(decoder, batches, group)
         for name, module in group.items():
             moments, width = gathered[name], 0 if kind == "mean" else rank
             if moments.count <= 2 * width:
-                if on_skipped:
-                    continue
                 raise ValueError(f"{moments.count} tokens are too few to fit skip paths of rank {width} on")
             weights, shares[name] = moments.solve(width)
             for parameter, value in weights.items():
@@ -130,21 +118,19 @@ def _groups(modules: Mapping[str, Routed], width: int) -> Iterable[dict[str, Rou
         yield {name: modules[name] for name in names[start : start + at_once]}
 
 
-def _gather(decoder: nn.Module, batches, group: Mapping[str, Routed], on_skipped: bool) -> dict[str, Moments]:
+def _gather(decoder: nn.Module, batches, group: Mapping[str, Routed]) -> dict[str, Moments]:
     names = {id(module): name for name, module in group.items()}
     moments = {name: Moments() for name in group}
 
     def observe(module: Routed, features: Tensor, update: Tensor, keep: Tensor, context: RoutingContext) -> None:
         if id(module) in names:
             chosen = ~context.first if context.real is None else context.real & ~context.first
-            if on_skipped:
-                chosen = chosen & ~(keep if keep.dim() == 2 else keep[:, None])
             chosen = chosen.to(features.device)
             moments[names[id(module)]].add(features[chosen], update[chosen])
 
     decoder.mod_observer = observe
     try:
-        with nullcontext() if on_skipped else force_routing(decoder, True):
+        with force_routing(decoder, True):
             for batch in batches:
                 run_decoder(decoder, batch)
     finally:

@@ -11,8 +11,7 @@ from .configuration_mod import ModConfig, select_layers
 from .context import carry
 from .modules import decoder_of, device_of, find_module
 from .routed import Routed
-from .routed_attention import RoutedAttention
-from .routed_block import RoutedBlock
+from .routed_attention import RoutedAttention, RoutedBlock
 from .routed_experts import RoutedExperts
 from .routed_mlp import RoutedMLP
 from .routed_model import RoutedDecoder

@@ -1,8 +1,9 @@
-"""Keys and values of tokens whose attention is skipped: the projection alone (design: ``kv_policy="keep"``)."""
+"""Keys and values beside packed queries: those of skipped tokens, and stand-ins for the cache: who sees what."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -10,6 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from .packing import Packing, key_mask, query_mask
 
 
 def project_kv(
@@ -104,3 +108,121 @@ def _family_of(attention: type) -> ModuleType | None:
     """The modeling file that has the family's rotary function."""
     files = (sys.modules.get(cls.__module__) for cls in attention.__mro__)
     return next((file for file in files if hasattr(file, "apply_rotary_pos_emb")), None)
+
+
+class MergedKeys:
+    """Keys and values of all tokens: those of the skipped ones, merged with those that the packed queries bring.
+
+    Args:
+        cache: the real cache or None. packing: of the tokens that run. shape: ``(b, t)``.
+        skipped: int64 ``[n]``, flat indices ``row·t + position``. keys, values: theirs, ``[heads, n, head_dim]``.
+    """
+
+    def __init__(
+        self, cache, packing: Packing, shape: torch.Size, skipped: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        self.cache, self.packing, self.shape, self.flat = cache, packing, shape, []
+        for states in (keys, values):
+            heads, _, width = states.shape
+            everything = states.new_empty(shape.numel(), heads * width)
+            self.flat.append(everything.index_copy_(0, skipped, states.transpose(0, 1).flatten(1)))
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> Sequence[Tensor]:
+        """Called by the module with ``[r, heads, q, head_dim]`` of the packed tokens; returns what they attend to."""
+        merged = []
+        for everything, packed in zip(self.flat, (keys, values), strict=True):
+            # Filler slots hold skipped tokens, whose keys come out the same: no need to leave them out.
+            everything.index_copy_(0, self.packing.flat, packed.transpose(1, 2).flatten(0, 1).flatten(1))
+            merged.append(everything.view(*self.shape, -1, packed.shape[-1]).transpose(1, 2))
+        if self.cache is not None:
+            merged = self.cache.update(*merged, layer, *args, **kwargs)
+        rows = self.packing.row_list
+        if len(rows) == self.shape[0]:
+            return merged
+        adjacent = rows[-1] - rows[0] + 1 == len(rows)
+        return [s[rows[0] : rows[-1] + 1] if adjacent else s[self.packing.rows] for s in merged]
+
+
+class AllButStored:
+    """Keys and values of a first pass, all of which take part; the cache stores those of kept rows or tokens.
+
+    Args:
+        cache: the real cache. keep: bool ``[b]`` or ``[b, t]``. tokens: length of the pass.
+    """
+
+    def __init__(self, cache, keep: Tensor, tokens: int) -> None:
+        self.cache, self.keep, self.tokens = cache, keep, tokens
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Called by the module with ``[b, heads, t, head_dim]``, and gives them back."""
+        stored = self.cache.layers[layer]
+        if self.keep.dim() == 2:
+            stored.mod_open_rows(len(self.keep), self.keep.device)
+            for row, kept in enumerate(self.keep):
+                stored.mod_append(row, keys[row][:, kept], values[row][:, kept], kept.nonzero()[:, 0])
+            stored.mod_advance(self.tokens)
+            stored.mod_trim()
+            return keys, values
+        stored.mod_store(self.keep)
+        if self.keep.any():
+            self.cache.update(keys[self.keep], values[self.keep], layer, *args, **kwargs)
+        else:
+            stored.mod_advance(self.tokens)
+        return keys, values
+
+
+class KeptKeys:
+    """Keys and values of executed tokens only: those of this pass, after those that their rows have stored.
+
+    Args:
+        layer: the ragged cache layer, or None without a cache. past: tokens that the cache has seen.
+    """
+
+    def __init__(self, layer, past: int) -> None:
+        self.layer, self.past = layer, past
+        self.packing: Packing | None = None
+        self.with_past = False
+        self.stale: dict[int, int] = {}
+
+    def open(self, packing: Packing, mask: Tensor | None, tokens: int) -> Tensor | None:
+        """Expect these queries; returns their mask ``[r, 1, q, keys]`` over stored and new keys (None: causal).
+
+        Args:
+            mask: the module's mask over logical keys, or None for causal attention. tokens: length of this pass.
+        """
+        self.packing = packing
+        index = [row[:count] + self.past for row, count in zip(packing.index, packing.counts, strict=True)]
+        if self.layer is not None and self.past:
+            self.stale = {row: self.layer.mod_stale(row) for row in packing.row_list}
+            stored = [self.layer.mod_index[row][self.stale[row] :] for row in packing.row_list]
+            self.with_past = any(row.numel() for row in stored)
+            index = [torch.cat(pair) for pair in zip(stored, index, strict=True)]
+        ragged = len({row.numel() for row in index}) > 1
+        if mask is None and ((tokens == 1 and not ragged) or (tokens > 1 and not self.with_past)):
+            return None
+        key_index = pad_sequence(index, batch_first=True, padding_value=-1)
+        offset = 0 if mask is None else self.past + tokens - mask.shape[-1]
+        columns = torch.where(key_index >= 0, key_index - offset, -1)
+        queries = None if mask is None else query_mask(mask, packing, mask.shape[-1], tokens)
+        return key_mask(queries, columns, key_index >= 0, packing.index + self.past)
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Called by the module with ``[r, heads, q, head_dim]`` of the packed tokens; returns what they attend to."""
+        packing, layer = self.packing, self.layer
+        if layer is None:
+            return keys, values
+        for slot, (row, count) in enumerate(zip(packing.row_list, packing.counts, strict=True)):
+            index = packing.index[slot, :count] + self.past
+            layer.mod_append(row, keys[slot, :, :count], values[slot, :, :count], index)
+        if not self.with_past:
+            return keys, values
+        both = (
+            [states[row][:, self.stale[row] :] for row in packing.row_list]
+            for states in (layer.mod_keys, layer.mod_values)
+        )
+        if len(packing.row_list) == 1:
+            return tuple(rows[0][None] for rows in both)
+        return tuple(
+            pad_sequence([states.transpose(0, 1) for states in rows], batch_first=True).transpose(1, 2)
+            for rows in both
+        )

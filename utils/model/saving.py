@@ -52,15 +52,6 @@ def router_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def router_state(model: nn.Module) -> dict[str, Tensor]:
-    """:func:`router_tensors` as they are saved: float32 on the CPU."""
-    return {name: _as_saved(tensor) for name, tensor in router_tensors(model).items()}
-
-
-def _as_saved(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu().contiguous()
-
-
 def save_routers(
     model: nn.Module,
     folder: str | os.PathLike,
@@ -78,7 +69,7 @@ def save_routers(
     tensors, given = router_tensors(model), state or {}
     if not set(given) <= set(tensors):
         raise UserError(f"router weights {sorted(set(given) - set(tensors))} do not belong to this model")
-    state = {name: _as_saved(tensor) for name, tensor in {**tensors, **given}.items()}
+    state = {name: t.detach().float().cpu().contiguous() for name, t in {**tensors, **given}.items()}
     base = extra.pop("base", None) or base_fingerprint(model)
     config = {"format": FORMAT, **routed_base(model).mod_config.to_fields(), "base": base, **extra}
     text = json.dumps(config, indent=2) + "\n"

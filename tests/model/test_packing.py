@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from router_tuning.model.packed_queries import ChunkedMask
-from router_tuning.model.packing import pack
+from router_tuning.model.packing import ChunkedMask, pack
 
 HEAD_DIM = 4
 
