@@ -13,7 +13,7 @@ from pathlib import Path
 
 from router_tuning.checkpoint.loading import add_arguments, opened
 from router_tuning.errors import UserError, cli, parser_of
-from router_tuning.evaluation.rows import encoded, read_rows
+from router_tuning.evaluation.documents import encoded, read_rows
 from router_tuning.model import save_routers, set_thresholds
 from router_tuning.model.dial import calibrate
 from router_tuning.model.saving import read_router_config, thresholds_for

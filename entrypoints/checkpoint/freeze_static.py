@@ -22,7 +22,7 @@ from router_tuning.checkpoint.card import front_matter, training_facts
 from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
 from router_tuning.checkpoint.loading import add_arguments, load_dense, opened
 from router_tuning.errors import UserError, cli, parser_of
-from router_tuning.evaluation.rows import encoded, read_rows
+from router_tuning.evaluation.documents import encoded, read_rows
 from router_tuning.evaluation.tables import Table
 from router_tuning.evaluation.texts import answer_loss
 from router_tuning.model import record_routing, routed_modules

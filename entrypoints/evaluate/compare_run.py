@@ -19,9 +19,9 @@ from router_tuning.checkpoint.loading import add_arguments, load_dense, load_tun
 from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.comparison import comparison_table, legend, reading
 from router_tuning.evaluation.controls import random_masks, removal_order, removed
+from router_tuning.evaluation.documents import encoded, prompt_batches, read_rows, rendered
 from router_tuning.evaluation.figures import capacity_figure, quality_figure
 from router_tuning.evaluation.records import COMPARISON, all_tables
-from router_tuning.evaluation.rows import encoded, prompt_batches, read_rows, rendered
 from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.files import write_text
 from router_tuning.model import set_thresholds

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from raw_data import NO_LIMIT, outcome_of, read_jsonl, sample_rows, write_rows, zstd
 
+from router_tuning.data.acceptance import Reject
 from router_tuning.data.containers import recognise
-from router_tuning.data.policy import Reject
 from router_tuning.errors import UserError
 
 ENDINGS = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst", ".parquet", ".arrow")

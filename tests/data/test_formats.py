@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from raw_data import SHARED, SIX, published, read_jsonl
 
+from router_tuning.data.acceptance import Reject
 from router_tuning.data.formats import FORMATS
-from router_tuning.data.policy import Reject
 
 CONVERSATIONS = ("vicuna_sharegpt", "evol_instruct", "slim_orca")
 PAIRS = {"meta_math_qa": ("query", "response"), "evol_code_alpaca": ("instruction", "output")}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_tuning.data import json_rows
+from router_tuning.data.acceptance import Reject
 from router_tuning.data.json_rows import element_rows, line_rows, parse
-from router_tuning.data.policy import Reject
 from router_tuning.errors import UserError
 
 VALUE = st.recursive(

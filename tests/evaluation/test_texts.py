@@ -11,7 +11,7 @@ from tiny_checkpoint import write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.errors import UserError
-from router_tuning.evaluation.rows import CONTEXT, encoded, prompt_batches, read_documents, read_rows
+from router_tuning.evaluation.documents import CONTEXT, encoded, prompt_batches, read_documents, read_rows
 from router_tuning.evaluation.texts import answer_loss, compare_texts
 from router_tuning.model import flops_share, load_routers
 from router_tuning.tuning.batching import Collator

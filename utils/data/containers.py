@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from router_tuning.data.acceptance import Reject
 from router_tuning.data.json_rows import SPACE, Rows, element_rows, line_rows, parse
-from router_tuning.data.policy import Reject
 from router_tuning.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -54,7 +54,7 @@ class Container:
         """
         with reading(self.path):
             if self.layout in TABLES.values():
-                from router_tuning.data.tables import table_rows  # pyarrow takes 60 MB, which only tables need
+                from router_tuning.data.columnar import table_rows  # pyarrow takes 60 MB, which only tables need
 
                 yield from table_rows(self.path, self.layout == PARQUET, columns)
                 return

@@ -2,7 +2,7 @@
 
 Facts (file names, senders, labels, prompt texts) of six of them are those of the published recipe, so that the rows
 which both accept are equal: same ``dataset`` label, same ``id``, same messages in the same order. What is left out and
-why is in :mod:`router_tuning.data.policy`.
+why is in :mod:`router_tuning.data.acceptance`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from router_tuning.data.policy import Message, Reject, checked, json_type
+from router_tuning.data.acceptance import Message, Reject, checked, json_type
 
 Row = Mapping[str, object]
 Content = dict[str, object]

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import orjson
 
-from router_tuning.data.policy import MAX_ROW_BYTES, Reject
+from router_tuning.data.acceptance import MAX_ROW_BYTES, Reject
 from router_tuning.errors import UserError
 
 Rows = Iterator[tuple[int, object]]

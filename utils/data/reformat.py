@@ -18,10 +18,10 @@ import orjson
 import xxhash
 from tqdm import tqdm
 
+from router_tuning.data.acceptance import FILTERED, MAX_ROW_BYTES, Reject, json_type
 from router_tuning.data.containers import BUFFER, reading, recognise
 from router_tuning.data.formats import FORMATS, Format
 from router_tuning.data.json_rows import EXCERPT
-from router_tuning.data.policy import FILTERED, MAX_ROW_BYTES, Reject, json_type
 from router_tuning.data.sources import Source, source_of
 from router_tuning.errors import UserError
 from router_tuning.files import scratch_folder, writing

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from router_tuning.evaluation.rows import Document
+from router_tuning.evaluation.documents import Document
 from router_tuning.evaluation.texts import batches_of, divergence, predictions, vocabulary
 from router_tuning.model import force_routing, routed_modules
 from router_tuning.model.flops import saved_shares

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.evaluation.cost import measure_cost
-from router_tuning.evaluation.rows import Document
+from router_tuning.evaluation.documents import Document
 from router_tuning.evaluation.tasks import evaluate
 from router_tuning.evaluation.texts import compare_texts
 from router_tuning.model import is_routed

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from router_tuning.evaluation.rows import Document
+from router_tuning.evaluation.documents import Document
 from router_tuning.model import flops_share, is_routed, record_routing, routed_modules
 from router_tuning.model.recording import RoutingLog
 from router_tuning.tuning.batching import Collator

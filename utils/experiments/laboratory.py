@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from router_tuning.checkpoint.loading import load_dense, load_tuned
 from router_tuning.errors import UserError
 from router_tuning.evaluation.controls import Removed, random_masks, removal_order, removed
+from router_tuning.evaluation.documents import Document, prompt_batches, read_documents, read_rows, rendered
 from router_tuning.evaluation.records import Record, cell_name
-from router_tuning.evaluation.rows import Document, prompt_batches, read_documents, read_rows, rendered
 from router_tuning.evaluation.scoring import Benchmark, Under, score
 from router_tuning.evaluation.tasks import requested_tokens
 from router_tuning.evaluation.texts import batches_of, vocabulary

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from router_tuning.data.acceptance import Reject
 from router_tuning.data.json_rows import Rows
-from router_tuning.data.policy import Reject
 from router_tuning.errors import UserError
 
 BATCH_ROWS = 256
