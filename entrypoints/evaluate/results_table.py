@@ -1,4 +1,4 @@
-"""Tables of results in Markdown and LaTeX: policies, their differences document by document, tasks, cost.
+"""Tables of results in Markdown and LaTeX: policies and their cost, differences document by document, tasks.
 
     python entrypoints/evaluate/results_table.py RUN/evaluation/comparison.jsonl --output table
     python entrypoints/evaluate/results_table.py dense.jsonl tuned.jsonl tuned-0.5.jsonl --output table

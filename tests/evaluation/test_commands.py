@@ -69,7 +69,7 @@ def test_a_run_stands_beside_dense_another_recipe_random_and_static(command, roo
     report = (run / "report.md").read_text()
     assert "| static" in report and "KV cache" in report and (run / "quality_against_compute.png").is_file()
     assert command("evaluate/results_table.py", run / "evaluation/comparison.jsonl") == 0
-    assert "seconds, prompts" in capsys.readouterr().out
+    assert "time, prefill" in capsys.readouterr().out
     assert command("evaluate/compare_run.py", "--run", run, "--base", base, "--beside", run) == 2
 
 

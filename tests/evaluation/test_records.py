@@ -14,7 +14,6 @@ from router_tuning.evaluation.records import (
     all_tables,
     closeness_table,
     control_table,
-    cost_table,
     difference_table,
     read_records,
     summary_table,
@@ -103,11 +102,9 @@ def test_differences_are_paired_by_document(records):
     assert difference_table(records[-2:]) is None
 
 
-def test_tasks_and_cost_are_tables_too(records):
-    _, _, tasks, cost = all_tables(records[2:3] + records[6:7])
+def test_tasks_are_a_table_too(records):
+    _, _, tasks = all_tables(records[2:3] + records[6:7])
     assert tasks.rows[0] == ["t", "acc", "0.750 ± 0.010", "1.000 ± 0.010"] and tasks.header[2:] == ["fit 0.7", "dense"]
-    assert cost.rows == cost_table(records[2]).rows
-    assert dict((row[0], row[1:]) for row in cost.rows)["KV cache after the prompts, KB"] == [4.0, 3.0, 0.75]
 
 
 def test_figures_are_written_whole(records, tmp_path):

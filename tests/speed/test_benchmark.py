@@ -111,7 +111,7 @@ def test_peak_memory_is_that_of_the_step_though_freed_pages_are_kept(root):
 
 def test_the_command_writes_its_rows(root, tmp_path):
     command = [sys.executable, str(root / "entrypoints/analysis/benchmark_speed.py"), "--output", "speed.jsonl"]
-    command += ["--phases", "prefill:2x8,train:2x8", "--repeats", "2", "--device", "cpu"]
+    command += ["--shape", "tiny", "--phases", "prefill:2x8,train:2x8", "--repeats", "2", "--device", "cpu"]
     command += ["--granularities", "attn_token,mlp_sequence", "--kv_policies", "keep,drop", "--capacities", "0,1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

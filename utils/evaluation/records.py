@@ -102,9 +102,8 @@ def grouped(records: Sequence[Record]) -> list[Group]:
 
 
 def all_tables(records: Sequence[Record]) -> list[Table]:
-    """What there is to say of some records: policies, differences, tasks, and what the first timed policy costs."""
+    """What there is to say of some records: policies and what they cost, differences, tasks."""
     found = [summary_table(records), difference_table(records), task_table(records)]
-    found += [cost_table(record) for record in records if "cost" in record][:1]
     return [table for table in found if table is not None]
 
 
@@ -245,18 +244,6 @@ def task_table(records: Sequence[Record], errors: bool = True) -> Table:
     shares = [record["share"] if record.get("tasks") else None for record in records]
     labels = [_column(record) for record in records]
     return Table(["task", "metric", *labels], [*rows, ["all", "share of FLOPs", *shares]])
-
-
-def cost_table(record: Record) -> Table:
-    """Operations, seconds and cache of a record's policy beside the dense base."""
-    cost = record["cost"]
-    times = {f"seconds, prompts + {cost['new_tokens']} new tokens": cost["generate"]}
-    rows: list[list[Cell]] = [["operations of the decoder, prompts", 1.0, cost["share"], cost["share"]]]
-    for name, found in {"seconds, prompts": cost["prefill"], **times}.items():
-        rows.append([name, found["seconds_dense"], found["seconds_routed"], found["time_ratio"]])
-    kilobytes = [cost["kv_bytes_dense"] / 1e3, cost["kv_bytes_routed"] / 1e3]
-    rows.append(["KV cache after the prompts, KB", *kilobytes, cost["kv_share"]])
-    return Table(["cost", "dense", "routed", "routed / dense"], rows)
 
 
 def _column(record: Record) -> str:

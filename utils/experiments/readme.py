@@ -57,11 +57,6 @@ def draw_front() -> Path:
     return front_figure(read_records(next(file for file in files if file.is_file())), FIGURES / "front.svg")
 
 
-def cost_block(path: str) -> str:
-    """What the first timed policy of a file costs."""
-    return records_block(lambda records: tables.cost_table(next(r for r in records if "cost" in r)), path)
-
-
 def kills_block() -> str:
     """How often a killed run ended as an undisturbed one, by engine."""
     found = json.loads((FIGURES / "kill_and_resume.json").read_text())
@@ -100,7 +95,6 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "summary": lambda path: records_block(tables.summary_table, path),
     "closeness": lambda path: records_block(tables.closeness_table, path),
     "differences": lambda path: records_block(tables.difference_table, path),
-    "cost": cost_block,
     "speed": speed_block,
     "kills": kills_block,
     "serving": serving_block,
