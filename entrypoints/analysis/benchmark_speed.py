@@ -38,6 +38,9 @@ from router_tuning.speed.timing import keep_freed_pages
 PHASES = {"prefill": (4, 512, 0), "decode": (1, 256, 0), "tune": (8, 128, 3), "train": (8, 128, 3)}
 PHASES["compiled"] = (1, 256, 64)
 """Batch, length and rounds (in decoding, tokens); 0: as ``--repeats`` says."""
+ROUTING = {"mod_n": None, "granularities": "attn_sequence,attn_token,mlp_sequence,mlp_token", "kv_policies": "keep"}
+ROUTING |= {"skips": "zero"}
+"""Defaults of what a routed checkpoint says itself."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,9 +50,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="a checkpoint instead of --shape; a routed one decides for itself")
     parser.add_argument("--mod_n", type=int, help="routed layers (default: half)")
     parser.add_argument("--phases", default="prefill,decode", help="what is timed, in this order, each with its size")
-    parser.add_argument("--granularities", default="attn_sequence,attn_token,mlp_sequence,mlp_token")
-    parser.add_argument("--kv_policies", default="keep", help="keep and/or drop, for token-level attention and block")
-    parser.add_argument("--skips", default="zero", help="skip paths: zero, mean and/or low_rank")
+    parser.add_argument("--granularities", help=f"default: {ROUTING['granularities']}")
+    parser.add_argument("--kv_policies", help="keep (default) and/or drop, for token-level attention and block")
+    parser.add_argument("--skips", help="skip paths: zero (default), mean and/or low_rank")
     parser.add_argument("--capacities", help="shares that run, by random masks (default: 0,0.5,1)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds per build; ten times as many in decode")
     parser.add_argument("--builds", type=int, default=3, help="how often the models of a cell are built anew")
@@ -60,7 +63,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="profile a dense and a routed pass of each cell too")
     parser.add_argument("--minutes", type=float, help="no cell starts that would end later than this")
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
+    parser.set_defaults(**ROUTING)
     args = parser.parse_args()
+    if args.model and args.shape != parser.get_default("shape"):
+        raise UserError(f"--shape {args.shape} is that of --model {args.model}: leave one of them out")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"torch {torch.__version__} sees no GPU; rehearse on a CPU with --shape tiny --device cpu")
     if args.repeats < 2 or args.builds < 1:
@@ -151,8 +157,8 @@ def load(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel | N
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(device).eval()
     if not is_routed(model):
         return model, None
-    for name in ("mod_n", "kv_policies", "skips"):
-        if getattr(args, name) not in (None, "keep", "zero"):
+    for name, default in ROUTING.items():
+        if getattr(args, name) != default:
             raise UserError(f"--{name} {getattr(args, name)} is what the checkpoint of --model says: leave it out")
     return unroute(shared_copy(model)), model
 

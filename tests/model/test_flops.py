@@ -14,7 +14,7 @@ from tiny_models import random_batch, tiny_model
 from tiny_routed import KINDS, LAYERS
 
 from router_tuning.model import force_routing, record_routing, route
-from router_tuning.model.flops import decoder_flops, flops_share, module_costs
+from router_tuning.model.flops import decoder_flops, flops_share, saved_shares
 
 ROWS, TOKENS, DEPTH, VOCAB = 4, 32, 5, 61
 HIDDEN, INNER, HEADS, KV_HEADS, WIDTH = 32, 48, 4, 2, 8
@@ -147,7 +147,7 @@ def test_the_share_on_paper_is_that_of_a_real_pass(family, granularity, skip):
 def test_windows_bound_the_keys():
     model = route(tiny_model("mistral", sliding_window=6), mod_layers=LAYERS, granularity="attn_sequence")
     keys = sum(min(n, 6) for n in range(1, 33)) / 32
-    assert module_costs(model, 32)["1.attn"].runs == pytest.approx(Q + KV + OUT + keys * PAIR)
+    assert saved_shares(model, 32)["1.attn"] * decoder_flops(model, 32) == pytest.approx(Q + KV + OUT + keys * PAIR)
 
 
 def test_parts_weigh_what_they_cost():

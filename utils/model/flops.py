@@ -8,7 +8,6 @@ stay out, as do norms and the routers themselves, one column beside hundreds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from torch import nn
 from transformers import PretrainedConfig
@@ -19,23 +18,6 @@ from .routing import routed_modules
 
 TOKENS = 512
 """Reference context length."""
-
-
-class ModuleCost(NamedTuple):
-    """Operations per token of one routed module where it ``runs``, and what remains where it is ``skipped``."""
-
-    runs: float
-    skipped: float
-
-
-def module_costs(model: nn.Module, tokens: int = TOKENS) -> dict[str, ModuleCost]:
-    """Costs of all routed modules by ``"<layer>.<part>"``.
-
-    A skipped module still costs its skip path; its keys and values, at token level under ``kv_policy="keep"``; and at
-    sequence level with a skip path the first token. Under ``drop`` the keys that kept tokens miss are not taken off.
-    """
-    config = routed_base(model).config
-    return {name: _cost(module, config, tokens) for name, module in routed_modules(model).items()}
 
 
 def decoder_flops(model: nn.Module, tokens: int = TOKENS) -> float:
@@ -58,22 +40,29 @@ def flops_share(model: nn.Module, capacity: float | Mapping[str, float], tokens:
 
 
 def saved_shares(model: nn.Module, tokens: int = TOKENS) -> dict[str, float]:
-    """What never running a module would save, as a share of the decoder's operations, by ``"<layer>.<part>"``."""
-    total = decoder_flops(model, tokens)
-    return {name: (cost.runs - cost.skipped) / total for name, cost in module_costs(model, tokens).items()}
+    """What never running a module would save, as a share of the decoder's operations, by ``"<layer>.<part>"``.
+
+    A skipped module still costs its skip path; its keys and values, at token level under ``kv_policy="keep"``; and at
+    sequence level with a skip path the first token. Under ``drop`` the keys that kept tokens miss are not taken off.
+    """
+    config, total = routed_base(model).config, decoder_flops(model, tokens)
+    return {
+        name: (_operations(module, config, tokens) - _left(module, config, tokens)) / total
+        for name, module in routed_modules(model).items()
+    }
 
 
-def _cost(module: Routed, config: PretrainedConfig, tokens: int) -> ModuleCost:
-    runs = _operations(module, config, tokens)
-    skipped = 0.0
+def _left(module: Routed, config: PretrainedConfig, tokens: int) -> float:
+    """Operations per token of a module that is skipped."""
+    left = 0.0
     if module.mod_skip is not None:
-        skipped += sum(2.0 * p.numel() for p in module.mod_skip.parameters() if p.dim() == 2)
+        left += sum(2.0 * p.numel() for p in module.mod_skip.parameters() if p.dim() == 2)
         if module.mod_level == "sequence":
-            skipped += _operations(module, config, 1) / tokens
+            left += _operations(module, config, 1) / tokens
     if module.mod_level == "token" and module.mod_kv_policy == "keep" and module.mod_part in ("attn", "block"):
         attention = module if module.mod_part == "attn" else module.self_attn
-        skipped += 2.0 * 2 * config.hidden_size * config.num_key_value_heads * attention.head_dim
-    return ModuleCost(runs, skipped)
+        left += 2.0 * 2 * config.hidden_size * config.num_key_value_heads * attention.head_dim
+    return left
 
 
 def _operations(module: nn.Module, config: PretrainedConfig, tokens: int) -> float:
