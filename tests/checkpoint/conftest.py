@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_checkpoint import tuned_run, write_base, write_run
+
+from router_tuning.checkpoint.exporting import HOLDS
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +22,13 @@ def run(tmp_path_factory, base) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lora_run(tmp_path_factory, base):
-    """A run with LoRA, as the tuning entrypoint leaves it: routers beside ``adapter/``; and its logits."""
-    folder = tmp_path_factory.mktemp("lora") / "run"
-    return folder, tuned_run(folder, base, "routers and LoRA")
+def tuned(tmp_path_factory, base) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Runs as the tuning entrypoint leaves them, by what they trained, each with its logits; only to be read."""
+    folder = tmp_path_factory.mktemp("tuned")
+    places = {what: folder / what.replace(" ", "_") for what in HOLDS}
+    return {what: (place, tuned_run(place, base, what)) for what, place in places.items()}
+
+
+@pytest.fixture(scope="session")
+def lora_run(tuned) -> tuple[Path, torch.Tensor]:
+    return tuned["routers and LoRA"]

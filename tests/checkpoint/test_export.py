@@ -62,20 +62,17 @@ def test_an_export_computes_what_the_run_did_also_when_run_and_base_are_gone(tmp
 
 
 @pytest.mark.parametrize("what, form", [(what, form) for what in HOLDS for form in FORMS if (what, form) not in HELD])
-def test_a_form_that_would_leave_something_out_is_refused(tmp_path, base, what, form):
-    tuned_run(tmp_path / "run", base, what)
+def test_a_form_that_would_leave_something_out_is_refused(tmp_path, base, tuned, what, form):
     with pytest.raises(
         UserError, match=f"trained {what}, which --form {form} does not hold: use --form {HOLDS[what][0]}"
     ):
-        export(tmp_path / "run", base, tmp_path / "export", form)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        export(tuned[what][0], base, tmp_path / "export", form)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("what, form", HELD)
-def test_nothing_done_to_an_export_reaches_base_or_run(tmp_path, what, form):
-    base, run, folder = (tmp_path / name for name in ("base", "run", "export"))
-    write_base(base, max_shard_size="100KB")
-    tuned_run(run, base, what)
+def test_nothing_done_to_an_export_reaches_base_or_run(tmp_path, base, tuned, what, form):
+    run, folder = tuned[what][0], tmp_path / "export"
     before = content(base), content(run)
     export(run, base, folder, form)
     for path in folder.rglob("*"):
