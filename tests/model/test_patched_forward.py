@@ -1,16 +1,18 @@
-"""A forward that another library puts on an instance runs inside the routing, whichever of the two came first."""
+"""A forward or hook that another library puts on a module runs inside the routing, whichever of the two came first."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from tiny_models import random_batch, tiny_model
 from tiny_routed import LAYERS, routed_model, split_inputs
 
-from router_tuning.model import record_routing, route, unroute
+from router_tuning.model import record_routing, route, routed_modules, unroute
 
 PLACES = {"attn_token": "self_attn", "mlp_sequence": "mlp", "block_token": ""}
 
@@ -84,3 +86,19 @@ def test_any_attribute_may_be_asked_for_on_any_module():
         for attribute in ("_gradient_checkpointing_func", "forward", "weight"):
             assert hasattr(module, attribute) == hasattr(plain, attribute), (name, attribute)
     assert inspect.signature(model.forward) == inspect.signature(dense.forward)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token", "block_sequence"])
+def test_hooks_of_accelerate_serve_before_and_after_routing(granularity):
+    model, dense, (ids, mask) = routed_model(granularity=granularity), tiny_model(), random_batch(padding="left")
+    expected, plain = (one(ids, attention_mask=mask).logits for one in (model, dense))
+    for hook in (lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True), lambda m: cpu_offload(m, "cpu")):
+        assert torch.equal(hook(copy.deepcopy(model))(ids, attention_mask=mask).logits, expected)
+        late = copy.deepcopy(dense)
+        hook(late)
+        route(late, mod_layers=LAYERS, granularity=granularity)
+        for module, ours in zip(routed_modules(late).values(), routed_modules(model).values(), strict=True):
+            module.mod_router.weight.copy_(ours.mod_router.weight)
+        assert torch.equal(late(ids, attention_mask=mask).logits, expected)
+        assert torch.equal(unroute(late)(ids, attention_mask=mask).logits, plain)

@@ -11,10 +11,9 @@ import sys
 import pytest
 import torch
 import transformers
-from accelerate import cpu_offload, dispatch_model
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
-from tiny_routed import LAYERS, random_skip_paths, routed_model
+from tiny_routed import random_skip_paths, routed_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -190,21 +189,6 @@ def test_a_router_that_is_not_finite_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.mod_router.* not finite"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token", "block_sequence"])
-def test_hooks_of_accelerate_serve_before_and_after_routing(granularity):
-    model, dense = routed_model(granularity=granularity), tiny_model()
-    expected, plain, routers = logits(model), logits(dense), [weight.detach().clone() for weight in weights(model)]
-    for hook in (lambda m: dispatch_model(m, {"": "cpu"}, force_hooks=True), lambda m: cpu_offload(m, "cpu")):
-        assert torch.equal(logits(hook(copy.deepcopy(model))), expected)
-        late = copy.deepcopy(dense)
-        hook(late)
-        route(late, mod_layers=LAYERS, granularity=granularity)
-        for weight, value in zip(weights(late), routers, strict=True):
-            weight.data.copy_(value)
-        assert torch.equal(logits(late), expected)
-        assert torch.equal(logits(unroute(late)), plain)
 
 
 # ---------------------------------------------------------------- another process, with this package and without

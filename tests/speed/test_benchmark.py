@@ -28,8 +28,10 @@ def setting(phase, granularity, capacities=(0.0, 0.5, 1.0), batch=4, length=16, 
     return Setting(phase, batch, length, routing, capacities, repeats, builds=builds)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("phase, batch", [("prefill", 4), ("decode", 8)])
+@pytest.mark.parametrize(
+    "phase, batch, granularity",
+    [*[("prefill", 4, g) for g in GRANULARITIES], *[("decode", 8, g) for g in ("attn_sequence", "mlp_token")]],
+)
 def test_rows_hold_reached_capacity_work_and_memory(phase, batch, granularity):
     none, half, everything = benchmark(tiny_model(), setting(phase, granularity, batch=batch, builds=2))
     assert (none["capacity"], half["capacity"], everything["capacity"]) == (0, 0.5, 1)
@@ -43,8 +45,9 @@ def test_rows_hold_reached_capacity_work_and_memory(phase, batch, granularity):
     assert none["kv_bytes_routed"] == pytest.approx(stored * none["kv_bytes_dense"])
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("kv_policy", ["keep", "drop"])
+@pytest.mark.parametrize(
+    "granularity, kv_policy", [*[(g, "keep") for g in GRANULARITIES], ("attn_token", "drop"), ("block_token", "drop")]
+)
 def test_the_ideal_does_exactly_the_work_that_skipping_leaves(granularity, kv_policy):
     floor = reduced(tiny_model(), ModConfig(mod_layers=LAYERS, granularity=granularity, kv_policy=kv_policy))
     routed = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=kv_policy)
@@ -109,6 +112,7 @@ def test_peak_memory_is_that_of_the_step_though_freed_pages_are_kept(root):
     assert 63 << 20 < int(done.stdout) < 80 << 20
 
 
+@pytest.mark.full
 def test_the_command_writes_its_rows(root, tmp_path):
     command = [sys.executable, str(root / "entrypoints/analysis/benchmark_speed.py"), "--output", "speed.jsonl"]
     command += ["--shape", "tiny", "--phases", "prefill:2x8,train:2x8", "--repeats", "2", "--device", "cpu"]
@@ -163,6 +167,7 @@ def faults(pages: str, root) -> tuple[bool | None, int]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.full
 def test_freed_memory_is_not_mapped_anew(root):
     kept, count = faults("keep", root)
     if not kept:

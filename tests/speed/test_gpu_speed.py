@@ -21,6 +21,7 @@ from router_tuning.speed.table import speed_tables
 ABOUT = {"device": "this one"}
 
 
+@pytest.mark.full
 def test_the_script_runs_every_cell_and_its_file_gives_the_tables(root, tmp_path):
     journal, script = tmp_path / "tiny.jsonl", root / "scripts/gpu_speed.sh"
     command = ["bash", str(script), "--shape", "tiny", "--output", str(journal)]
