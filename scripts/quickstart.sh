@@ -106,5 +106,6 @@ echo "done in $((SECONDS - START)) s: $RUN/report.md, $RUN/capacity_by_layer.png
 if [[ "$RECIPE" == paper ]]; then
   echo "RECIPE=budget, the default, holds the share asked for and shows this recipe beside it"
 fi
+echo "in a shell of yours first: source ${VENV#"$ROOT/"}/bin/activate"
 echo "look at it: python entrypoints/analysis/routing_report.py --run $RUN --prompts data/sample/heldout"
 echo "talk to it: python entrypoints/demo/chat.py --run $RUN"

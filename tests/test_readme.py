@@ -93,6 +93,13 @@ def test_command_is_accepted_as_printed(command, monkeypatch):
         parse_command(words[2:])
 
 
+@pytest.mark.parametrize("page", ["README.md", "tuning.md"])
+def test_a_fresh_clone_has_conversations_when_it_comes_to_tuning(page):
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", TEXTS[page], re.DOTALL) for line in block.splitlines()]
+    first = next(number for number, line in enumerate(lines) if "finetune_mod.sh" in line)
+    assert any("reformat_datasets.py --raw_data_root data/sample/raw" in line for line in lines[:first])
+
+
 @pytest.mark.parametrize("snippet", printed("python"))
 def test_python_runs_as_printed_in_an_empty_folder(snippet, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -64,10 +64,12 @@ def test_before_the_first_step_there_is_nothing_to_save(parts, tmp_path, interru
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_outside_of_training_a_signal_ends_the_process(interruption):
+def test_outside_of_training_a_signal_ends_the_process_and_says_how_to_go_on(interruption, monkeypatch):
+    told = []
+    monkeypatch.setattr("router_tuning.tuning.trainer.interruption.logger.info", told.append)
     with pytest.raises(SystemExit) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.value.code == 143
+    assert stop.value.code == 143 and "RESUME=auto" in told[0]
 
 
 def test_a_late_second_signal_ends_the_process(interruption, monkeypatch):

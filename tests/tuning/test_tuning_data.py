@@ -47,7 +47,7 @@ def test_a_bad_row_is_named_with_its_line(tmp_path, row, fault):
 
 
 def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(UserError, match="is missing; make it with entrypoints/data/reformat_datasets.py"):
+    with pytest.raises(UserError, match="python entrypoints/data/reformat_datasets.py --raw_data_root data/sample"):
         check_file(tmp_path / "none.jsonl", 0)
     with pytest.raises(UserError, match="holds no conversation"):
         check_file(write(tmp_path / "empty.jsonl", "", ""), 0)

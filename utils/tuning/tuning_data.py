@@ -58,7 +58,8 @@ def check_file(path: Path, limit: int) -> RawData:
     """Read and check the first ``limit`` rows (0: all); UserError names file, line and fault."""
     if not path.is_file():
         raise UserError(
-            f"{path} is missing; make it with entrypoints/data/reformat_datasets.py (mixed: then mix_datasets.py)"
+            f"{path} is missing; the sample: python entrypoints/data/reformat_datasets.py --raw_data_root "
+            "data/sample/raw (mixed: then python entrypoints/data/mix_datasets.py); own conversations: docs/data.md"
         )
     digest, rows = hashlib.sha256(), 0
     for number, line in islice(lines_of(path), limit or None):

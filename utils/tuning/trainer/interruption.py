@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from types import FrameType
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+logger = logging.getLogger(__name__)
 _PATIENCE = 3.0  # seconds; a second signal later than this ends the process at once
 
 
@@ -36,6 +38,7 @@ class Interruption:
         now = time.monotonic()
         # Launchers and terminals deliver the same signal twice within moments: that is one wish.
         if not self.training or (self.signal is not None and now - self.since > _PATIENCE):
+            logger.info("interrupted; RESUME=auto goes on from the newest checkpoint, without one from the beginning")
             raise SystemExit(128 + number)
         if self.signal is None:
             self.signal, self.since = number, now
