@@ -84,7 +84,8 @@ def serving_block() -> str:
         for cell in row["throughput"]
     ]
     columns = ["export", "batch", "model", "tokens per second", "ratio to dense", "share of the FLOPs"]
-    return f"{Table(header, equal).markdown()}\n\n{Table(columns, timed, digits=2).markdown()}"
+    tables = [Table(header, equal).markdown()] + ([Table(columns, timed, digits=2).markdown()] if timed else [])
+    return "\n\n".join(tables)
 
 
 BLOCKS: dict[str, Callable[..., str]] = {

@@ -226,9 +226,16 @@ class ModFields:
         return super().from_dict(fields, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds; with routed layers, weights are only for those who can route them."""
+        """What ``config.json`` holds; with routed layers, weights are only for those who can route them.
+
+        Where the code travels along, the automatic class is the first architecture: servers take a class of
+        transformers by that name, which then finds the code.
+        """
         fields = super().to_diff_dict()
         if self.mod_layers:
+            automatic = [name for name in fields.get("auto_map") or () if name.startswith("AutoModel")]
+            own = [name for name in fields.get("architectures") or () if name not in automatic]
+            fields["architectures"] = automatic + own
             fields["model_type"] = self.model_type.removesuffix("_mod")
             fields[GUARD] = "those of a routed model: pass trust_remote_code=True, or import router_tuning.model"
         return fields

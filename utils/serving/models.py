@@ -39,8 +39,6 @@ class RoutedCausalLM:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
-        if not vllm_config.model_config.enforce_eager:
-            raise ValueError("routed models run without graphs: add --enforce-eager")
         routing = served_routing(config)
         self.mod_pass, self.mod_first_runs = Pass(), routing.skip != "zero"
         self.mod_modules: dict[str, Routed] = {}
@@ -50,7 +48,8 @@ class RoutedCausalLM:
             module = self.model.layers[layer].mlp if part == "mlp" else self.model.layers[layer].self_attn
             rank = RANKS.get(routing.skip, routing.skip_rank)
             route_module(module, RoutedMLP if part == "mlp" else RoutedAttention, config.hidden_size, rank)
-            module.mod_pass = self.mod_pass
+            module.mod_pass, module.mod_name = self.mod_pass, f"{prefix}routed.{layer}.{part}"
+            vllm_config.compilation_config.static_forward_context[module.mod_name] = module
             self.mod_modules[f"{layer}.{part}"] = module
             if part == "attn":
                 put_in_front(module.attn, KeptQueries)

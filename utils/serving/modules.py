@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from router_tuning.model.router import ModRouter
 from router_tuning.model.skip_path import SkipPath
+from router_tuning.serving.graphs import routed_module
 
 
 class Pass:
@@ -30,6 +31,7 @@ class Routed:
 
     mod_router: ModRouter
     mod_skip: SkipPath | None
+    mod_name: str
     mod_logit: float
     mod_pass: Pass
 
@@ -52,6 +54,8 @@ class RoutedMLP(Routed):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``m·MLP(h) + (1−m)·P(h)`` for ``hidden_states [n, d]``."""
+        if torch.compiler.is_compiling():
+            return routed_module(hidden_states, None, self.mod_name)
         places = self.mod_places(hidden_states)
         if places is None:
             return super().forward(hidden_states)
@@ -66,6 +70,8 @@ class RoutedAttention(Routed):
 
     def forward(self, positions: Tensor, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """``m·Attn(h) + (1−m)·P(h)`` for ``hidden_states [n, d]``."""
+        if torch.compiler.is_compiling():
+            return routed_module(hidden_states, positions, self.mod_name)
         places = self.mod_places(hidden_states)
         if places is None:
             return super().forward(positions=positions, hidden_states=hidden_states, **kwargs)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from router_tuning.model import ModConfig
 from router_tuning.model.saving import CONFIG_NAME, thresholds_for
+from router_tuning.serving.graphs import split_graphs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -16,14 +17,19 @@ BUDGETS = ("mod_capacity", "mod_flops")
 
 
 def prepare(vllm_config: VllmConfig) -> None:
-    """Refuse what would go wrong, set thresholds from the dial, and run without graphs.
-
-    How many tokens a routed module runs for is known only when it decides, and neither torch.compile nor CUDA graphs
-    hold shapes that depend on values.
+    """Refuse what would go wrong, set thresholds from the dial; without graphs, unless a mode of compilation is named.
 
     Raises:
-        ValueError: one line for a routing that cannot be served, or for settings that do not go with routing.
+        SystemExit: with one line, for a routing that cannot be served, or for settings that do not go with routing.
+            It ends a server; an error would come out of the depths of vLLM's validation, with a page about it.
     """
+    try:
+        _prepare(vllm_config)
+    except ValueError as error:
+        raise SystemExit(f"error: {vllm_config.model_config.model}: {error}") from None
+
+
+def _prepare(vllm_config: VllmConfig) -> None:
     from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
     model = vllm_config.model_config
@@ -35,7 +41,10 @@ def prepare(vllm_config: VllmConfig) -> None:
         routing.write_to(model.hf_config)
     if vllm_config.parallel_config.use_ubatching:
         raise ValueError("routed models are not served in microbatches: leave out --enable-dbo and --ubatch-size")
-    model.enforce_eager = True
+    if vllm_config.compilation_config.mode is None:
+        model.enforce_eager = True
+    else:
+        split_graphs(vllm_config.compilation_config)
 
 
 def served_routing(config: PretrainedConfig) -> ModConfig:
