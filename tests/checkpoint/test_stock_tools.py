@@ -29,7 +29,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from transformers.cli.serving.model_manager import ModelManager
 forms, prompts, configs, tasks, target = json.loads(sys.argv[1]), torch.load(sys.argv[2]), *sys.argv[3:6]
 found = {}
 for form, (folder, adapter) in forms.items():
@@ -40,9 +39,6 @@ for form, (folder, adapter) in forms.items():
     one = [tokenizer(p, return_tensors="pt", return_token_type_ids=False) for p in prompts]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     talk = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    if not adapter:
-        served, _ = ModelManager(device="cpu", trust_remote_code=True).load_model_and_processor(f"{folder}@main")
-        assert type(served) is type(model), type(served)
     chat = talk([{"role": "user", "content": "Add 12 and 3."}], do_sample=False, max_new_tokens=6)
     found[form] = {
         "logits": [model(**row).logits.detach() for row in one],

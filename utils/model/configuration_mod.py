@@ -235,7 +235,8 @@ class ModFields:
         if self.mod_layers:
             automatic = [name for name in fields.get("auto_map") or () if name.startswith("AutoModel")]
             own = [name for name in fields.get("architectures") or () if name not in automatic]
-            fields["architectures"] = automatic + own
+            if automatic:
+                fields["architectures"] = automatic + own
             fields["model_type"] = self.model_type.removesuffix("_mod")
             fields[GUARD] = "those of a routed model: pass trust_remote_code=True, or import router_tuning.model"
         return fields
