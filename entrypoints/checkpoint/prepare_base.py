@@ -36,7 +36,8 @@ def main() -> None:
             f"--folder_name {args.folder_name!r} cannot name a folder: use letters, digits, '.', '-' and '_'"
         )
     done = prepare_base(args.ckpt_root / args.folder_name, args.source, args.revision, args.weights == "link")
-    print(f"{done.folder} holds the base of {done.source}: {', '.join(done.files)}; {done.copied:,} bytes copied")
+    copied = f"; {done.copied:,} bytes copied" if done.copied else ""
+    print(f"{done.folder} holds the base of {done.source}: {', '.join(done.files)}{copied}")
 
 
 if __name__ == "__main__":

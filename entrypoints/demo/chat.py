@@ -53,7 +53,7 @@ class Chat:
         except ValueError:
             raise UserError(f"/dial {value}: a number from 0 to 1, or own") from None
         set_thresholds(self.model, thresholds_for(read_router_config(self.folder), share, self.folder, "flops"))
-        return f"dial at {share:g}"
+        return f"dial at {share:g}, on average over text like that it was calibrated on"
 
     def command(self, line: str) -> str:
         """Carry out a ``/command`` and say what changed."""

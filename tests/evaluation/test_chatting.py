@@ -67,7 +67,7 @@ def test_terminal_session(tmp_path, base, command, capsys, monkeypatch):
     assert command("demo/chat.py", "--run", run, "--base", base, "--max_new_tokens", "4", "--compare") == 0
     told = capsys.readouterr().out
     for part in (
-        "dial at 1",
+        "dial at 1, on average over text like that it was calibrated on",
         "depth 100%",
         "a number from 0 to 1",
         "must lie in [0, 1]",

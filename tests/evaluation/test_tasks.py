@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from lm_eval import simple_evaluate
@@ -60,6 +62,20 @@ def test_batch_size_changes_no_score(routed, tokenizer, result):
         assert other[task]["capacity"] == pytest.approx(result[task]["capacity"])
 
 
+def test_a_task_says_how_long_an_answer_may_be_and_not_the_base(routed, tokenizer, monkeypatch):
+    generate, lengths = routed.generate, []
+
+    def noted(ids, **options):
+        output = generate(ids, **options)
+        lengths.append(output.shape[1] - ids.shape[1])
+        return output
+
+    monkeypatch.setattr(routed, "generate", lambda input_ids, **options: noted(input_ids, **options))
+    monkeypatch.setattr(routed.generation_config, "max_new_tokens", 1)
+    evaluate(routed, tokenizer, ["mod_copy_gen"], limit=1)
+    assert lengths[0] > 1 and routed.generation_config.max_new_tokens == 1
+
+
 def test_decisions_on_the_prompt_alone_see_no_answer(routed, tokenizer, monkeypatch):
     """All choices of a question are scored under one decision, that of its prompt, whatever their lengths."""
     monkeypatch.setattr(routed_base(routed).mod_config, "router_pooling", "prompt")
@@ -115,9 +131,11 @@ def test_unknown_task_is_named(routed, tokenizer):
         evaluate(routed, tokenizer, ["mod_heldout_gne"])
 
 
-def test_tokens_to_read_are_those_of_prompts_and_choices(tokenizer):
+def test_tokens_to_read_are_those_of_prompts_and_choices(tokenizer, caplog):
+    logging.getLogger("lm_eval").setLevel(logging.INFO)
     one, two = (requested_tokens(["mod_math_mc"], limit, tokenizer) for limit in (1, 2))
     assert 0 < one < two and requested_tokens([], None, tokenizer) == 0
+    assert not caplog.records, "lm-eval's own remarks are none for a user"
 
 
 def test_main_score_prefers_what_a_task_is_judged_by():

@@ -305,3 +305,9 @@ def test_models_of_one_configuration_share_nothing():
     assert twin.config.mod_threshold == {"1.attn": 0.1, "2.attn": 0.2} and first.config.mod_threshold == 0.7
     assert list(routed_modules(first)) == list(routed_modules(twin)) == ["1.attn", "2.attn"]
     assert {id(m.config) for m in first.modules() if hasattr(m, "config")} == {id(first.config)}
+
+
+def test_a_family_is_documented_by_its_own_configuration():
+    """Its models take the name of a checkpoint from there, and print an error where there is none."""
+    documented = transformers.CONFIG_MAPPING["bloom"].__doc__
+    assert documented == transformers.BloomConfig.__doc__ and "bigscience/bloom" in documented

@@ -62,8 +62,16 @@ class RoutedLM(HFLM):
             self.add_bos_token = before
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As ``HFLM.generate_until``, task by task."""
-        return self._by_task(super().generate_until, requests, disable_tqdm)
+        """As ``HFLM.generate_until``, task by task, each as long as it says.
+
+        A base's own ``max_new_tokens`` would count more than the ``max_length`` that ``HFLM`` passes.
+        """
+        config = self.model.generation_config
+        before, config.max_new_tokens = config.max_new_tokens, None
+        try:
+            return self._by_task(super().generate_until, requests, disable_tqdm)
+        finally:
+            config.max_new_tokens = before
 
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None

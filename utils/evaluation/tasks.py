@@ -46,7 +46,6 @@ def evaluate(
     Raises:
         UserError: for a task that does not exist.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = task_manager(tasks, tokenizer, metadata)
     model.eval()
     lm = RoutedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, under=under)
@@ -133,6 +132,7 @@ def task_manager(
     Raises:
         UserError: for a task that neither has.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     told = {"chat_template": tokenizer.chat_template, "special_tokens": dict(tokenizer.special_tokens_map)}
     told |= metadata or {}
     for defaults in (False, True):

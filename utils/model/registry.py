@@ -49,6 +49,13 @@ class _Headless:
         return AutoModelForCausalLM.from_config(config, **kwargs).base_model
 
 
+class _Documentation:
+    """A family's own docstring, read when it is asked for: its models take the name of a checkpoint from there."""
+
+    def __get__(self, instance: Any, family: type[_Family]) -> str | None:
+        return PLAIN[family.model_type.removesuffix("_mod")].__doc__
+
+
 class _Family:
     """What ``AutoConfig`` finds for a family: its configuration, with routing where the fields name routed layers.
 
@@ -97,5 +104,6 @@ def defer() -> None:
     """
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         for name, module in ((family, f"transformers.models.{family}"), (f"{family}_mod", __name__)):
-            entry = type(name, (_Family,), {"model_type": name, "__module__": module})
+            told = {"model_type": name, "__module__": module, "__doc__": _Documentation()}
+            entry = type(name, (_Family,), told)
             AutoConfig.register(name, entry, exist_ok=True)
