@@ -32,7 +32,8 @@ def encoded_run(parts, folder, **settings) -> Run:
         ({}, "training", "max_train_samples"),
         ({"recipe": "budget", "granularity": "attn_token", "label_tokens": 1, "calibration_tokens": 1}, "training",
          "max_train_samples"),
-        ({"recipe": "budget", "granularity": "attn_token", "label_tokens": 90000}, "closed form", "label_tokens"),
+        ({"recipe": "budget", "granularity": "attn_token", "num_train_epochs": 0, "calibration_tokens": 1},
+         "closed form", "label_tokens"),
     ],
 )  # fmt: skip
 def test_what_is_named_makes_a_long_run_short(parts, tmp_path, monkeypatch, caplog, settings, phase, flag):
@@ -47,6 +48,15 @@ def test_what_is_named_makes_a_long_run_short(parts, tmp_path, monkeypatch, capl
     assert name == flag
     shorter = encoded_run(parts, tmp_path, **settings | {flag: int(number)})
     assert phases(shorter)[phase][0] / rate <= 1.5 * SHORT
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
+def test_few_rows_are_not_counted_as_the_many_that_were_asked_for(parts, tmp_path, granularity):
+    run = encoded_run(parts, tmp_path, recipe="budget", granularity=granularity, calibration_tokens=20_000)
+    there = sum(run.data.lengths)
+    assert there < run.command.budget.calibration_tokens < run.command.budget.label_tokens
+    found = phases(run)
+    assert found["closed form"][0] == 4 * there and found["calibration"][0] == 8 * there
 
 
 def test_the_probe_reads_and_leaves_random_numbers_alone():

@@ -123,7 +123,7 @@ def reading_rate(model: PreTrainedModel, rows: int = 4, tokens: int = 256) -> fl
     return rate
 
 
-def phases(run: Run) -> dict[str, tuple[float, str, int]]:
+def phases(run: Run) -> dict[str, tuple[float, str, float]]:
     """Of each phase tokens, of forward passes through the dense base, and the setting behind them with its value."""
     routing, lengths = run.routing, run.data.lengths
     layers = run.config.get_text_config().num_hidden_layers
@@ -132,9 +132,10 @@ def phases(run: Run) -> dict[str, tuple[float, str, int]]:
     trained = run.steps * run.training.global_batch_size * sum(lengths) / len(lengths)
     found = {"training": (passes * trained, "max_train_samples", len(lengths))} if trained else {}
     if routing.recipe == "budget":
-        label, calibration = run.command.budget.label_tokens, run.command.budget.calibration_tokens
-        sequence = set(routing.config().parts.values()) == {"sequence"}
-        found["closed form"] = (label * (16 if sequence else 4), "label_tokens", label)
+        times = 4 if set(routing.config().parts.values()) == {"sequence"} else 1
+        label = min(run.command.budget.label_tokens, sum(lengths) / times)  # rows are drawn once
+        calibration = min(run.command.budget.calibration_tokens, sum(lengths))
+        found["closed form"] = (4 * times * label, "label_tokens", label)
         found["calibration"] = (8 * calibration, "calibration_tokens", calibration)
     return found
 
