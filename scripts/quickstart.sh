@@ -97,6 +97,7 @@ python entrypoints/checkpoint/export.py --run "$RUN" --output "$EXPORT" --overwr
 step "6/6 stock lm_eval on the export, outside this repository"
 (
   cd "${TMPDIR:-/tmp}"
+  export GIT_DIR="$ROOT/.git" # lm_eval asks git for a commit, which complains aloud where there is none
   LMEVAL_LOG_LEVEL=ERROR lm_eval --model hf --model_args "pretrained=$ROOT/$EXPORT,trust_remote_code=True" \
     --include_path "$ROOT/configs/lm_eval" "${STOCK[@]}" --device cpu --batch_size 16
 )
