@@ -78,11 +78,10 @@ def bases_table(bases: Iterable[tuple[str, Sequence[Record]]]) -> Table:
                     *(group and divergence(group) for group in (ours, static, random)),
                     scored := share_left(ours, "tasks"),
                     *(scored and group and _mean(group.averages("choices")) for group in (dense, ours, static)),
-                    *(_mean(ours.costs(phase, "time_ratio")) for phase in ("prefill", "generate")),
                 ]
             )
     titles = ["base", "FLOPs, texts", "KL: ours", "KL: removed", "KL: random", "FLOPs, tasks"]
-    titles += ["tasks: dense", "tasks: ours", "tasks: removed", "time, prefill", "time, generation"]
+    titles += ["tasks: dense", "tasks: ours", "tasks: removed"]
     return Table.of_columns(dict(zip(titles, zip(*rows, strict=True), strict=True)))
 
 
