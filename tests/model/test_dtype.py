@@ -11,7 +11,7 @@ from tiny_models import random_batch, tiny_model
 from tiny_routed import CASES, LAYERS, routed_model
 from transformers import AutoModelForCausalLM
 
-from router_tuning.model import force_routing, record_routing, route, routed_modules, unroute
+from router_tuning.model import force_routing, packing, record_routing, route, routed_modules, unroute
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -204,3 +204,20 @@ def test_flex_attention_serves_whole_sequences(granularity, monkeypatch):
 
 def eager(flex, query, key, value, training=False, **kwargs):
     return flex.flex_attention(query, key, value, **kwargs)
+
+
+@pytest.mark.parametrize("granularity", ["attn_token", "attn_token+mlp_token", "block_token"])
+def test_rows_that_fill_up_a_product_on_a_cpu_change_nothing(granularity, monkeypatch):
+    """Of 3 × 90 tokens some are computed twice, so that the numbers of rows of products in half precision recur."""
+    model = routed_model("llama", granularity, skip="low_rank", skip_rank=3).to(torch.bfloat16)
+    ids, mask = random_batch(rows=3, tokens=90, padding="right")
+    found = []
+    for rows in (1, packing._ROWS):
+        monkeypatch.setattr(packing, "_ROWS", rows)
+        with force_routing(model, masks(model, 3, 90)):
+            found.append(run(model, ids, mask)[mask == 1])
+    torch.testing.assert_close(*found, atol=0.02, rtol=0.02)
+    index = torch.arange(130)
+    assert packing.evened(index, torch.empty(0)) is index
+    filled = packing.evened(index, torch.empty(0, dtype=torch.bfloat16))
+    assert len(filled) == 192 and filled[:130].equal(index) and filled[130:].eq(129).all()

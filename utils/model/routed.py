@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .context import RouterKey, RoutingContext, current_context, forced_decision
-from .packing import true_places
+from .packing import evened, true_places
 from .router import ModRouter, Unlearnt, merge, pooled_mean, threshold_logit
 from .skip_path import SkipPath
 
@@ -121,7 +121,7 @@ class Routed:
         if skipped is None:
             path = self.mod_skip(features)
             return path if residual is None else residual + path
-        path = self.mod_skip(features.index_select(0, skipped))
+        path = self.mod_skip(features.index_select(0, evened(skipped, features)))[: len(skipped)]
         if residual is not None:
             path = residual.index_select(0, skipped) + path
         return torch.empty_like(features if residual is None else residual).index_copy_(0, skipped, path)

@@ -17,6 +17,7 @@ from .packing import (
     ChunkedMask,
     Packing,
     check_packable,
+    evened,
     flat_positions,
     pack,
     query_mask,
@@ -116,7 +117,7 @@ class RoutedAttending(Routed):
                 cache.update(*project_kv(attention, features, kwargs["position_embeddings"]), self.mod_layer)
             return self.mod_skipped(features, self.mod_residual(hidden_states))
         check_packable(attention, self.mod_layer)
-        packing = pack(keep, counts)
+        packing = pack(keep, counts, hidden_states)
         packed = select_tokens(kwargs, packing)
         packed["attention_mask"] = self._packed_mask(
             kwargs.get("attention_mask"), packing, keep.shape[1], hidden_states
@@ -150,10 +151,11 @@ class RoutedAttending(Routed):
     def _merged_keys(self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict) -> MergedKeys:
         """Keys and values of all tokens: the module projects those that are packed, the rest is projected here."""
         skipped = true_places(~keep, keep.numel() - sum(packing.counts))
-        chosen = features.flatten(0, 1).index_select(0, skipped)[None]
-        positions = flat_positions(kwargs["position_embeddings"], skipped, keep.shape[1])
-        keys, values = project_kv(self.mod_attention(), chosen, positions)
-        return MergedKeys(kwargs.get("past_key_values"), packing, keep.shape, skipped, keys[0], values[0])
+        places = evened(skipped, features) if len(skipped) else skipped
+        chosen = features.flatten(0, 1).index_select(0, places)[None]
+        positions = flat_positions(kwargs["position_embeddings"], places, keep.shape[1])
+        keys, values = (part[0, :, : len(skipped)] for part in project_kv(self.mod_attention(), chosen, positions))
+        return MergedKeys(kwargs.get("past_key_values"), packing, keep.shape, skipped, keys, values)
 
     def _run_ragged(
         self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, context

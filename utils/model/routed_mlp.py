@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .context import RoutingContext
-from .packing import true_places
+from .packing import evened, true_places
 from .routed import Routed, row_counts
 
 
@@ -48,6 +48,6 @@ class RoutedMLP(Routed):
 
     def _run(self, states: Tensor, index: Tensor, output: Tensor, *args, **kwargs) -> None:
         """Run the module on ``states[index]``, for ``output[index]``; a list of tokens ``[n, d]`` is one row."""
-        taken = states.index_select(0, index)
+        taken = states.index_select(0, index if states.dim() == 3 else evened(index, states))
         done = super().forward(taken if states.dim() == 3 else taken[None], *args, **kwargs)
-        output.index_copy_(0, index, done.view_as(taken).to(output.dtype))
+        output.index_copy_(0, index, done.view_as(taken)[: len(index)].to(output.dtype))
