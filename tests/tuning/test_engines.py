@@ -102,7 +102,7 @@ def runs(parts, tmp_path_factory, request) -> Path:
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
-            timeout=900,
+            timeout=1800,
         )
     assert done.returncode == 0, (folder / "log.txt").read_text()[-4000:]
     return folder
