@@ -165,7 +165,8 @@ def test_vllm_by_the_two_commands_of_the_docs_in_an_empty_environment(exported, 
     venv.create(tmp_path / "venv", with_pip=True)
     python = str(tmp_path / "venv/bin/python")
     assert install[0] == "pip" and serve[:2] == ["python", "-m"]
-    subprocess.run([python, "-m", *install], cwd=root, check=True)
+    for command in " ".join(install).split(" && "):
+        subprocess.run([python, "-m", *command.split()], cwd=root, check=True)
     command = [python, *(str(exported) if word == "exports/tiny" else word for word in serve[1:])]
     with serving([*command, "--dtype", "float32", "--max-model-len", "256"], tmp_path) as address:
         check_answers(address, exported)
