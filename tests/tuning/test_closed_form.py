@@ -113,7 +113,7 @@ def test_regression_finds_what_damage_depends_on(told_apart):
     hidden = torch.randn(6000, 8, generator=generator) @ mixing + 4
     weight = torch.linalg.solve(mixing, 0.35 * torch.randn(8, generator=generator)) * told_apart
     truth = (hidden - 4) @ weight - 5
-    fit = fit_router(hidden, truth.exp() * torch.randn(6000, generator=generator).square(), ridge=5.0)
+    fit = fit_router(hidden, truth.exp() * torch.randn(6000, generator=generator).square())[0]
     predicted = hidden @ fit.weight + fit.bias
     assert float(predicted.exp().mean() / truth.exp().mean()) == pytest.approx(1, abs=0.15)
     if told_apart:
@@ -132,6 +132,6 @@ def test_the_ridge_is_that_of_least_deviance_on_tokens_left_out(tokens, spread, 
         hidden = torch.randn(tokens, 24, generator=generator)
         hidden[:, 0] *= spread
         damage = torch.exp(weight * hidden[:, 0] - 5) * torch.randn(tokens, generator=generator).square()
-        for ridge in RIDGES:
-            deviance[ridge] += fit_router(hidden, damage, ridge).deviance
+        for ridge, fit in zip(RIDGES, fit_router(hidden, damage), strict=True):
+            deviance[ridge] += fit.deviance
     assert min(deviance, key=deviance.get) == best

@@ -151,7 +151,7 @@ class RoutedAttending(Routed):
     def _merged_keys(self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict) -> MergedKeys:
         """Keys and values of all tokens: the module projects those that are packed, the rest is projected here."""
         skipped = true_places(~keep, keep.numel() - sum(packing.counts))
-        places = evened(skipped, features) if len(skipped) else skipped
+        places = evened(skipped, features)
         chosen = features.flatten(0, 1).index_select(0, places)[None]
         positions = flat_positions(kwargs["position_embeddings"], places, keep.shape[1])
         keys, values = (part[0, :, : len(skipped)] for part in project_kv(self.mod_attention(), chosen, positions))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from router_tuning.model import routed_modules
 from router_tuning.model.flops import saved_shares
 from router_tuning.tuning.recipes.budget.damage import Damage, damage_in_parts
-from router_tuning.tuning.recipes.budget.gates import curve_of, router_of
+from router_tuning.tuning.recipes.budget.gates import Seen, curve_of, router_of
 
 _AT_ONCE = 2**31
 """Bytes: routers whose inputs fit here together are labelled in one pass over the tokens."""
@@ -74,8 +74,7 @@ def fit_routers(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]],
     logit, damage = {}, {}
     for name, found in damage_in_parts(model, batches, list(modules), seed, _AT_ONCE):
         found = Damage(*(part.to(model.device) for part in found))
-        fit = _fit_experts if modules[name].mod_part == "expert" else _fit
-        fits[name] = [fit(found, ridge) for ridge in RIDGES]
+        fits[name] = (_fit_experts if modules[name].mod_part == "expert" else _fit)(found)
         # Routers have no bias: a fit's constant is part of its threshold, beside the logarithm of what skipping saves.
         logit[name] = math.log(saved[name] * len(found.decided) / int(found.decided.sum()))
         scores = ((found.hidden.float() @ fit.weight.T)[found.decided] + fit.bias for fit in fits[name])
@@ -91,23 +90,25 @@ def fit_routers(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]],
     return Start(logit, damage, RIDGES[best])
 
 
-def _fit(found: Damage, ridge: float) -> RouterFit:
-    """Weight ``[1, d]``."""
-    fit = fit_router(found.hidden, found.damage[:, 0], ridge)
-    return fit._replace(weight=fit.weight[None])
+def _fit(found: Damage) -> list[RouterFit]:
+    """Weights ``[1, d]``, by ridge."""
+    return [fit._replace(weight=fit.weight[None]) for fit in fit_router(found.hidden, found.damage[:, 0])]
 
 
-def _fit_experts(found: Damage, ridge: float) -> RouterFit:
-    """Weights ``[E, d]`` and their common constant: what an expert's own adds to it goes along the mean input."""
+def _fit_experts(found: Damage) -> list[RouterFit]:
+    """Weights ``[E, d]`` and their common constant, by ridge: what an expert's own adds goes along the mean input."""
     common, mean = math.log(max(found.mean(), 1e-12)), found.hidden.float().mean(0)
-    weight = mean.new_zeros(found.decided.shape[1], len(mean))
+    enough = [expert for expert, count in enumerate(found.decided.sum(0).tolist()) if count >= _FEWEST]
+    chosen = [found.decided[:, expert] for expert in enough]
+    own = [fit_router(found.hidden[c], found.damage[c, expert]) for expert, c in zip(enough, chosen, strict=True)]
     fits = []
-    for expert, chosen in enumerate(found.decided.T):
-        if int(chosen.sum()) >= _FEWEST:
-            fits.append(fit_router(found.hidden[chosen], found.damage[chosen, expert], ridge))
-            weight[expert] = fits[-1].weight + (fits[-1].bias - common) * mean / mean.square().sum()
-    mean_of = [sum(getattr(fit, field) for fit in fits) / max(len(fits), 1) for field in ("slope", "deviance")]
-    return RouterFit(weight, common, *mean_of)
+    for place in range(len(RIDGES)):
+        of_ridge, weight = [each[place] for each in own], mean.new_zeros(found.decided.shape[1], len(mean))
+        for expert, fit in zip(enough, of_ridge, strict=True):
+            weight[expert] = fit.weight + (fit.bias - common) * mean / mean.square().sum()
+        means = [sum(getattr(fit, field) for fit in of_ridge) / max(len(own), 1) for field in ("slope", "deviance")]
+        fits.append(RouterFit(weight, common, *means))
+    return fits
 
 
 @torch.no_grad()
@@ -121,8 +122,8 @@ def within_limits(model: nn.Module, logit: Mapping[str, float]) -> dict[str, flo
 
 
 @torch.no_grad()
-def fit_router(hidden: Tensor, damage: Tensor, ridge: float) -> RouterFit:
-    """Gamma regression with a logarithmic link of ``damage [n]`` on ``hidden [n, d]``, ``ridge`` in mean variances.
+def fit_router(hidden: Tensor, damage: Tensor) -> list[RouterFit]:
+    """Gamma regressions with a logarithmic link of ``damage [n]`` on ``hidden [n, d]``, one with each of the ridges.
 
     Fisher scoring with the curvature at the start, damped and stopped early; then slope and constant are fitted anew
     on the first fifth of the tokens, left out before, so that what does not generalise is shrunk.
@@ -131,25 +132,29 @@ def fit_router(hidden: Tensor, damage: Tensor, ridge: float) -> RouterFit:
     centre = hidden[held:].float().mean(0)
     damage = damage.clamp(max=_CAP)
     unseen, x = hidden[:held].float() - centre, hidden[held:].float() - centre
-    curvature = x.T @ x / len(x)
-    curvature.diagonal().add_(ridge * curvature.diagonal().mean())
-    factor = torch.linalg.cholesky(curvature)
-    weight, bias = torch.zeros_like(centre), damage[held:].mean().clamp(min=1e-12).log()
+    covariance = x.T @ x / len(x)
+    seen = Seen(centre, covariance, float(covariance.diagonal().mean()))
+    return [_fitted(unseen, damage[:held], x, damage[held:], seen, ridge) for ridge in RIDGES]
+
+
+def _fitted(unseen: Tensor, unseen_damage: Tensor, x: Tensor, damage: Tensor, seen: Seen, ridge: float) -> RouterFit:
+    factor = seen.factor(ridge)
+    weight, bias = torch.zeros_like(seen.mean), damage.mean().clamp(min=1e-12).log()
     for rate in _STEPS:
-        excess = _excess(damage[held:], x @ weight + bias)
+        excess = _excess(damage, x @ weight + bias)
         bias = bias + rate * excess.mean()
         weight = weight + rate * torch.cholesky_solve((x.T @ (excess - excess.mean()) / len(x))[:, None], factor)[:, 0]
     z = unseen @ weight
     middle, spread = z.mean(), z.var().clamp(min=1e-12)
     z, bias, slope = z - middle, bias + middle, torch.ones_like(bias)
     for _ in range(60):
-        excess = _excess(damage[:held], slope * z + bias)
+        excess = _excess(unseen_damage, slope * z + bias)
         bias = bias + 0.3 * excess.mean()
         slope = (slope + 0.3 * (excess * z).mean() / spread).clamp(*_SLOPES)
     z = slope * z + bias
-    deviance = (_excess(damage[:held], z) + z).mean()
+    deviance = (_excess(unseen_damage, z) + z).mean()
     weight = slope * weight
-    return RouterFit(weight, float(bias - slope * middle - centre @ weight), float(slope), float(deviance))
+    return RouterFit(weight, float(bias - slope * middle - seen.mean @ weight), float(slope), float(deviance))
 
 
 def _excess(damage: Tensor, z: Tensor) -> Tensor:

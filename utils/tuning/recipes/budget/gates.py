@@ -64,7 +64,9 @@ class Seen(NamedTuple):
 
     def factor(self, ridge: float) -> Tensor:
         """The Cholesky factor ``[d, d]`` of the covariance with ``ridge`` mean variances on its diagonal."""
-        return torch.linalg.cholesky(self.covariance + ridge * self.variance * torch.eye(len(self.mean)).to(self.mean))
+        ridged = self.covariance.clone()
+        ridged.diagonal().add_(ridge * self.variance)
+        return torch.linalg.cholesky(ridged)
 
 
 def predicting(labels: Tensor) -> tuple[Tensor, Tensor]:
