@@ -3,9 +3,10 @@
     python tests/kill_and_resume.py --kills 20 --seed 0 --output figures/kill_and_resume.json
 
 Half of the kills hit one rank (the launcher then ends the other, as torchrun does), half hit both. A resumed run may
-be killed again. The first checkpoint that a kill leaves, and every third, is cut short as well, as by a full disk. In
-the end the routers must have the bits of an undisturbed run under the same engine. The processes are forked from one
-that has imported everything, so that a moment drawn at random lies in the run and not in Python's start.
+be killed again. The first checkpoint that a kill leaves, and every third, is cut short as well, as by a full disk; so
+that there is one, the last kill waits for a checkpoint where none before has left any. In the end the routers must
+have the bits of an undisturbed run under the same engine. The processes are forked from one that has imported
+everything, so that a moment drawn at random lies in the run and not in Python's start.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +91,8 @@ class Launch:
         for rank in ranks:
             os.kill(self.pids[rank], signal.SIGKILL)
 
-    def wait(self, until: float | None = None) -> list[int] | None:
-        """Exit codes once all have ended; None if ``until`` (monotonic seconds) comes first."""
+    def wait(self, until: float | None = None, ready: Callable[[], Any] = lambda: True) -> list[int] | None:
+        """Exit codes once all have ended; None if ``until`` (monotonic seconds) comes first, and it is ``ready``."""
         codes: dict[int, int] = {}
         failed_at = None
         while len(codes) < WORLD:
@@ -97,7 +100,7 @@ class Launch:
                 if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
                     codes[pid] = os.waitstatus_to_exitcode(found[1])
             now = time.monotonic()
-            if until is not None and now >= until and not codes:
+            if until is not None and now >= until and not codes and ready():
                 return None
             left = [pid for pid in self.pids if pid not in codes]
             if any(codes.values()) and left:
@@ -148,7 +151,8 @@ class Engine:
             ranks = list(range(WORLD)) if number % 2 else [number // 2 % WORLD]
             logs.append(self.folder / f"run-{self.runs}-{len(logs)}.log")
             launch = self._start(run, logs[-1])
-            codes = launch.wait(launch.started + after)
+            until, waits = launch.started + after, not self.found and len(records) == most - 1
+            codes = launch.wait(until, partial(checkpoints, run)) if waits else launch.wait(until)
             if codes is None:
                 launch.kill(ranks)
                 launch.wait()

@@ -35,7 +35,7 @@ def test_killed_runs_end_as_undisturbed_ones(record):
 @pytest.mark.full
 def test_a_launch_goes_on_from_the_newest_complete_checkpoint(record):
     heard = [kill for kill in record["records"] if kill["then"]]  # the others were killed again before they could say
-    assert heard
+    assert heard and any(kill["cut_short"] for kill in record["records"])
     for kill in heard:
         skipped = f"checkpoint-{kill['newest_checkpoint']} is incomplete; " if kill["cut_short"] else ""
         step = kill["newest_complete"]
