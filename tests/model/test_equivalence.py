@@ -10,7 +10,7 @@ import torch
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 from tiny_routed import KINDS, with_reference
 
-from router_tuning.model import packing, record_routing
+from router_tuning.model import packed_attention, record_routing
 from router_tuning.model.modules import decoder_of
 
 TOLERANCE = 1e-4
@@ -84,7 +84,7 @@ def test_equals_masked_dense_model(family, granularity, policy, skip, attn):
     assert mixed, "the routers must split these inputs, or nothing is tested"
 
 
-@pytest.mark.parametrize(
+PACKED = pytest.mark.parametrize(
     ("family", "granularity", "skip"),
     [
         *[
@@ -95,16 +95,25 @@ def test_equals_masked_dense_model(family, granularity, policy, skip, attn):
         *[(f, "attn_token", "zero") for f in FAMILIES if f != "llama"],
     ],
 )
+
+
+@PACKED
+def test_queries_spread_as_on_a_gpu_equal_the_masked_dense_model(family, granularity, skip, monkeypatch):
+    monkeypatch.setattr(packed_attention.SpreadQueries, "pays", lambda *_: True)
+    test_equals_masked_dense_model(family, granularity, "keep", skip, "eager" if family == "gemma2" else "sdpa")
+
+
+@PACKED
 def test_queries_in_chunks_equal_the_masked_dense_model(family, granularity, skip, monkeypatch):
-    chunked, plain = [], packing._in_chunks
+    chunked, plain = [], packed_attention._in_chunks
 
     def in_chunks(*args, attn_mask, **kwargs):
         chunked.append(attn_mask.behind)
         return plain(*args, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(packing, "_WORTH", 4)
-    monkeypatch.setattr(packing, "_LEAST", 2)
-    monkeypatch.setattr(packing, "_in_chunks", in_chunks)
+    monkeypatch.setattr(packed_attention, "_WORTH", 4)
+    monkeypatch.setattr(packed_attention, "_LEAST", 2)
+    monkeypatch.setattr(packed_attention, "_in_chunks", in_chunks)
     test_equals_masked_dense_model(family, granularity, "keep", skip, "eager" if family == "gemma2" else "sdpa")
     assert family == "gemma2" or max(map(len, chunked)) > 2
 
@@ -128,17 +137,18 @@ SEEN = [
 ]
 
 
-@pytest.mark.parametrize("chunks", [False, True])
+@pytest.mark.parametrize("how", ["at once", "in chunks", "spread"])
 @pytest.mark.parametrize("policy", ["keep", "drop"])
 @pytest.mark.parametrize(
     ("family", "attn", "seen", "granularity"),
     [*[(*case, "attn_token") for case in SEEN], (*SEEN[0], "block_token"), (*SEEN[4], "block_token")],
 )
-def test_attention_need_not_be_causal(family, attn, seen, granularity, policy, chunks, monkeypatch):
-    """What a query sees is what mask, keyword and module say, in evaluation, in chunks and in training."""
-    if chunks:
-        monkeypatch.setattr(packing, "_WORTH", 4)
-        monkeypatch.setattr(packing, "_LEAST", 2)
+def test_attention_need_not_be_causal(family, attn, seen, granularity, policy, how, monkeypatch):
+    """What a query sees is what mask, keyword and module say, in evaluation, however it is run, and in training."""
+    monkeypatch.setattr(packed_attention.SpreadQueries, "pays", lambda *_: how == "spread")
+    if how == "in chunks":
+        monkeypatch.setattr(packed_attention, "_WORTH", 4)
+        monkeypatch.setattr(packed_attention, "_LEAST", 2)
     dense = tiny_model(family, attn, **({"use_bidirectional_attention": True} if "config" in seen else {}))
     model, reference = with_reference(granularity=granularity, policy=policy, model=dense)
     for switched in (model, reference.model) if "switch" in seen else ():

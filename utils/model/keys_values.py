@@ -116,12 +116,16 @@ class MergedKeys:
     Args:
         cache: the real cache or None. packing: of the tokens that run. shape: ``(b, t)``.
         skipped: int64 ``[n]``, flat indices ``row·t + position``. keys, values: theirs, ``[heads, n, head_dim]``.
+        all_rows: whether those of rows without a packed query are given back, too.
+
+    Attributes:
+        merged: what was given back last, each ``[rows, heads, k, head_dim]``.
     """
 
     def __init__(
-        self, cache, packing: Packing, shape: torch.Size, skipped: Tensor, keys: Tensor, values: Tensor
+        self, cache, packing: Packing, shape: torch.Size, skipped: Tensor, keys: Tensor, values: Tensor, all_rows: bool
     ) -> None:
-        self.cache, self.packing, self.shape, self.flat = cache, packing, shape, []
+        self.cache, self.packing, self.shape, self.all_rows, self.flat = cache, packing, shape, all_rows, []
         for states in (keys, values):
             heads, _, width = states.shape
             everything = states.new_empty(shape.numel(), heads * width)
@@ -137,10 +141,11 @@ class MergedKeys:
         if self.cache is not None:
             merged = self.cache.update(*merged, layer, *args, **kwargs)
         rows = self.packing.row_list
-        if len(rows) == self.shape[0]:
-            return merged
-        adjacent = rows[-1] - rows[0] + 1 == len(rows)
-        return [s[rows[0] : rows[-1] + 1] if adjacent else s[self.packing.rows] for s in merged]
+        if not self.all_rows and len(rows) < self.shape[0]:
+            adjacent = rows[-1] - rows[0] + 1 == len(rows)
+            merged = [s[rows[0] : rows[-1] + 1] if adjacent else s[self.packing.rows] for s in merged]
+        self.merged = merged
+        return merged
 
 
 class AllButStored:

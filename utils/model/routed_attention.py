@@ -6,6 +6,7 @@ skip path ``P(h)``, zero in the published method; a decoder layer adds it to its
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from .context import RoutingContext
 from .keys_values import AllButStored, KeptKeys, MergedKeys, project_kv
+from .packed_attention import ChunkedMask, SpreadQueries, any_shape
 from .packing import (
-    ChunkedMask,
     Packing,
     check_packable,
     evened,
@@ -87,21 +88,32 @@ class RoutedAttending(Routed):
         rows = self.mod_kept_rows(keep, context)
         if rows.shape[0] == batch:
             return self.mod_run(hidden_states, kwargs)
-        skipped = true_places(~keep, batch - rows.shape[0]) if tokens > 1 else None
-        output = self.mod_skipped(features, self.mod_residual(hidden_states), skipped)
+        ran = None
         if rows.shape[0]:
-            ran = self.mod_run(hidden_states.index_select(0, rows), select_rows(kwargs, rows, batch))
-            output.index_copy_(0, rows, ran.to(output.dtype))
+            with any_shape(keep.device):
+                ran = self.mod_run(hidden_states.index_select(0, rows), select_rows(kwargs, rows, batch))
         elif layer is not None:
             layer.mod_advance(tokens)
+        skipped = true_places(~keep, batch - rows.shape[0]) if tokens > 1 else None
+        output = self.mod_skipped(features, self.mod_residual(hidden_states), skipped)
+        if ran is not None:
+            output.index_copy_(0, rows, ran.to(output.dtype))
         first = self.mod_first(context)
         if first is not None:
-            self._run_first(hidden_states, output, first & ~keep[:, None], kwargs)
+            # A row is skipped by a decision, and that is taken in the pass that brings its first token.
+            count = batch - rows.shape[0] if context.past == 0 else None
+            self._run_first(hidden_states, output, first & ~keep[:, None], count, kwargs)
         return output
 
-    def _run_first(self, hidden_states: Tensor, output: Tensor, alone: Tensor, kwargs: dict) -> None:
-        """Where ``alone [b, t]``, write into ``output``: each token as a sequence of its own that leaves no key."""
-        flat = alone.flatten().nonzero()[:, 0]
+    def _run_first(
+        self, hidden_states: Tensor, output: Tensor, alone: Tensor, count: int | None, kwargs: dict
+    ) -> None:
+        """Where ``alone [b, t]``, write into ``output``: each token as a sequence of its own that leaves no key.
+
+        Args:
+            count: how many there are, where that is known.
+        """
+        flat = alone.flatten().nonzero()[:, 0] if count is None else true_places(alone, count)
         if flat.shape[0]:
             packing = singles(flat, alone.shape[1])
             inputs = {**select_tokens(kwargs, packing), "attention_mask": None, "past_key_values": None}
@@ -118,12 +130,12 @@ class RoutedAttending(Routed):
             return self.mod_skipped(features, self.mod_residual(hidden_states))
         check_packable(attention, self.mod_layer)
         packing = pack(keep, counts, hidden_states)
-        packed = select_tokens(kwargs, packing)
-        packed["attention_mask"] = self._packed_mask(
-            kwargs.get("attention_mask"), packing, keep.shape[1], hidden_states
-        )
-        packed["past_key_values"] = self._merged_keys(features, keep, packing, kwargs)
-        ran = self.mod_run(packing.take(hidden_states), packed)
+        packed, mask = select_tokens(kwargs, packing), kwargs.get("attention_mask")
+        spread = self._implementation() == "sdpa" and SpreadQueries.pays(attention, keep)
+        keys = packed["past_key_values"] = self._merged_keys(features, keep, packing, kwargs, spread)
+        packed["attention_mask"] = None if spread else self._packed_mask(mask, packing, keep.shape[1], hidden_states)
+        with SpreadQueries(packing, mask, keys) if spread else nullcontext():
+            ran = self.mod_run(packing.take(hidden_states), packed)
         output = self.mod_skipped_tokens(features, keep, sum(counts), self.mod_residual(hidden_states))
         packing.put_(ran, output)
         return output
@@ -148,14 +160,16 @@ class RoutedAttending(Routed):
             mask = self._mask_type(query_mask(mask, packing, length, tokens), like)
         return ChunkedMask.of(mask, packing, tokens) if chunked else mask
 
-    def _merged_keys(self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict) -> MergedKeys:
+    def _merged_keys(
+        self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict, all_rows: bool
+    ) -> MergedKeys:
         """Keys and values of all tokens: the module projects those that are packed, the rest is projected here."""
         skipped = true_places(~keep, keep.numel() - sum(packing.counts))
         places = evened(skipped, features)
         chosen = features.flatten(0, 1).index_select(0, places)[None]
         positions = flat_positions(kwargs["position_embeddings"], places, keep.shape[1])
         keys, values = (part[0, :, : len(skipped)] for part in project_kv(self.mod_attention(), chosen, positions))
-        return MergedKeys(kwargs.get("past_key_values"), packing, keep.shape, skipped, keys, values)
+        return MergedKeys(kwargs.get("past_key_values"), packing, keep.shape, skipped, keys, values, all_rows)
 
     def _run_ragged(
         self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, context
@@ -178,7 +192,8 @@ class RoutedAttending(Routed):
             mask = view.open(packing, kwargs.get("attention_mask"), tokens)
             packed["attention_mask"] = self._mask_type(mask, hidden_states)
             packed["past_key_values"] = view
-            packing.put_(self.mod_run(packing.take(hidden_states), packed), output)
+            with any_shape(keep.device):
+                packing.put_(self.mod_run(packing.take(hidden_states), packed), output)
         if layer is not None:
             layer.mod_advance(tokens)
             layer.mod_trim()

@@ -34,20 +34,22 @@ class RoutedMLP(Routed):
                 return super().forward(hidden_states, *args, **kwargs)
             if not any(counts):
                 return self.mod_skipped(hidden_states)
-            flat = hidden_states.flatten(0, 1)
+            index = true_places(keep, sum(counts))
+            ran = self._run(hidden_states.flatten(0, 1), index, *args, **kwargs)
             output = self.mod_skipped_tokens(hidden_states, keep, sum(counts))
-            self._run(flat, true_places(keep, sum(counts)), output.flatten(0, 1), *args, **kwargs)
+            output.flatten(0, 1).index_copy_(0, index, ran.to(output.dtype))
             return output
         rows = self.mod_kept_rows(keep, context)
         if rows.shape[0] == hidden_states.shape[0]:
             return super().forward(hidden_states, *args, **kwargs)
+        if not rows.shape[0]:
+            return self.mod_skipped(hidden_states)
+        ran = self._run(hidden_states, rows, *args, **kwargs)
         output = self.mod_skipped(hidden_states)
-        if rows.shape[0]:
-            self._run(hidden_states, rows, output, *args, **kwargs)
-        return output
+        return output.index_copy_(0, rows, ran.to(output.dtype))
 
-    def _run(self, states: Tensor, index: Tensor, output: Tensor, *args, **kwargs) -> None:
-        """Run the module on ``states[index]``, for ``output[index]``; a list of tokens ``[n, d]`` is one row."""
+    def _run(self, states: Tensor, index: Tensor, *args, **kwargs) -> Tensor:
+        """The module's output for ``states[index]``; a list of tokens ``[n, d]`` is one row."""
         taken = states.index_select(0, index if states.dim() == 3 else evened(index, states))
         done = super().forward(taken if states.dim() == 3 else taken[None], *args, **kwargs)
-        output.index_copy_(0, index, done.view_as(taken)[: len(index)].to(output.dtype))
+        return done.view_as(taken)[: len(index)]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from router_tuning.model.packing import ChunkedMask, pack
+from router_tuning.model.packed_attention import ChunkedMask
+from router_tuning.model.packing import pack
 
 HEAD_DIM = 4
 
