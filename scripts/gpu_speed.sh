@@ -25,8 +25,8 @@ if [[ "$*" == *"--shape tiny"* ]]; then
   phases=prefill:2x8x2,decode:1x8x2,tune:2x8x2,decode:8x8x2,prefill:1x16x2,compiled:1x8x4,compiled:8x8x4
 else
   device=cuda
-  phases=prefill:4x2048x7,decode:1x2048x32,tune:8x2048x3,decode:32x2048x32,prefill:1x8192x5
-  phases+=,compiled:1x2048x64,compiled:32x2048x64
+  phases=prefill:4x2048x5,decode:1x2048x24,tune:8x2048x3,compiled:1x2048x32
+  phases+=,prefill:1x8192x4,decode:32x2048x20,compiled:32x2048x32
 fi
 
 # utils/ is imported as router_tuning: an installation says so, here a link does.
