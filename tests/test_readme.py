@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.embedded import TINY_LLAMA
 from router_tuning.tuning.command.command_line import parse_command
-from router_tuning.tuning.command.usage import VARIABLES
+from router_tuning.tuning.command.parser import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

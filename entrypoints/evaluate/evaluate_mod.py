@@ -23,8 +23,8 @@ from router_tuning.evaluation.records import task_table
 from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.evaluation.tasks import requested_tokens
 from router_tuning.files import write_text
+from router_tuning.tuning.duration import LONG, in_words, reading_rate
 from router_tuning.tuning.encoding import load_tokenizer
-from router_tuning.tuning.rehearsal import LONG, duration, reading_rate
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,7 +56,7 @@ def tell_cost(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTr
     """Say how long the reading takes, and where that is hours, what makes it minutes."""
     tokens = requested_tokens(args.tasks, args.limit, tokenizer, args.num_fewshot, args.metadata)
     seconds = tokens / reading_rate(model)
-    told = f"estimate: about {duration(seconds)} to read {tokens:,} tokens, beside what is generated"
+    told = f"estimate: about {in_words(seconds)} to read {tokens:,} tokens, beside what is generated"
     if seconds > LONG:
         told += "; --limit 100 scores the first 100 documents of each task"
     print(told, file=sys.stderr)

@@ -10,7 +10,6 @@ import yaml
 
 from router_tuning.errors import UserError
 from router_tuning.tuning.command.command_line import parse_command
-from router_tuning.tuning.command.published_names import modernise
 from router_tuning.tuning.tuning_model import cpu_dtype
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,9 +141,9 @@ def test_the_chat_template_was_a_boolean(given, meant):
 
 
 def test_old_names_with_equals_and_hyphens():
-    argv, notes = modernise(["--warmup-ratio=0.1", "--use_flash_attn=True", "--num_epochs", "2", "--lora"])
-    assert argv == ["--warmup_steps=0.1", "--num_train_epochs", "2", "--lora"]
-    assert len(notes) == 2
+    command = parse_command(["--warmup-ratio=0.1", "--use_flash_attn=True", "--num_epochs", "2", "--lora"])
+    assert (command.training.warmup_steps, command.training.num_train_epochs, command.routing.lora) == (0.1, 2, True)
+    assert len(command.notes) == 2
 
 
 def test_a_frozen_base_needs_no_autocast_and_a_trained_one_does():

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, route
-from router_tuning.tuning.rehearsal import doubts
-from router_tuning.tuning.run import Run, steps_of
+from router_tuning.tuning.run import Run
 from router_tuning.tuning.run_folder import RESULTS, base_of, default_folder
 
 
@@ -196,25 +195,7 @@ def test_a_missed_target_is_told_once(parts, tmp_path, caplog):
     [reached] = [line for line in told if line.startswith("reached capacity 0.")]
     assert "target 0.95" in reached and "--recipe budget (RECIPE=budget)" in reached
     few, *_ = [line for line in told if line.startswith("1 steps are few")]
-    assert told == [told[0], few, reached, told[0], few] and "the learning rate is 0 at each" not in few
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"num_train_epochs": 4}, []),
-        ({"num_train_epochs": 4, "warmup_steps": 5}, []),
-        ({"num_train_epochs": 4, "learning_rate": 0}, ["the learning rate is 0 at each of the 12 steps"]),
-        ({"num_train_epochs": 4, "warmup_steps": 1, "lr_scheduler_type": "constant"}, []),
-        ({"num_train_epochs": 3}, ["9 steps are few"]),
-        ({"max_steps": 1}, ["the learning rate is 0 at each of the 1 steps", "1 steps are few"]),
-        ({"recipe": "budget", "num_train_epochs": 0}, []),
-    ],
-)
-def test_a_run_that_can_hardly_learn_says_so(parts, tmp_path, change, expected):
-    run_ = Run(tiny_tuning.command(parts, tmp_path / "run", **change))
-    found = doubts(run_.training, steps_of(run_.training, tiny_tuning.ROWS))
-    assert len(found) == len(expected) and all(map(str.startswith, found, expected)), found
+    assert told == [few, reached]
 
 
 def test_a_tokenizer_of_another_base_is_refused_before_the_base_is_loaded(parts, tmp_path, monkeypatch):

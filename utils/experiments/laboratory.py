@@ -30,8 +30,8 @@ from router_tuning.model import fit_skip_paths, route
 from router_tuning.model.saving import read_router_config
 from router_tuning.places import SHIPPED
 from router_tuning.tuning.batching import Collator
+from router_tuning.tuning.duration import in_words, reading_rate
 from router_tuning.tuning.encoding import load_tokenizer
-from router_tuning.tuning.rehearsal import duration, reading_rate
 from router_tuning.tuning.run_folder import read_run
 
 FINETUNE = SHIPPED / "entrypoints" / "finetune" / "finetune_mod.py"
@@ -99,7 +99,7 @@ class Laboratory:
         looks = modules * (1 + plan.candidates // 4)
         tokens += probed * looks * len({cell.policy for cell in cells if cell.policy.startswith("static")})
         runs = len({(cell.recipe, cell.granularity, cell.seed) for cell in cells if cell.policy == "routed"})
-        told = f"{len(cells)} cells at {rate:.0f} tokens a second: about {duration(tokens / rate)}"
+        told = f"{len(cells)} cells at {rate:.0f} tokens a second: about {in_words(tokens / rate)}"
         return f"{told}, beside {runs} tuning runs, which tell their own time"
 
     # ---- what cells are scored on

@@ -20,9 +20,9 @@ from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, read_ro
 from router_tuning.tuning.batching import Collator, Row, StepOrder, drawn_rows, in_batches, inputs_of
 from router_tuning.tuning.command.arguments import RoutingArguments, TuningArguments, layers_text
 from router_tuning.tuning.command.command_line import Command
+from router_tuning.tuning.duration import tell_duration
 from router_tuning.tuning.encoding import load_tokenizer, template_kind
 from router_tuning.tuning.placement import CHOICE_TOKENS, PATH_TOKENS, choose, fit_paths
-from router_tuning.tuning.rehearsal import tell
 from router_tuning.tuning.run_folder import check_folder, default_folder
 from router_tuning.tuning.trainer import checkpoints
 from router_tuning.tuning.trainer.interruption import Interruption, StopOnSignal
@@ -33,6 +33,7 @@ from router_tuning.tuning.tuning_model import (
     load_base,
     locate_base,
     mark_trainable,
+    routing_fields,
     routing_of,
 )
 
@@ -146,7 +147,7 @@ class Run:
             UserError: for a base that cannot be loaded or routed so.
         """
         model = load_base(self.base, self.command.model, self.config)
-        tell(self, model)
+        tell_duration(self, model)
         try:
             self.skip_explained = self._add_routing(model)
         except ValueError as error:
@@ -165,7 +166,7 @@ class Run:
             batches = in_batches(self.rows(CHOICE_TOKENS), self.collator, size=8, tokens=1024)
             choose(model, routing, batches, self.training.seed)
         config = routing_of(self.config, routing)
-        route(model, **{name: value for name, value in vars(config).items() if value is not None})
+        route(model, **routing_fields(config))
         if routing.router_dir:
             load_routers(model, routing.router_dir)
         elif routing.skip != "zero" and self.resume is None:

@@ -17,7 +17,6 @@ from router_tuning.model import save_routers
 from router_tuning.provenance import provenance
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.recipes import load_recipe
-from router_tuning.tuning.rehearsal import doubts
 from router_tuning.tuning.run import Run, TunedRun, steps_of
 from router_tuning.tuning.run_folder import TEMPLATE, clear_folder, write_results
 from router_tuning.tuning.trainer import checkpoints
@@ -26,6 +25,7 @@ from router_tuning.tuning.trainer.routing_statistics import CAPACITY
 from router_tuning.tuning.tuning_data import tokenizer_hash
 
 logger = logging.getLogger(__name__)
+_FEW_STEPS = 10
 _TOLERANCE = 0.05  # a reached capacity further than this from its target is worth a warning
 
 
@@ -54,9 +54,12 @@ def run_tuning(run: Run) -> TunedRun:
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
     describe(run)
-    found = doubts(training, steps_of(training, len(run.data.rows)))
-    for doubt in found:
-        logger.warning(doubt)
+    steps = steps_of(training, len(run.data.rows))
+    if 0 < steps < _FEW_STEPS:
+        logger.warning(
+            f"{steps} steps are few to learn anything in: more rows (MAX_TRAIN_SAMPLES), more epochs (NUM_EPOCHS) "
+            "or a smaller GLOBAL_BATCH_SIZE give more"
+        )
     recipe = load_recipe(run.routing.recipe)
     tuned = recipe.tune(run)
     if tuned.interrupted:
@@ -68,8 +71,6 @@ def run_tuning(run: Run) -> TunedRun:
         command = f"python entrypoints/analysis/calibrate.py --run {run.output} --data {run.data.raw.path}"
         raise UserError(f"{error}; the trained routers are saved: calibrate them with {command}") from None
     save_measured(run, tuned)
-    for doubt in found:
-        logger.warning(doubt)
     return tuned
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +79,16 @@ def routing_of(config: PretrainedConfig, routing: RoutingArguments) -> ModConfig
         raise UserError(f"--{error}") from None
 
 
+def routing_fields(config: ModConfig) -> dict[str, Any]:
+    """A routing as :func:`~router_tuning.model.route` takes it."""
+    return {name: value for name, value in vars(config).items() if value is not None}
+
+
 def load_base(folder: Path, arguments: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
     """The dense base, frozen. UserError for one that cannot be loaded."""
     options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype), "config": config, "use_safetensors": True}
     if arguments.attn_implementation:
         options["attn_implementation"] = arguments.attn_implementation
-    if arguments.load_in_4bit:
-        options["quantization_config"] = _four_bit()
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=arguments.trust_remote_code, **options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -133,16 +135,3 @@ def identify(model: PreTrainedModel) -> dict[str, Any]:
 
     with deepspeed.zero.GatheredParameters(parts):
         return base_fingerprint(model)
-
-
-def _four_bit() -> Any:
-    if importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available():
-        raise UserError("--load_in_4bit needs a CUDA GPU and the package bitsandbytes (pip install bitsandbytes)")
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_use_double_quant=True,
-    )

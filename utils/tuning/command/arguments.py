@@ -22,6 +22,8 @@ from router_tuning.tuning.trainer.engines import settings_without_gpu
 class ModelArguments:
     """Which base is tuned, and how it is loaded."""
 
+    _argument_group_name = "Base"
+
     folder_name: str | None = field(default=None, metadata={"help": "folder of the base under ckpt/"})
     model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint folder or hub id of the base"})
     tokenizer_name: str | None = field(default=None, metadata={"help": "folder or hub id, if not the base's"})
@@ -33,9 +35,6 @@ class ModelArguments:
         default="auto", metadata={"help": "of the base's weights; auto: bfloat16 where that is faster"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
-    load_in_4bit: bool = field(
-        default=False, metadata={"help": "quantise the frozen base (needs bitsandbytes, a GPU)"}
-    )
 
     def __post_init__(self) -> None:
         if self.folder_name is None and self.model_name_or_path is None:
@@ -61,6 +60,8 @@ class ModelArguments:
 @dataclass
 class RoutingArguments:
     """What is routed and what trains."""
+
+    _argument_group_name = "Routing"
 
     mod_n: int | None = field(default=None, metadata={"help": "routed layers, deepest but one; default: half"})
     mod_layers: str | None = field(
@@ -126,15 +127,7 @@ class RoutingArguments:
             self.layers()
         except ValueError:
             found.append(f"--mod_layers {self.mod_layers}: write auto, or 4,6,8, or by part attn:4,6+mlp:7,8")
-        for name in (
-            "granularity",
-            "threshold",
-            "router_pooling",
-            "kv_policy",
-            "skip",
-            "skip_rank",
-            "target_capacity",
-        ):
+        for name in "granularity threshold router_pooling kv_policy skip skip_rank target_capacity".split():
             try:
                 ModConfig(**{name: getattr(self, name)})
             except ValueError as error:
@@ -163,15 +156,26 @@ def layers_text(layers: Mapping[str, list[int]]) -> str:
 class DataArguments:
     """Which conversations train."""
 
+    _argument_group_name = "Data"
+
     data_type: str = field(default="alpaca", metadata={"help": "a set under data/reformatted, or mixed"})
     train_file: str | None = field(default=None, metadata={"help": "JSONL file with messages; overrides data_type"})
     max_train_samples: int = field(default=1000, metadata={"help": "the first N rows; 0: all"})
     max_seq_length: int = field(default=2048, metadata={"help": "tokens; longer conversations are cut"})
     chat_template: str = field(
-        default="auto", metadata={"help": "own (the tokenizer's), published, auto: own where there is one"}
+        default="auto",
+        metadata={
+            "help": "own (the tokenizer's), published, auto: own where there is one",
+            "nargs": "?",
+            "const": "own",
+        },
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "processes that encode the data"})
     length_grouping: bool = field(default=True, metadata={"help": "micro-batches of like lengths within a step"})
+
+    def __post_init__(self) -> None:
+        # The published argument was a boolean.
+        self.chat_template = {"true": "own", "false": "published"}.get(self.chat_template.lower(), self.chat_template)
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
@@ -208,6 +212,7 @@ class TuningArguments(TrainingArguments):
     number of processes never changes what is learnt. Raises :class:`UserError` if the three do not fit.
     """
 
+    _argument_group_name = "Training"
     output_dir: str | None = field(default=None, metadata={"help": "default: trained_models/<base>/<data>/<knobs>"})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "delete what an earlier run left there"})
     resume_from_checkpoint: str | None = field(
@@ -261,26 +266,15 @@ class TuningArguments(TrainingArguments):
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
-        found = []
-        if self.eval_strategy != "no":
-            found.append(
-                f"--eval_strategy {self.eval_strategy.value}: tuning has no evaluation set; "
-                "score the result with entrypoints/evaluate"
-            )
-        if self.eval_on_start:
-            found.append("--eval_on_start True: tuning has no evaluation set; score it with entrypoints/evaluate")
-        if self.load_best_model_at_end or self.save_strategy == "best":
-            found.append(
-                "--load_best_model_at_end and --save_strategy best need an evaluation set, which tuning has not"
-            )
+        found = [
+            f"--{name} {getattr(given, 'value', given)}: {why}"
+            for name, why in _NOT_FOR_TUNING.items()
+            if (given := getattr(self, name)) != DEFAULTS[name]
+        ]
+        if self.save_strategy == "best":
+            found.append(f"--save_strategy best: {_NOT_FOR_TUNING['eval_strategy']}")
         if self.label_smoothing_factor >= 1:
             found.append(f"--label_smoothing_factor {self.label_smoothing_factor} must lie in [0, 1)")
-        if self.ignore_data_skip:
-            found.append(
-                "--ignore_data_skip would let a resumed run learn from rows that it has seen, not from the others"
-            )
-        if self.auto_find_batch_size:
-            found.append("--auto_find_batch_size would change what a step learns; see --dry_run for the memory")
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             found.append("--gradient_checkpointing_kwargs use_reentrant: routers would get no gradient; leave it out")
         if self.deepspeed and "RANK" not in os.environ and not self.dry_run:
@@ -288,11 +282,18 @@ class TuningArguments(TrainingArguments):
                 "--deepspeed needs a launcher: CONFIG_FILE=configs/accelerate/deepspeed_zero2.yaml "
                 "bash scripts/finetune_mod.sh, or torchrun"
             )
-        if self.push_to_hub:
-            found.append("--push_to_hub: export the run first, then upload the export")
         return found
 
 
+_NOT_FOR_TUNING = dict.fromkeys(
+    ("eval_strategy", "eval_on_start", "load_best_model_at_end"),
+    "tuning has no evaluation set; score the result with entrypoints/evaluate",
+) | {
+    "ignore_data_skip": "a resumed run would learn from rows that it has seen, not from the others",
+    "auto_find_batch_size": "what a step learns would change; set --per_device_train_batch_size",
+    "push_to_hub": "export the run first, then upload the export",
+}
+"""What a Trainer can do and a run of routers cannot."""
 PARTS = (ModelArguments, RoutingArguments, BudgetArguments, DataArguments, TuningArguments)
 DEFAULTS: dict[str, Any] = {
     f.name: f.default if f.default_factory is MISSING else f.default_factory() for part in PARTS for f in fields(part)

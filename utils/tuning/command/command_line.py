@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from router_tuning.errors import UserError
@@ -29,17 +31,17 @@ from router_tuning.tuning.command.arguments import (
     RoutingArguments,
     TuningArguments,
 )
-from router_tuning.tuning.command.published_names import RENAMED, modernise
-from router_tuning.tuning.command.usage import VARIABLES, usage
+from router_tuning.tuning.command.parser import VARIABLES, Parser, notes_on
+from router_tuning.tuning.command.published_names import RENAMED, WITHOUT_EFFECT
 from router_tuning.tuning.recipes import RECIPES, recipe_defaults
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
-from router_tuning.tuning.rehearsal import tried
 from router_tuning.tuning.trainer.checkpoints import NEUTRAL
-from router_tuning.tuning.trainer.engines import keep_schedule
+from router_tuning.tuning.trainer.engines import keep_schedule, requested
 
 _PATHS = ("router_dir", "train_file", "output_dir", "resume_from_checkpoint", "cache_dir")
 _PATHS_OR_NAMES = ("model_name_or_path", "tokenizer_name")
 _SECRETS = ("token", "hub_token")
+_TINY = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 
 
 @dataclass
@@ -107,38 +109,22 @@ def out_of_range(values: Mapping[str, Any]) -> list[str]:
     return found
 
 
-class _Parser(HfArgumentParser):
-    """Collects what argparse would die of, one problem after the other."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.found: list[str] = []
-
-    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        try:
-            return super()._get_values(action, arg_strings)
-        except argparse.ArgumentError as error:
-            self.found.append(f"{action.option_strings[0]}: {error.message}")
-            return action.default
-
-    def error(self, message: str):
-        raise UserError(message)
-
-
 def parse_command(argv: Sequence[str] | None = None) -> Command:
     """Parse ``argv`` (default: the process's own) into checked arguments.
 
     Raises:
         UserError: one line that names every unknown flag, every value of a wrong type or range, and every conflict.
     """
-    argv, notes = modernise(expanded(sys.argv[1:] if argv is None else list(argv)))
-    parser = _Parser(PARTS, allow_abbrev=False, description="Tune the routers of a Mixture-of-Depths model.")
-    parser.set_defaults(**recipe_defaults(*_given(argv, "recipe", "granularity")))
-    if {"-h", "--help", "--help_all"} & set(argv):
-        sys.stdout.write(f"{parser.format_help() if '--help_all' in argv else usage()}\n")
-        raise SystemExit(0)
+    argv = expanded(sys.argv[1:] if argv is None else list(argv))
+    notes, parser = notes_on(_names(argv)), Parser()
+    if "--help_all" not in argv:
+        parser.hide_foreign()
+    first, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**recipe_defaults(first.recipe, first.granularity))
+    parser.found.clear()
     namespace, unknown = parser.parse_known_args(argv)
-    values = vars(namespace)
+    values = {name: value for name, value in vars(namespace).items() if name in DEFAULTS}
+    values |= {name: DEFAULTS[name] for name in WITHOUT_EFFECT.keys() & DEFAULTS.keys()}
     for name in (*_PATHS, *_PATHS_OR_NAMES):
         values[name] = _absolute(values[name], name in _PATHS)
     problems = [*parser.found, *_unknown(unknown, values)]
@@ -156,7 +142,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     problems += wrong_numbers
     if not wrong_numbers:
         try:
-            training = tried(typed)
+            training = _tried(typed)
             problems += training.problems()
             notes += keep_schedule(training.deepspeed_plugin)
         except UserError as error:
@@ -164,6 +150,37 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     if problems:
         raise UserError("; ".join(problems))
     return Command(model, routing, budget, data, training, typed, notes)
+
+
+def _tried(typed: Mapping[str, Any]) -> TuningArguments:
+    """The Trainer's arguments, with which a Trainer, its optimizer and its schedule could be built.
+
+    Raises:
+        UserError: one line for what transformers, accelerate, torch or a package that is not installed says.
+    """
+    try:
+        training = TuningArguments(**typed)
+        # Several processes are checked as one before they start, and a plan is one for other machines.
+        if requested() == "one process" and not (training.dry_run or training.deepspeed or training.fsdp):
+            with tempfile.TemporaryDirectory() as folder:
+                rows = [{"input_ids": [1, 2], "labels": [1, 2]}]
+                arguments = copy.copy(training)
+                arguments.output_dir = folder
+                trainer = Trainer(LlamaForCausalLM(_TINY), arguments, train_dataset=rows)
+                trainer.get_train_dataloader()
+                trainer.create_optimizer_and_scheduler(100)
+        return training
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        given = " ".join(f"--{name} {value}" for name, value in not_default(typed).items() if name not in _SECRETS)
+        raise UserError(f"the Trainer of transformers refuses one of {given}: {reason}") from None
+
+
+def _names(argv: Sequence[str]) -> set[str]:
+    """Names of the arguments that are given."""
+    return {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
 
 
 _ONE_OF = (("folder_name", "model_name_or_path"), ("data_type", "train_file"))
@@ -192,9 +209,9 @@ def expanded(argv: list[str]) -> list[str]:
         raise UserError(f"--config {found.config} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {found.config} must hold lines of the form 'name: value'")
-    if odd := [str(name) for name in values if name not in DEFAULTS and name not in RENAMED]:
+    if odd := [str(name) for name in values if name not in DEFAULTS | RENAMED | WITHOUT_EFFECT]:
         raise UserError(f"--config {found.config}: unknown argument {', '.join(odd)}")
-    given = {word[2:].partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    given = _names(rest)
     for kind in _ONE_OF:
         values = {name: value for name, value in values.items() if name not in kind or not given & set(kind)}
     return [word for name, value in values.items() if value is not None for word in _words(name, value)] + rest
@@ -212,15 +229,6 @@ def _absolute(place: str | None, is_path: bool) -> str | None:
         return place
     path = Path(place).expanduser()
     return str(path.absolute()) if is_path or path.exists() or place.startswith((".", "~")) else place
-
-
-def _given(argv: list[str], *names: str) -> list[str | None]:
-    """Values of some arguments, before the others' defaults are known."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        peek.add_argument(f"--{name}")
-    found = peek.parse_known_args(argv)[0]
-    return [getattr(found, name) for name in names]
 
 
 def _unknown(unknown: list[str], known: dict[str, Any]) -> list[str]:

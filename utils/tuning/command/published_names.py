@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 RENAMED = {
     "mindskip_n": "mod_n",
     "router_layers": "mod_n",
@@ -22,9 +20,6 @@ RENAMED = {
 }
 """Published and former names → today's."""
 
-BOOLEANS = {"chat_template": {"true": "own", "false": "published"}}
-"""Arguments that took true or false (without a value: true) → what each now means."""
-
 WITHOUT_EFFECT = {
     "use_fast_tokenizer": "labels need the offsets of a fast tokenizer",
     "use_flash_attn": "SDPA takes the flash kernel; --attn_implementation flash_attention_2 for the package",
@@ -36,36 +31,3 @@ WITHOUT_EFFECT = {
     "do_train": "this command trains",
 }
 """Published names that have nothing left to decide, with the reason."""
-
-
-def modernise(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Map old names and values in ``argv`` to new ones and drop those without effect; the arguments and notes."""
-    result: list[str] = []
-    renamed: dict[str, str] = {}
-    dropped: dict[str, str] = {}
-    rest = deque(argv)
-    while rest:
-        token = rest.popleft()
-        if not token.startswith("--"):
-            result.append(token)
-            continue
-        name, equals, value = token[2:].partition("=")
-        name, values = name.replace("-", "_"), [value] if equals else []
-        while not equals and rest and not rest[0].startswith("--"):
-            values.append(rest.popleft())
-        if name in WITHOUT_EFFECT:
-            dropped[name] = WITHOUT_EFFECT[name]
-            continue
-        if name in RENAMED:
-            renamed[f"--{name}"] = f"--{RENAMED[name]}"
-            name = RENAMED[name]
-        given = " ".join(values) or "true"
-        if new := BOOLEANS.get(name, {}).get(given.lower()):
-            renamed[f"--{name} {given}"], values = f"--{name} {new}", [new]
-        result += [f"--{name}={values[0]}"] if equals else [f"--{name}", *values]
-    notes = []
-    if renamed:
-        notes.append("old names: " + ", ".join(f"{old} is now {new}" for old, new in renamed.items()))
-    if dropped:
-        notes.append("without effect: " + "; ".join(f"--{name} ({why})" for name, why in dropped.items()))
-    return result, notes

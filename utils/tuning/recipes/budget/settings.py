@@ -14,6 +14,8 @@ _LOWEST_SHARE = 0.72
 class BudgetArguments:
     """Settings of the recipe ``budget``, whose ``learning_rate`` is that of skip paths: share of a matrix's rms."""
 
+    _argument_group_name = "Recipe budget"
+
     lowest_budget: float | None = field(
         default=None, metadata={"help": "budgets are drawn from here (0.72 of the decoder, or below the target)"}
     )

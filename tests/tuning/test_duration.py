@@ -9,8 +9,8 @@ import torch
 from tiny_models import tiny_model
 from tiny_tuning import command, write_conversations, write_parts
 
-from router_tuning.tuning import rehearsal
-from router_tuning.tuning.rehearsal import LONG, SHORT, duration, phases, reading_rate
+from router_tuning.tuning import duration
+from router_tuning.tuning.duration import LONG, SHORT, in_words, reading_rate, tokens_read
 from router_tuning.tuning.run import Run
 
 
@@ -26,28 +26,28 @@ def encoded_run(parts, folder, **settings) -> Run:
     return run
 
 
+BUDGET = {"recipe": "budget", "granularity": "attn_token", "calibration_tokens": 1}
+
+
 @pytest.mark.parametrize(
-    ("settings", "phase", "flag"),
+    ("settings", "flag"),
     [
-        ({}, "training", "max_train_samples"),
-        ({"recipe": "budget", "granularity": "attn_token", "label_tokens": 1, "calibration_tokens": 1}, "training",
-         "max_train_samples"),
-        ({"recipe": "budget", "granularity": "attn_token", "num_train_epochs": 0, "calibration_tokens": 1},
-         "closed form", "label_tokens"),
+        ({}, "max_train_samples"),
+        ({**BUDGET, "label_tokens": 1}, "max_train_samples"),
+        ({**BUDGET, "num_train_epochs": 0}, "label_tokens"),
     ],
-)  # fmt: skip
-def test_what_is_named_makes_a_long_run_short(parts, tmp_path, monkeypatch, caplog, settings, phase, flag):
+)
+def test_what_is_named_makes_a_long_run_short(parts, tmp_path, monkeypatch, caplog, settings, flag):
     run = encoded_run(parts, tmp_path, **settings)
-    rate = sum(tokens for tokens, _, _ in phases(run).values()) / (3 * LONG)
-    monkeypatch.setattr(rehearsal, "reading_rate", lambda *_: rate)
+    rate = sum(tokens for tokens, _ in tokens_read(run).values()) / (3 * LONG)
+    monkeypatch.setattr(duration, "reading_rate", lambda *_: rate)
     caplog.set_level("INFO", logger="router_tuning")
-    rehearsal.tell(run, tiny_model())
-    told = caplog.text
-    assert "estimate: about 3.0 hours" in told and f"{phase} " in told
-    name, number = re.search(r"--(\w+) (\d+) makes its", told).groups()
+    duration.tell_duration(run, tiny_model())
+    assert "estimate: about 3.0 hours" in caplog.text
+    name, number = re.search(r"with --(\w+) (\d+)", caplog.text).groups()
     assert name == flag
     shorter = encoded_run(parts, tmp_path, **settings | {flag: int(number)})
-    assert phases(shorter)[phase][0] / rate <= 1.5 * SHORT
+    assert tokens_read(shorter)[flag][0] / rate <= 1.5 * SHORT
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
@@ -55,8 +55,8 @@ def test_few_rows_are_not_counted_as_the_many_that_were_asked_for(parts, tmp_pat
     run = encoded_run(parts, tmp_path, recipe="budget", granularity=granularity, calibration_tokens=20_000)
     there = sum(run.data.lengths)
     assert there < run.command.budget.calibration_tokens < run.command.budget.label_tokens
-    found = phases(run)
-    assert found["closed form"][0] == 4 * there and found["calibration"][0] == 8 * there
+    found = tokens_read(run)
+    assert found["label_tokens"][0] == 4 * there and found["calibration_tokens"][0] == 8 * there
 
 
 def test_the_probe_reads_and_leaves_random_numbers_alone():
@@ -66,4 +66,4 @@ def test_the_probe_reads_and_leaves_random_numbers_alone():
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (90, "90 s"), (600, "10 minutes"), (9000, "2.5 hours")])
 def test_durations_in_words(seconds, text):
-    assert duration(seconds) == text
+    assert in_words(seconds) == text

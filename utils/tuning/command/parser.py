@@ -1,0 +1,72 @@
+"""The parser of a tuning run: the Trainer's options and ours by group, former names, and what the launcher sets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from router_tuning.errors import UserError
+from router_tuning.tuning.command.arguments import DEFAULTS, PARTS
+from router_tuning.tuning.command.published_names import RENAMED, WITHOUT_EFFECT
+
+_SAME = (
+    "folder_name model_name_or_path mod_n mod_layers granularity skip skip_rank router_only recipe "
+    "data_type max_train_samples max_seq_length chat_template learning_rate weight_decay gradient_scale "
+    "target_capacity global_batch_size seed output_dir"
+)
+VARIABLES = {name: name.upper() for name in _SAME.split()} | {
+    "num_train_epochs": "NUM_EPOCHS",
+    "per_device_train_batch_size": "MICRO_BATCH_SIZE",
+    "resume_from_checkpoint": "RESUME",
+}
+"""Argument → environment variable of ``scripts/finetune_mod.sh`` that sets it."""
+
+
+class Parser(HfArgumentParser):
+    """Collects what argparse would die of, one problem after the other; knows former names, too."""
+
+    def __init__(self) -> None:
+        variables = ", ".join(f"{name} (--{option})" for option, name in VARIABLES.items())
+        super().__init__(
+            PARTS,
+            allow_abbrev=False,
+            usage="finetune_mod.py [--config FILE.yaml] [--OPTION VALUE ...]",
+            description="Tunes the routers of one base; bash scripts/finetune_mod.sh does the same on any machine.",
+            epilog=f"Variables of scripts/finetune_mod.sh: {variables}; of its own NUM_PROCESSES, PORT, CONFIG_FILE, "
+            "NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP and RUN (--config).",
+        )
+        self.add_argument("--help_all", action="help", help="tell of the options of the Trainer of transformers, too")
+        for name in WITHOUT_EFFECT.keys() - DEFAULTS.keys():
+            self.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", help=argparse.SUPPRESS)
+        for old, new in RENAMED.items():
+            for spelling in {old, old.replace("_", "-")}:
+                self._option_string_actions[f"--{spelling}"] = self._option_string_actions[f"--{new}"]
+        self.found: list[str] = []
+
+    def hide_foreign(self) -> None:
+        """Leave options of the Trainer that neither we nor the launcher set out of ``--help``."""
+        own = set(VARIABLES).union(*(part.__annotations__ for part in PARTS), ("help", "help_all"))
+        for action in self._actions:
+            if action.dest not in own:
+                action.help = argparse.SUPPRESS
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            self.found.append(f"{action.option_strings[0]}: {error.message}")
+            return action.default
+
+    def error(self, message: str):
+        raise UserError(message)
+
+
+def notes_on(given: Collection[str]) -> list[str]:
+    """What to say of names that are no longer ours."""
+    renamed = [f"--{old} is now --{new}" for old, new in RENAMED.items() if old in given]
+    ignored = [f"--{name} ({why})" for name, why in WITHOUT_EFFECT.items() if name in given]
+    notes = [f"old names: {', '.join(renamed)}"] if renamed else []
+    return notes + ([f"without effect: {'; '.join(ignored)}"] if ignored else [])

@@ -1,0 +1,81 @@
+"""How long a run takes: the tokens that it reads, at the speed of one forward pass on this machine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from router_tuning.tuning.trainer.engines import requested
+
+if TYPE_CHECKING:
+    from router_tuning.tuning.run import Run
+
+LONG = 3600.0
+"""Seconds beyond which a run is told how to be short."""
+SHORT = 900.0
+"""Seconds that the shorter run should take."""
+_BACKWARD = 2.0  # of a module's input and weights, in forward passes; of a frozen one's input alone, half
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def reading_rate(model: PreTrainedModel, rows: int = 4, tokens: int = 256) -> float:
+    """Tokens per second that a model reads, from at most ``rows`` sequences of ``tokens`` random tokens; seconds."""
+    generator = torch.Generator().manual_seed(0)  # the run's own random numbers stay as they are
+    size, rate = model.config.get_text_config().vocab_size, 1.0
+    for shape in ((1, 16), (1, tokens), (rows, tokens)):
+        batch = torch.randint(size, shape, generator=generator).to(model.device)
+        started = time.perf_counter()
+        float(model(input_ids=batch, use_cache=False).logits[0, -1, 0])  # waits for a GPU
+        took = time.perf_counter() - started
+        rate = batch.numel() / took
+        if took > 2:  # the largest model needs no second look
+            break
+    return rate
+
+
+def tokens_read(run: Run) -> dict[str, tuple[float, float]]:
+    """By the setting that decides it: tokens, in forward passes through the dense base, and the setting's value."""
+    routing, lengths, budget = run.routing, run.data.lengths, run.command.budget
+    layers = run.config.get_text_config().num_hidden_layers
+    deep = 1.0 if routing.mod_layers == "auto" else (routing.mod_n or layers) / layers
+    passes = (2 if routing.recipe == "budget" else 1) + _BACKWARD * (1 if routing.trains == "full" else deep / 2)
+    trained = run.steps * run.training.global_batch_size * sum(lengths) / len(lengths)
+    found = {"max_train_samples": (passes * trained, len(lengths))}
+    if routing.recipe == "budget":
+        times = 4 if set(routing.config().parts.values()) == {"sequence"} else 1
+        label = min(budget.label_tokens, sum(lengths) / times)  # rows are drawn once
+        calibration = min(budget.calibration_tokens, sum(lengths))
+        found |= {"label_tokens": (4 * times * label, label), "calibration_tokens": (8 * calibration, calibration)}
+    return found
+
+
+def tell_duration(run: Run, model: PreTrainedModel) -> None:
+    """Log how long the run takes, and where that is hours, the setting that makes it minutes; all ranks alike."""
+    if requested() not in ("one process", "ddp"):
+        return  # an engine has cut the weights, or will
+    model.to(run.training.device)
+    rate = reading_rate(model, run.training.per_device_train_batch_size, min(256, run.max_length))
+    rate *= run.training.world_size
+    found = tokens_read(run)
+    total = sum(tokens for tokens, _ in found.values()) / rate
+    logger.info(f"estimate: about {in_words(total)} (one pass reads {rate:,.0f} tokens a second here)")
+    if total > LONG:
+        name, (tokens, value) = max(found.items(), key=lambda pair: pair[1])
+        least = run.training.global_batch_size if name == "max_train_samples" else 1
+        number = max(least, int(value * SHORT * rate / tokens))
+        logger.warning(
+            f"this run takes about {in_words(total)} on this machine, {in_words(tokens / rate)} of it by --{name}: "
+            f"{in_words(number / value * tokens / rate)} with --{name} {number}"
+        )
+
+
+def in_words(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 2 * LONG else f"{seconds / LONG:.1f} hours"
