@@ -41,6 +41,10 @@ from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.places import ROOT
 from router_tuning.tuning.batching import Collator
 
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+MATRICES, OTHERS = 4e-3, 2e-3
+"""Learning rates: of matrices (Muon), and of embeddings and norms (AdamW)."""
+
 
 def parse_args() -> argparse.Namespace:
     """Command line."""
@@ -51,49 +55,65 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, help="default: trained_models/tiny-llama-base or tiny-moe-base")
     parser.add_argument("--num_experts", type=int, default=0, help="per MLP, Mixtral's architecture; 0: a dense Llama")
     parser.add_argument("--experts_per_token", type=int, default=2)
-    parser.add_argument("--curriculum_at", type=int, help="step of the second half of the curriculum, default 2496")
+    parser.add_argument("--curriculum_at", type=int, default=CURRICULUM[1][0], help="step of its second half")
     parser.add_argument("--max_steps", type=int, default=7500)
     parser.add_argument("--batch_size", type=int, default=32, help="items per step, over all processes")
-    parser.add_argument("--learning_rate", type=float, default=4e-3, help="of the matrices (Muon)")
-    parser.add_argument("--adamw_learning_rate", type=float, default=2e-3, help="of embeddings and norms")
     parser.add_argument("--decay_share", type=float, default=0.8, help="last share of the steps, with falling rate")
     parser.add_argument("--save_steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = torch's own choice")
     parser.add_argument("--fresh", action="store_true", help="ignore checkpoints in --work_dir")
     args = parser.parse_args()
     for name in ("max_steps", "batch_size", "save_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.batch_size % WORLD:
+        raise UserError(f"--batch_size {args.batch_size} cannot be split over {WORLD} processes")
     if not 0 <= args.decay_share < 1:
         raise UserError(f"--decay_share must be in [0, 1), not {args.decay_share}")
     if args.num_experts and not 1 <= args.experts_per_token <= args.num_experts:
         raise UserError(
             f"--experts_per_token {args.experts_per_token} must lie in 1 to --num_experts {args.num_experts}"
         )
-    folders = (
-        ("trained_models/tiny-moe", "tiny-moe-base")
-        if args.num_experts
-        else ("ckpt/tiny-llama-mod", "tiny-llama-base")
+    name = "tiny-moe" if args.num_experts else "tiny-llama"
+    args.output_dir = args.output_dir or ROOT / (
+        "trained_models/tiny-moe" if args.num_experts else "ckpt/tiny-llama-mod"
     )
-    args.output_dir = args.output_dir or ROOT / folders[0]
-    args.work_dir = args.work_dir or ROOT / "trained_models" / folders[1]
+    args.work_dir = args.work_dir or ROOT / f"trained_models/{name}-base"
     return args
 
 
-def world_size() -> int:
-    """Processes of this run, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def new_model(args: argparse.Namespace, vocabulary: int) -> PreTrainedModel:
+    """Untrained, of the architecture that is asked for."""
+    if args.num_experts:
+        return MixtralForCausalLM(tiny_moe_config(vocabulary, args.num_experts, args.experts_per_token))
+    return LlamaForCausalLM(tiny_config(vocabulary))
 
 
-def training_arguments(args: argparse.Namespace) -> TrainingArguments:
-    """HF arguments of the run; every process reads the whole stream and keeps its own part of each batch."""
-    if args.batch_size % world_size():
-        raise UserError(f"--batch_size {args.batch_size} cannot be split over {world_size()} processes")
-    return TrainingArguments(
+def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[dict]]:
+    """Train from scratch, or from the last checkpoint; returns the model, its tokenizer and the Trainer's log.
+
+    Every process reads the whole stream and keeps its own part of each batch.
+    """
+    last = None if args.fresh or not args.work_dir.is_dir() else get_last_checkpoint(str(args.work_dir))
+    start = int(last.rsplit("-", 1)[1]) if last else 0
+    tokenizer = AutoTokenizer.from_pretrained(last) if last else build_tokenizer()
+    set_seed(args.seed)
+    # The Trainer reads a checkpoint under its file's names, which for experts are not those of the module.
+    model = AutoModelForCausalLM.from_pretrained(last) if last else new_model(args, len(tokenizer))
+    optimizer = MuonWithAdamW(model.named_parameters(), MATRICES, OTHERS)
+    decay = int(args.max_steps * args.decay_share)
+    schedule = get_wsd_schedule(
+        optimizer,
+        num_warmup_steps=min(100, args.max_steps - decay),
+        num_decay_steps=decay,
+        num_training_steps=args.max_steps,
+        decay_type="1-sqrt",
+        min_lr_ratio=0.02,
+    )
+    settings = TrainingArguments(
         output_dir=str(args.work_dir),
         max_steps=args.max_steps,
-        per_device_train_batch_size=args.batch_size // world_size(),
+        per_device_train_batch_size=args.batch_size // WORLD,
         logging_steps=50,
         save_steps=args.save_steps,
         save_total_limit=2,
@@ -106,48 +126,15 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"dispatch_batches": False},
     )
-
-
-def new_model(args: argparse.Namespace, vocabulary: int) -> PreTrainedModel:
-    """Untrained, of the architecture that is asked for."""
-    if args.num_experts:
-        return MixtralForCausalLM(tiny_moe_config(vocabulary, args.num_experts, args.experts_per_token))
-    return LlamaForCausalLM(tiny_config(vocabulary))
-
-
-def curriculum(args: argparse.Namespace) -> tuple[tuple[int, dict[str, float]], ...]:
-    """Shares of the tasks; the change between its two halves where it is asked for."""
-    (first, easy), (second, hard) = CURRICULUM
-    return (first, easy), (second if args.curriculum_at is None else args.curriculum_at, hard)
-
-
-def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[dict]]:
-    """Train from scratch, or from the last checkpoint; returns the model, its tokenizer and the Trainer's log."""
-    last = None if args.fresh or not args.work_dir.is_dir() else get_last_checkpoint(str(args.work_dir))
-    start = int(last.rsplit("-", 1)[1]) if last else 0
-    tokenizer = AutoTokenizer.from_pretrained(last) if last else build_tokenizer()
-    set_seed(args.seed)
-    # The Trainer reads a checkpoint under its file's names, which for experts are not those of the module.
-    model = AutoModelForCausalLM.from_pretrained(last) if last else new_model(args, len(tokenizer))
-    optimizer = MuonWithAdamW(model.named_parameters(), args.learning_rate, args.adamw_learning_rate)
-    decay = int(args.max_steps * args.decay_share)
-    schedule = get_wsd_schedule(
-        optimizer,
-        num_warmup_steps=min(100, args.max_steps - decay),
-        num_decay_steps=decay,
-        num_training_steps=args.max_steps,
-        decay_type="1-sqrt",
-        min_lr_ratio=0.02,
-    )
-    pad = Collator(tokenizer)
+    pad, halves = Collator(tokenizer), (CURRICULUM[0], (args.curriculum_at, CURRICULUM[1][1]))
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return {name: values for name, values in pad(rows).items() if name != "prompt_length"}  # of routed models
 
     trainer = Trainer(
         model=model,
-        args=training_arguments(args),
-        train_dataset=SampleStream(tokenizer, curriculum(args), args.batch_size, args.seed, start),
+        args=settings,
+        train_dataset=SampleStream(tokenizer, halves, args.batch_size, args.seed, start),
         data_collator=collate,
         processing_class=tokenizer,
         optimizers=(optimizer, schedule),
@@ -157,14 +144,10 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def main() -> None:
-    """Train, write."""
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
     model, tokenizer, log = train(args)
     if not int(os.environ.get("RANK", "0")):
-        record = {**vars(args), "world_size": world_size()}
-        write_checkpoint(args.output_dir, model.cpu(), tokenizer, log, record)
+        write_checkpoint(args.output_dir, model.cpu(), tokenizer, log, {**vars(args), "world_size": WORLD})
         print(f"output: {args.output_dir}; evaluate_mod.py --base scores it")
 
 

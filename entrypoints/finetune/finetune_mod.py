@@ -18,7 +18,6 @@ from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.dry_run import dry_run
 from router_tuning.tuning.run import Run
 from router_tuning.tuning.trainer.console import set_up_logs
-from router_tuning.tuning.trainer.engines import lost_contact
 from router_tuning.tuning.trainer.interruption import Interruption
 from router_tuning.tuning.tuning import run_tuning
 
@@ -40,16 +39,7 @@ def main() -> None:
     run = Run(command, interruption)
     if command.training.check_inputs:
         return
-    try:
-        tuned = run_tuning(run)
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        logger.error(
-            f"process {RANK} lost contact with one that ended or hangs, see there ({reason}); then RESUME=auto"
-        )
-        raise SystemExit(1) from None
+    tuned = run_tuning(run)
     if tuned.interrupted:
         logger.info(f"interrupted after step {tuned.trainer.state.global_step}; continue with RESUME=auto")
         raise SystemExit(interruption.exit_code)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from datetime import timedelta
 
 import pytest
 import tiny_tuning
-import torch
-import torch.distributed as dist
 
 from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
-from router_tuning.tuning.trainer.engines import limit_waiting, lost_contact
 from router_tuning.tuning.trainer.interruption import Interruption
 
 
@@ -81,28 +77,3 @@ def test_a_late_second_signal_ends_the_process(interruption, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         os.kill(os.getpid(), signal.SIGINT)
     assert stop.value.code == 130
-
-
-@pytest.mark.parametrize(
-    ("message", "lost"),
-    [
-        ("[tcp/pair.cc:537] Read error [127.0.0.1]:681: Connection reset by peer.", True),
-        ("[tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation to complete", True),
-        ("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)", False),
-    ],
-)
-def test_a_lost_process_is_told_from_a_mistake_of_this_one(monkeypatch, message, lost):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert lost_contact(RuntimeError(message)) is lost
-    monkeypatch.delenv("WORLD_SIZE")
-    assert not lost_contact(RuntimeError(message)), "there is no other"
-
-
-def test_nobody_waits_longer_than_told_for_a_process_that_hangs():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        limit_waiting(timedelta(seconds=7))
-        backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-        assert backend.options._timeout == timedelta(seconds=7)
-    finally:
-        dist.destroy_process_group()

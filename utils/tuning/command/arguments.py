@@ -102,18 +102,8 @@ class RoutingArguments:
 
     def config(self) -> ModConfig:
         """The checked routing configuration; ValueError names the field, the value and the fix."""
-        return ModConfig(
-            mod_n=self.mod_n,
-            mod_layers=self.layers(),
-            granularity=self.granularity,
-            threshold=self.threshold,
-            router_pooling=self.router_pooling,
-            kv_policy=self.kv_policy,
-            skip=self.skip,
-            skip_rank=self.skip_rank,
-            target_capacity=self.target_capacity,
-            gradient_scale=self.gradient_scale,
-        )
+        given = {f.name: getattr(self, f.name) for f in fields(ModConfig) if hasattr(self, f.name)}
+        return ModConfig(**given | {"mod_layers": self.layers()})
 
     @property
     def trains(self) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import datasets
 import transformers
-from tqdm import tqdm
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -28,12 +27,11 @@ _UNINFORMATIVE = (
 )
 
 
-class _Lines(logging.Handler):
-    """Writes through tqdm, so that a progress bar stays whole."""
+class _Plain(logging.Formatter):
+    """The message alone, with its level where that asks for attention."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tqdm.write(prefix + record.getMessage(), file=sys.stderr)
+    def format(self, record: logging.LogRecord) -> str:
+        return ("" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: ") + record.getMessage()
 
 
 def set_up_logs(rank: int) -> None:
@@ -41,7 +39,9 @@ def set_up_logs(rank: int) -> None:
     own = logging.getLogger("router_tuning")
     for logger in (own, logging.getLogger("__main__")):
         logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
-        logger.handlers, logger.propagate = [_Lines()], False
+        handler = logging.StreamHandler()
+        handler.setFormatter(_Plain())
+        logger.handlers, logger.propagate = [handler], False
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("DS_LOG_LEVEL", "error")
@@ -70,30 +70,19 @@ SHOWN = {
 }
 
 
-class CompactProgress(ProgressCallback):
-    """The Trainer's progress bar with one line per log."""
+class Lines(PrinterCallback):
+    """A line per log in place of the Trainer's dictionary and bar."""
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
         """Write step, losses, capacity, learning rate and throughput."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
-            return
-        shown = [text.format(logs[name]) for name, text in SHOWN.items() if name in logs]
-        line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown)
-        tqdm.write(line)
+        if state.is_world_process_zero and logs and "loss" in logs:
+            shown = [text.format(logs[name]) for name, text in SHOWN.items() if name in logs]
+            sys.stdout.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown) + "\n")
+            sys.stdout.flush()
 
 
-class CompactPrinter(PrinterCallback):
-    """The same line without a bar."""
-
-    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
-        """Write the line."""
-        CompactProgress.on_log(self, args, state, control, logs, **kwargs)
-
-
-def use_compact_progress(trainer: Trainer) -> None:
-    """Replace the Trainer's own display: a bar on a terminal, lines alone in a file."""
-    for callback in list(trainer.callback_handler.callbacks):
-        if isinstance(callback, (ProgressCallback, PrinterCallback)):
-            trainer.remove_callback(type(callback))
-    plain = trainer.args.disable_tqdm or not sys.stderr.isatty()
-    trainer.add_callback(CompactPrinter if plain else CompactProgress)
+def show_lines(trainer: Trainer) -> None:
+    """Replace the Trainer's own display."""
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    trainer.add_callback(Lines)

@@ -20,8 +20,8 @@ from router_tuning.files import publish
 from router_tuning.model import RoutingLog, capacity_penalty, prompt_length_from, record_routing
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.trainer import checkpoints, engine_state
-from router_tuning.tuning.trainer.console import use_compact_progress
-from router_tuning.tuning.trainer.engines import check_engine, check_wrapped, enable_fsdp_on_cpu, limit_waiting
+from router_tuning.tuning.trainer.console import show_lines
+from router_tuning.tuning.trainer.engines import check_engine, enable_fsdp_on_cpu
 from router_tuning.tuning.trainer.routing_statistics import RoutingStatistics
 
 
@@ -54,7 +54,7 @@ class RouterTrainer(Trainer):
         self.statistics = RoutingStatistics(self.args.device)
         self._micro = (-1, 0)  # step under way, micro-batches of it seen by this process
         self._read_at = 0
-        use_compact_progress(self)
+        show_lines(self)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's accelerator, checked: what was launched is what runs."""
@@ -62,7 +62,6 @@ class RouterTrainer(Trainer):
         if enable_fsdp_on_cpu(self.accelerator):
             self.is_fsdp_enabled = True
         check_engine(self.accelerator)
-        limit_waiting(self.args.ddp_timeout_delta)
 
     # ---- loss
 
@@ -167,7 +166,6 @@ class RouterTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        check_wrapped(self.model_wrapped)
         if resume_from_checkpoint is not None:
             self._restore(Path(resume_from_checkpoint))
         return prepared

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from router_tuning.errors import UserError
-
-_LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out", "watchdog")
 
 
 def _asked(variable: str) -> bool:
@@ -74,12 +67,6 @@ def enable_fsdp_on_cpu(accelerator: Accelerator) -> bool:
     return True
 
 
-def limit_waiting(timeout: timedelta) -> None:
-    """Wait no longer than this for a process that hangs; on CPUs ``--ddp_timeout`` reaches no process group."""
-    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
-        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)
-
-
 def check_engine(accelerator: Accelerator) -> None:
     """UserError if processes or engine are not those that were launched."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -94,19 +81,6 @@ def check_engine(accelerator: Accelerator) -> None:
             f"{asked} was asked for and {accelerator.distributed_type.value} would run: start it with accelerate "
             "launch or scripts/finetune_mod.sh, also for one process"
         )
-
-
-def check_wrapped(model: nn.Module) -> None:
-    """UserError if a prepared model is not in the hands of the engine that was launched."""
-    expected = {"fsdp": FSDPModule, "ddp": DistributedDataParallel}.get(requested())
-    if expected is not None and not isinstance(model, expected):
-        raise UserError(f"{requested()} was launched, but the model is a bare {type(model).__name__}")
-
-
-def lost_contact(error: RuntimeError) -> bool:
-    """Whether an error says that another process has gone or hangs, rather than what went wrong in this one."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return several and any(sign in str(error).lower() for sign in _LOST)
 
 
 def running(accelerator: Accelerator) -> str:
