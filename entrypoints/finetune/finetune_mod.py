@@ -18,7 +18,7 @@ from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.dry_run import dry_run
 from router_tuning.tuning.run import Run
 from router_tuning.tuning.trainer.console import set_up_logs
-from router_tuning.tuning.trainer.interruption import Interruption
+from router_tuning.tuning.trainer.interruption import StopOnSignal
 from router_tuning.tuning.tuning import run_tuning
 
 RANK = int(os.environ.get("RANK", 0))
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 def main() -> None:
     """Check everything, then tune."""
-    interruption = Interruption().install()
+    stop = StopOnSignal().install()
     set_up_logs(RANK)
     command = parse_command()
     for note in command.notes:
@@ -36,13 +36,13 @@ def main() -> None:
     if command.training.dry_run:
         print(dry_run(command))
         return
-    run = Run(command, interruption)
+    run = Run(command, stop)
     if command.training.check_inputs:
         return
     tuned = run_tuning(run)
     if tuned.interrupted:
         logger.info(f"interrupted after step {tuned.trainer.state.global_step}; continue with RESUME=auto")
-        raise SystemExit(interruption.exit_code)
+        raise SystemExit(128 + stop.signal)
     if RANK == 0:
         print(f"output: {run.output}")
 

@@ -10,7 +10,7 @@ import tiny_checkpoint
 
 from router_tuning.tuning.command.command_line import Command, parse_command
 from router_tuning.tuning.run import Run, TunedRun
-from router_tuning.tuning.trainer.interruption import Interruption
+from router_tuning.tuning.trainer.interruption import StopOnSignal
 from router_tuning.tuning.tuning import run_tuning
 
 WORDS = "red blue green one two three cat dog sun moon tree house up down left right".split()
@@ -69,9 +69,9 @@ def command(parts: dict[str, Path], output: Path, **overrides) -> Command:
     return parse_command(arguments(parts, output, **overrides))
 
 
-def tune(parts: dict[str, Path], output: Path, interruption: Interruption | None = None, **overrides) -> TunedRun:
+def tune(parts: dict[str, Path], output: Path, stop: StopOnSignal | None = None, **overrides) -> TunedRun:
     """Run it."""
-    return run_tuning(Run(command(parts, output, **overrides), interruption))
+    return run_tuning(Run(command(parts, output, **overrides), stop))
 
 
 def history(output: Path) -> list[dict]:

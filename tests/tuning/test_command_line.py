@@ -82,6 +82,7 @@ def test_abbreviations_are_refused(prefix):
         ["--eval_on_start", "True"],
         ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'],
         ["--deepspeed", '{"zero_optimization": {"stage": 2}}'],
+        ["--deepspeed", '{"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}, "scheduler": {}}'],
         ["--recipe", "magic"],
         ["--threshold", "2"],
         ["--router_pooling", "mean"],

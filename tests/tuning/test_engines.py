@@ -39,15 +39,9 @@ KINDS = {
     "half": {"bf16": True, "num_train_epochs": 1},
     "budget-attn_token": {**BUDGET, "granularity": "attn_token"},
     "budget-attn_sequence": {**BUDGET, "granularity": "attn_sequence"},
-    "own-schedule": {},
 }
 RESUMED_AFTER = {"plain": 3, "lora": 1}
 BY_DEFAULT = {"DDP": ("plain", "plain-resumed", "budget-attn_token"), "FSDP2": ("plain", "lora", "lora-resumed")}
-# Sections with which a DeepSpeed config would silently replace the command line's optimizer and schedule.
-OWN_SCHEDULE = {
-    "optimizer": {"type": "AdamW", "params": {"lr": 1.0, "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 1.0, "warmup_num_steps": 100}},
-}
 
 
 def folder_of(engine: str, kind: str) -> str:
@@ -56,16 +50,6 @@ def folder_of(engine: str, kind: str) -> str:
 
 def whole_before_resumed(kind: str) -> list[str]:
     return list(dict.fromkeys([kind.removesuffix("-resumed"), kind]))
-
-
-def own_schedule(folder: Path) -> str:
-    """An accelerate config whose DeepSpeed JSON brings optimizer and schedule."""
-    settings = json.loads((ROOT / "configs/deepspeed/zero2.json").read_text()) | OWN_SCHEDULE
-    (folder / "own_schedule.json").write_text(json.dumps(settings))
-    text = (ROOT / CONFIGS["DeepSpeed ZeRO-2"]).read_text()
-    place = folder / "own_schedule.yaml"
-    place.write_text(text.replace("configs/deepspeed/zero2.json", str(folder / "own_schedule.json")))
-    return str(place)
 
 
 def of(kind: str, *engines: str) -> pytest.MarkDecorator:
@@ -83,14 +67,15 @@ def runs(parts, tmp_path_factory, request) -> Path:
     asked = dict.fromkeys((cell["engine"], kind) for cell in asked for kind in whole_before_resumed(cell["kind"]))
     plan = []
     for engine, kind in sorted(asked):
-        config = own_schedule(folder) if kind == "own-schedule" else CONFIGS[engine]
         place, whole = folder / folder_of(engine, kind), kind.removesuffix("-resumed")
         settings, copied = KINDS[whole], []
         if kind != whole:
             settings = {**settings, "resume_from_checkpoint": "auto"}
             step = f"checkpoint-{RESUMED_AFTER[whole]}"
             copied = [[str(folder / folder_of(engine, whole) / step), str(place / step)]]
-        plan.append({"config": config, "arguments": tiny_tuning.arguments(parts, place, **settings), "copy": copied})
+        plan.append(
+            {"config": CONFIGS[engine], "arguments": tiny_tuning.arguments(parts, place, **settings), "copy": copied}
+        )
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
@@ -142,14 +127,6 @@ def test_resumed_adapters_end_with_the_same_bits(runs, engine, kind):
     whole, resumed = runs / folder_of(engine, "lora"), runs / folder_of(engine, kind)
     for name in ("adapter/adapter_model.safetensors", "router.safetensors"):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
-
-
-@of("own-schedule", "DeepSpeed ZeRO-2")
-def test_the_command_line_decides_the_schedule_not_the_deepspeed_config(runs, finished, engine, kind):
-    run = runs / folder_of(engine, kind)
-    assert_close(run / "router.safetensors", finished / "router.safetensors", 1e-5)
-    rates = [[line["learning_rate"] for line in tiny_tuning.history(folder)] for folder in (run, finished)]
-    assert rates[0] == pytest.approx(rates[1])
 
 
 @of("half", "FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")

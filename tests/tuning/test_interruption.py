@@ -9,13 +9,13 @@ import pytest
 import tiny_tuning
 
 from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
-from router_tuning.tuning.trainer.interruption import Interruption
+from router_tuning.tuning.trainer.interruption import StopOnSignal
 
 
 @pytest.fixture
-def interruption():
+def stop():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield Interruption().install()
+    yield StopOnSignal().install()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -40,13 +40,13 @@ def signal_at(monkeypatch):
 
 @pytest.mark.parametrize(("number", "micro_batch", "step"), [(signal.SIGTERM, 9, 2), (signal.SIGINT, 11, 3)])
 def test_interrupted_and_resumed_equals_undisturbed(
-    parts, finished, tmp_path, interruption, signal_at, monkeypatch, number, micro_batch, step
+    parts, finished, tmp_path, stop, signal_at, monkeypatch, number, micro_batch, step
 ):
     """Four micro-batches make a step: the tenth lies within step 3, the twelfth ends it."""
     run = tmp_path / "run"
     signal_at(number, micro_batch)
-    tuned = tiny_tuning.tune(parts, run, interruption, save_steps=100)
-    assert tuned.interrupted and interruption.exit_code == 128 + number
+    tuned = tiny_tuning.tune(parts, run, stop, save_steps=100)
+    assert tuned.interrupted and stop.signal == number
     assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{step}"]
     assert not (run / "router.safetensors").exists() and not (run / "run.json").exists()
     monkeypatch.undo()
@@ -54,26 +54,26 @@ def test_interrupted_and_resumed_equals_undisturbed(
     assert (run / "router.safetensors").read_bytes() == (finished / "router.safetensors").read_bytes()
 
 
-def test_before_the_first_step_there_is_nothing_to_save(parts, tmp_path, interruption, signal_at):
+def test_before_the_first_step_there_is_nothing_to_save(parts, tmp_path, stop, signal_at):
     signal_at(signal.SIGTERM, 0)
-    assert tiny_tuning.tune(parts, tmp_path / "run", interruption).interrupted
+    assert tiny_tuning.tune(parts, tmp_path / "run", stop).interrupted
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_outside_of_training_a_signal_ends_the_process_and_says_how_to_go_on(interruption, monkeypatch):
+def test_outside_of_training_a_signal_ends_the_process_and_says_how_to_go_on(stop, monkeypatch):
     told = []
     monkeypatch.setattr("router_tuning.tuning.trainer.interruption.logger.info", told.append)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as ended:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.value.code == 143 and "RESUME=auto" in told[0]
+    assert ended.value.code == 143 and "RESUME=auto" in told[0]
 
 
-def test_a_late_second_signal_ends_the_process(interruption, monkeypatch):
-    interruption.training = True
+def test_a_late_second_signal_ends_the_process(stop, monkeypatch):
+    stop.training = True
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # the terminal's and the launcher's: one wish
-    assert interruption.signal == signal.SIGINT
-    interruption.since -= 10
-    with pytest.raises(SystemExit) as stop:
+    assert stop.signal == signal.SIGINT
+    stop.since -= 10
+    with pytest.raises(SystemExit) as ended:
         os.kill(os.getpid(), signal.SIGINT)
-    assert stop.value.code == 130
+    assert ended.value.code == 130

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, route
+from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.run import Run
 from router_tuning.tuning.run_folder import RESULTS, base_of, default_folder
 
@@ -178,11 +179,14 @@ def test_half_of_the_layers_by_default(parts, tmp_path):
     assert run_.command.routing.mod_n == run_.config.num_hidden_layers // 2
 
 
-def test_the_default_folder_names_the_knobs(parts):
-    command = tiny_tuning.command(parts, "", output_dir=None, mod_n=3, mod_layers=None)
-    path = default_folder(command).as_posix()
-    assert "trained_models/base/data/attn_sequence_mod_n3_target0.4_gradient_scale0.7_samples1000" in path
-    assert default_folder(tiny_tuning.command(parts, "", output_dir=None, lora=True)).name.endswith("lora8_seed7")
+def test_the_default_folder_names_what_is_given(parts):
+    path = default_folder(tiny_tuning.command(parts, "", output_dir=None, mod_n=3, mod_layers=None, lora=True))
+    assert path.parts[-4:-1] == ("trained_models", "base", "data")
+    assert path.name.startswith(
+        "attn_sequence__global_batch_size_8__gradient_scale_0.7__learning_rate_0.02__lora_True__"
+    )
+    assert default_folder(parse_command([])).parts[-3:] == ("tiny-llama-mod", "alpaca", "attn_sequence")
+    assert default_folder(parse_command(["--recipe", "budget"])).name == "attn_sequence__recipe_budget"
 
 
 def test_a_missed_target_is_told_once(parts, tmp_path, caplog):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -18,60 +18,16 @@ TRAINED = "⟦", "⟧"
 COLOURS = "\033[32m⟦", "⟧\033[0m"
 
 
-def read_rows(path: Path, limit: int | None = None) -> Iterator[dict]:
-    """The first ``limit`` rows of a training file, checked."""
-    return (checked_row(line, f"{path}:{number}") for number, line in islice(lines_of(path), limit))
-
-
 def masked_text(
-    labelled: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, colour: bool = False
+    labelled: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str] = TRAINED
 ) -> str:
-    """Text of an encoded row with ⟦…⟧ around what carries loss."""
-    opening, closing = COLOURS if colour else TRAINED
+    """Text of an encoded row with marks around what carries loss."""
     parts = []
     pairs = zip(labelled["input_ids"], labelled["labels"], strict=True)
     for trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
         text = tokenizer.decode([token for token, _ in run])
-        parts.append(f"{opening}{text}{closing}" if trained else text)
+        parts.append(text.join(marks) if trained else text)
     return "".join(parts)
-
-
-def preview(rows: Iterable[Mapping], tokenizer: PreTrainedTokenizerBase, max_length: int, colour: bool) -> str:
-    """Rows one after the other, each under a line that says where it is from and how much of it is trained."""
-    parts = []
-    for row in rows:
-        title = f"{row.get('dataset', 'row')} {row.get('id', '')}".strip()
-        encoded, fault = encoded_or_fault(row, tokenizer, max_length)
-        shown = {name: ids[:max_length] for name, ids in encoded.items()}
-        tokens, trained = len(shown["input_ids"]), sum(label != IGNORE_INDEX for label in shown["labels"])
-        cut = f", cut at {max_length}" if len(encoded["input_ids"]) > max_length else ""
-        head = f"── {title}: {trained} of {tokens} tokens carry loss, in ⟦…⟧{cut}"
-        parts.append(f"{head}\n{masked_text(shown, tokenizer, colour)}" if tokens else f"── {title}: {fault}\n")
-    return "\n".join(parts)
-
-
-def lengths(rows: Iterable[Mapping], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    """Token lengths of rows before the cut, as text; :class:`UserError` if there is none that can be rendered."""
-    found, trained, faults = [], 0, []
-    for row in rows:
-        encoded, fault = encoded_or_fault(row, tokenizer, max_length)
-        faults.append(fault)
-        if labels := encoded["labels"]:
-            found.append(len(labels))
-            trained += sum(label != IGNORE_INDEX for label in labels)
-    left_out = count_faults(faults)
-    if not found:
-        raise UserError(f"no row to measure ({left_out or 'the file holds none'})")
-    tokens = np.array(found)
-    quantiles = {f"p{share}": np.percentile(tokens, share) for share in (10, 50, 90, 99)}
-    numbers = "  ".join(f"{name} {value:,.0f}" for name, value in {"mean": tokens.mean(), **quantiles}.items())
-    longer = int((tokens > max_length).sum())
-    return (
-        f"tokens a row:  {numbers}  max {tokens.max():,}\n"
-        f"rows {len(tokens):,}, with loss on {trained / tokens.sum():.1%} of their tokens\n"
-        f"longer than {max_length:,} tokens, so cut: {longer:,} ({longer / len(tokens):.1%})\n"
-        f"nothing to learn: {left_out or 0}"
-    )
 
 
 def report(
@@ -83,10 +39,46 @@ def report(
     measured: int | None = 10_000,
     colour: bool = False,
 ) -> str:
-    """Preview of the first ``count`` rows of a file and the lengths of the first ``measured`` (None: of all).
+    """The first ``count`` rows of a file as they train, and token lengths of the first ``measured`` (None: of all).
 
-    Raises :class:`UserError` for a file or a tokenizer that cannot be read.
+    Raises:
+        UserError: for a file or a tokenizer that cannot be read, or where no row can be rendered.
     """
     loaded = load_tokenizer(tokenizer, chat_template)
-    shown = preview(read_rows(path, count), loaded, max_length, colour)
-    return f"{shown}\n{lengths(read_rows(path, measured), loaded, max_length)}"
+    told, found, trained, faults, longest = [], [], 0, [], max(count, measured or count)
+    for number, line in islice(lines_of(path), longest if measured else None):
+        row = checked_row(line, f"{path}:{number}")
+        encoded, fault = encoded_or_fault(row, loaded, max_length)
+        if len(faults) < count:
+            told.append(_shown(row, encoded, fault, loaded, max_length, COLOURS if colour else TRAINED))
+        faults.append(fault)
+        if labels := encoded["labels"]:
+            found.append(len(labels))
+            trained += sum(label != IGNORE_INDEX for label in labels)
+    left_out = count_faults(faults)
+    if not found:
+        raise UserError(f"no row to measure ({left_out or 'the file holds none'})")
+    tokens = np.array(found)
+    quantiles = {f"p{share}": np.percentile(tokens, share) for share in (10, 50, 90, 99)}
+    numbers = "  ".join(f"{name} {value:,.0f}" for name, value in {"mean": tokens.mean(), **quantiles}.items())
+    longer = int((tokens > max_length).sum())
+    told += [
+        f"tokens a row:  {numbers}  max {tokens.max():,}",
+        f"rows {len(tokens):,}, with loss on {trained / tokens.sum():.1%} of their tokens",
+        f"longer than {max_length:,} tokens, so cut: {longer:,} ({longer / len(tokens):.1%})",
+        f"nothing to learn: {left_out or 0}",
+    ]
+    return "\n".join(told)
+
+
+def _shown(
+    row: Mapping, encoded: Mapping, fault: str, tokenizer: PreTrainedTokenizerBase, most: int, marks: tuple[str, str]
+) -> str:
+    """A row under a line that says where it is from and how much of it is trained."""
+    title = f"{row.get('dataset', 'row')} {row.get('id', '')}".strip()
+    shown = {name: ids[:most] for name, ids in encoded.items()}
+    tokens, trained = len(shown["input_ids"]), sum(label != IGNORE_INDEX for label in shown["labels"])
+    if not tokens:
+        return f"── {title}: {fault}\n"
+    cut = f", cut at {most}" if len(encoded["input_ids"]) > most else ""
+    return f"── {title}: {trained} of {tokens} tokens carry loss, in ⟦…⟧{cut}\n{masked_text(shown, tokenizer, marks)}"

@@ -25,7 +25,7 @@ from router_tuning.tuning.encoding import load_tokenizer, template_kind
 from router_tuning.tuning.placement import CHOICE_TOKENS, PATH_TOKENS, choose, fit_paths
 from router_tuning.tuning.run_folder import check_folder, default_folder
 from router_tuning.tuning.trainer import checkpoints
-from router_tuning.tuning.trainer.interruption import Interruption, StopOnSignal
+from router_tuning.tuning.trainer.interruption import StopOnSignal
 from router_tuning.tuning.tuning_data import RawData, TrainingData, check_file, encode_file, tokenizer_hash
 from router_tuning.tuning.tuning_model import (
     cpu_dtype,
@@ -58,9 +58,9 @@ class Run:
     base_fingerprint: dict[str, Any]
     skip_explained: dict[str, float]
 
-    def __init__(self, command: Command, interruption: Interruption | None = None) -> None:
+    def __init__(self, command: Command, stop: StopOnSignal | None = None) -> None:
         self.command, self.training, self.routing = command, command.training, command.routing
-        self.interruption = interruption or Interruption()
+        self.stop = stop or StopOnSignal()
         model, data, training, routing = command.model, command.data, command.training, command.routing
         self.base = locate_base(model)
         self.config = dense_config(self.base, model.trust_remote_code)
@@ -182,7 +182,7 @@ class Run:
             "args": training,
             "train_dataset": self.data.rows,
             "data_collator": self.collator,
-            "callbacks": [StopOnSignal(self.interruption)],
+            "callbacks": [self.stop],
             "target_capacity": self.routing.target_capacity,
             "order": StepOrder(self.data.lengths, training.global_batch_size, training.seed, grouped),
             "settings": self.settings,

@@ -16,7 +16,8 @@ from router_tuning.files import scratch_folder, write_text
 from router_tuning.places import ROOT
 from router_tuning.tuning.command.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer
-from router_tuning.tuning.trainer.checkpoints import checkpoints, find_fault, remove
+from router_tuning.tuning.recipes import recipe_defaults
+from router_tuning.tuning.trainer.checkpoints import NEUTRAL, checkpoints, find_fault, remove
 from router_tuning.tuning.trainer.routing_statistics import CAPACITY
 
 TEMPLATE = "chat_template.jinja"
@@ -25,6 +26,7 @@ ADAPTER, MODEL = "adapter", "model"
 """Folders of a run that hold what peft saved, or all weights where all were tuned."""
 PARTS = ("arguments", "base", "data", "tokenizer")
 """Entries of ``run.json`` that hold further entries."""
+_NAMED = frozenset("folder_name model_name_or_path data_type train_file granularity".split())
 RESULTS = (
     "router.safetensors",
     "router_config.json",
@@ -40,33 +42,12 @@ RESULTS = (
 
 
 def default_folder(command: Command) -> Path:
-    """``trained_models/<base>/<data>/<knobs>``; every knob that changes the result and is often changed is named."""
-    model, routing, data, training = command.model, command.routing, command.data, command.training
-    layers = f"layers{re.sub('[,:+]', '-', routing.mod_layers)}" if routing.mod_layers else f"mod_n{routing.mod_n}"
-    samples = data.max_train_samples or "all"
-    knobs = [
-        routing.granularity,
-        layers,
-        f"target{routing.target_capacity:g}",
-        f"gradient_scale{routing.gradient_scale:g}",
-        f"samples{samples}",
-        f"epoch{training.num_train_epochs:g}",
-        f"lr{training.learning_rate:g}",
-        f"wd{training.weight_decay:g}",
-    ]
-    if routing.recipe != "paper":
-        knobs.insert(0, routing.recipe)
-    if routing.trains != "routers":
-        knobs.append(f"lora{routing.lora_r}" if routing.trains == "lora" else "full")
-    if routing.skip != "zero":
-        knobs.append(routing.skip + (str(routing.skip_rank) if routing.skip == "low_rank" else ""))
-    if routing.router_pooling != "sequence":
-        knobs.append(routing.router_pooling)
-    if routing.kv_policy != "keep":
-        knobs.append(f"kv_{routing.kv_policy}")
-    if training.seed != 42:
-        knobs.append(f"seed{training.seed}")
-    return ROOT / "trained_models" / model.name / data.name / "_".join(knobs)
+    """``trained_models/<base>/<data>/<knobs>``, the knobs all settings that are given and change what is learnt."""
+    usual = recipe_defaults(command.routing.recipe, command.routing.granularity)
+    given = {k: v for k, v in command.given().items() if k not in NEUTRAL | _NAMED and usual.get(k) != v}
+    knobs = [command.routing.granularity, *(f"{name}_{value}" for name, value in sorted(given.items()))]
+    name = re.sub(r"[^\w.+-]+", "-", "__".join(knobs))
+    return ROOT / "trained_models" / command.model.name / command.data.name / name[:200]
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:

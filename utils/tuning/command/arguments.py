@@ -272,6 +272,11 @@ class TuningArguments(TrainingArguments):
                 "--deepspeed needs a launcher: CONFIG_FILE=configs/accelerate/deepspeed_zero2.yaml "
                 "bash scripts/finetune_mod.sh, or torchrun"
             )
+        config = self.deepspeed_plugin.hf_ds_config.config if self.deepspeed_plugin else {}
+        if own := [section for section in ("optimizer", "scheduler") if section in config]:
+            found.append(
+                f"{' and '.join(own)} of the DeepSpeed config would replace the command line's: leave them out"
+            )
         return found
 
 

@@ -36,7 +36,7 @@ from router_tuning.tuning.command.published_names import RENAMED, WITHOUT_EFFECT
 from router_tuning.tuning.recipes import RECIPES, recipe_defaults
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 from router_tuning.tuning.trainer.checkpoints import NEUTRAL
-from router_tuning.tuning.trainer.engines import keep_schedule, requested
+from router_tuning.tuning.trainer.engines import requested
 
 _PATHS = ("router_dir", "train_file", "output_dir", "resume_from_checkpoint", "cache_dir")
 _PATHS_OR_NAMES = ("model_name_or_path", "tokenizer_name")
@@ -144,7 +144,6 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
         try:
             training = _tried(typed)
             problems += training.problems()
-            notes += keep_schedule(training.deepspeed_plugin)
         except UserError as error:
             problems.append(str(error))
     if problems:

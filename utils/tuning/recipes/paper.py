@@ -12,8 +12,7 @@ def tune(run: Run) -> TunedRun:
     """Train the run's model in place (He et al. 2024, section 3.3). Collective: every rank calls."""
     trainer = RouterTrainer(**run.trainer_options, gradient_scale=run.routing.gradient_scale)
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
-    stopped = run.interruption.signal is not None
-    return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=stopped)
+    return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=bool(run.stop.signal))
 
 
 def measure(run: Run, tuned: TunedRun) -> None:

@@ -6,7 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from router_tuning.errors import UserError
 
@@ -36,21 +36,6 @@ def settings_without_gpu() -> dict[str, object]:
         os.environ.pop("ACCELERATE_USE_CPU", None)
         return {"ddp_backend": "gloo"}
     return {"use_cpu": True}
-
-
-def keep_schedule(plugin: DeepSpeedPlugin | None) -> list[str]:
-    """Take ``optimizer`` and ``scheduler`` out of a DeepSpeed config, so that the command line's are used; notes.
-
-    The JSON would win without a word: another engine would learn something else.
-    """
-    if plugin is None:
-        return []
-    config = plugin.hf_ds_config.config
-    found = [section for section in ("optimizer", "scheduler") if config.pop(section, None) is not None]
-    if not found:
-        return []
-    config.update(zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False)
-    return [f"without effect: {' and '.join(found)} of the DeepSpeed config (the command line decides)"]
 
 
 def enable_fsdp_on_cpu(accelerator: Accelerator) -> bool:

@@ -52,9 +52,8 @@ def tune(run: Run) -> TunedRun:
     else:
         trainer, end = RouterTrainer(**run.trainer_options, gradient_scale=0), start.logit
     dial = {"capacity": [0.5], "logit": {name: [value] for name, value in within_limits(run.model, end).items()}}
-    stopped = run.interruption.signal is not None
     extra = {"dial": dial, "damage": start.damage}
-    return TunedRun(trainer, trainer.state.log_history, interrupted=stopped, extra=extra)
+    return TunedRun(trainer, trainer.state.log_history, interrupted=bool(run.stop.signal), extra=extra)
 
 
 def measure(run: Run, tuned: TunedRun) -> None:
