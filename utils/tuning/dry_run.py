@@ -46,13 +46,11 @@ def dry_run(command: Command) -> str:
 
 def _steps(command: Command) -> str:
     data, training = command.data, command.training
+    there = data.path.is_file() or not data.max_train_samples
     try:
-        rows, known = check_file(data.path, data.max_train_samples).rows, f"rows of {data.path}"
-    except UserError:
-        if not data.max_train_samples:
-            return f"unknown: {data.path} is not there"
-        rows, known = data.max_train_samples, f"rows ({data.path} is not there yet)"
-    try:
-        return f"{steps_of(training, rows)} of {training.global_batch_size} sequences, from {rows:,} {known}"
+        rows = check_file(data.path, data.max_train_samples).rows if there else data.max_train_samples
+        steps = steps_of(training, rows)
     except UserError as error:
         return f"none: {error}"
+    known = "rows of" if there else "rows, which are not there yet, of"
+    return f"{steps} of {training.global_batch_size} sequences, from {rows:,} {known} {data.path}"

@@ -15,7 +15,6 @@ from router_tuning.errors import UserError
 from router_tuning.files import publish, write_json, write_text
 from router_tuning.model import save_routers
 from router_tuning.provenance import provenance
-from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.recipes import load_recipe
 from router_tuning.tuning.run import Run, TunedRun, steps_of
 from router_tuning.tuning.run_folder import TEMPLATE, clear_folder, write_results
@@ -54,12 +53,6 @@ def run_tuning(run: Run) -> TunedRun:
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
     describe(run)
-    steps = steps_of(training, len(run.data.rows))
-    if 0 < steps < _FEW_STEPS:
-        logger.warning(
-            f"{steps} steps are few to learn anything in: more rows (MAX_TRAIN_SAMPLES), more epochs (NUM_EPOCHS) "
-            "or a smaller GLOBAL_BATCH_SIZE give more"
-        )
     recipe = load_recipe(run.routing.recipe)
     tuned = recipe.tune(run)
     if tuned.interrupted:
@@ -87,28 +80,29 @@ def agree_on(settings: dict[str, Any]) -> None:
 
 def describe(run: Run) -> None:
     """Log what is about to happen, in a few lines."""
-    command, data, training = run.command, run.data, run.training
-    steps = StepOrder(data.lengths, training.global_batch_size, training.seed).steps
-    total = sum(parameter.numel() for parameter in run.model.parameters())
-    learnt = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    routing = run.model.config
+    command, data, training, routing = run.command, run.data, run.training, run.model.config
+    learnt = [parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad]
     logger.info(
         f"{command.model.name}: {routing.mod_granularity} on layers {routing.mod_layers}; "
-        f"{learnt:,} of {total:,} parameters train ({command.routing.trains})"
+        f"{sum(learnt):,} of {run.model.num_parameters():,} parameters train ({command.routing.trains})"
     )
-    left = len(data.rows) - steps * training.global_batch_size
     logger.info(
         f"{data.raw.path}: {len(data.rows)} conversations in the {command.data.chat_template} chat template "
-        f"(left out: {data.left_out or 0}; {data.cut} cut at {run.max_length} tokens); {steps} steps of "
-        f"{training.global_batch_size} per epoch, {left} over"
+        f"(left out: {data.left_out or 0}; {data.cut} cut at {run.max_length} tokens)"
     )
     if data.cut and run.max_length < command.data.max_seq_length:
         logger.warning(f"the base has {run.max_length} positions: {data.cut} longer conversations were cut")
-    logger.info(f"output folder: {run.output}")
     logger.info(
         f"{training.world_size} process(es) x {training.per_device_train_batch_size} sequences x "
-        f"{training.gradient_accumulation_steps} accumulated, {command.model.dtype} weights on {training.device}"
+        f"{training.gradient_accumulation_steps} accumulated, {command.model.dtype} weights on {training.device}; "
+        f"output folder: {run.output}"
     )
+    steps = steps_of(training, len(data.rows))
+    if 0 < steps < _FEW_STEPS:
+        logger.warning(
+            f"{steps} steps are few to learn anything in: more rows (MAX_TRAIN_SAMPLES), more epochs (NUM_EPOCHS) "
+            "or a smaller GLOBAL_BATCH_SIZE give more"
+        )
 
 
 # ---- what a run leaves

@@ -84,7 +84,9 @@ class RoutingArguments:
     gradient_scale: float = field(default=1.0, metadata={"help": "λ of λ·Σ ReLU(capacity - target)"})
     router_only: bool = field(default=True, metadata={"help": "False trains the base too (full MoD tuning)"})
     router_dir: str | None = field(default=None, metadata={"help": "start from the routers saved in this folder"})
-    recipe: str = field(default="paper", metadata={"help": "paper, or budget: holds its target, has a dial"})
+    recipe: Literal["paper", "budget"] = field(
+        default="paper", metadata={"help": "the published one, or budget: holds its target, has a dial"}
+    )
     lora: bool = field(default=False, metadata={"help": "train LoRA adapters beside the routers"})
     lora_r: int = field(default=8, metadata={"help": "rank"})
     lora_alpha: int = field(default=16, metadata={"help": "scale is alpha / r"})
@@ -124,14 +126,10 @@ class RoutingArguments:
                 found.append(f"--{error}")
         if self.mod_layers == "auto" and "expert" in self.granularity:
             found.append(f"--mod_layers auto chooses attention, MLPs or blocks, not {self.granularity}: list layers")
-        if self.mod_n is not None and self.mod_n < 1:
-            found.append(f"--mod_n {self.mod_n} must be at least 1")
         if self.train_skip and self.skip == "zero":
             found.append("--train_skip trains skip paths and --skip zero leaves nothing: give --skip low_rank or mean")
         if self.lora and not self.router_only:
             found.append("--lora trains adapters on a frozen base and --router_only False trains the base: give one")
-        if self.lora_r < 1 or self.lora_alpha < 1:
-            found.append(f"--lora_r {self.lora_r} and --lora_alpha {self.lora_alpha} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             found.append(f"--lora_dropout {self.lora_dropout} must lie in [0, 1)")
         return found
@@ -170,10 +168,6 @@ class DataArguments:
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
         found = []
-        if self.max_train_samples < 0:
-            found.append(f"--max_train_samples {self.max_train_samples} must be 0 (all) or more")
-        if self.max_seq_length < 2:
-            found.append(f"--max_seq_length {self.max_seq_length} must be at least 2")
         if self.train_file and Path(self.train_file).suffix not in (".json", ".jsonl"):
             found.append(f"--train_file {self.train_file}: a .jsonl file with one conversation per line is needed")
         if self.chat_template not in TEMPLATES:

@@ -33,7 +33,7 @@ from router_tuning.tuning.command.arguments import (
 )
 from router_tuning.tuning.command.parser import VARIABLES, Parser, notes_on
 from router_tuning.tuning.command.published_names import RENAMED, WITHOUT_EFFECT
-from router_tuning.tuning.recipes import RECIPES, recipe_defaults
+from router_tuning.tuning.recipes import recipe_defaults
 from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 from router_tuning.tuning.trainer.checkpoints import NEUTRAL
 from router_tuning.tuning.trainer.engines import requested
@@ -92,10 +92,11 @@ def launch_command(values: Mapping[str, Any]) -> str:
 
 
 _AT_LEAST = {
-    1: "global_batch_size per_device_train_batch_size gradient_accumulation_steps preprocessing_num_workers "
-    "label_tokens calibration_tokens".split(),
-    0: "learning_rate weight_decay warmup_steps max_grad_norm num_train_epochs label_smoothing_factor gradient_scale "
-    "other_rate seed logging_steps save_steps save_total_limit".split(),
+    2: ["max_seq_length"],
+    1: "mod_n global_batch_size per_device_train_batch_size gradient_accumulation_steps preprocessing_num_workers "
+    "label_tokens calibration_tokens lora_r lora_alpha".split(),
+    0: "max_train_samples learning_rate weight_decay warmup_steps max_grad_norm num_train_epochs gradient_scale "
+    "label_smoothing_factor other_rate seed logging_steps save_steps save_total_limit".split(),
 }
 
 
@@ -104,7 +105,7 @@ def out_of_range(values: Mapping[str, Any]) -> list[str]:
     odd = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
     found = [f"--{name} {values[name]} must be a finite number" for name in odd]
     for least, names in _AT_LEAST.items():
-        small = [name for name in names if values[name] is not None and values[name] < least]
+        small = [name for name in names if values.get(name) is not None and values[name] < least]
         found += [f"--{name} {values[name]} must be at least {least}" for name in small]
     return found
 
@@ -132,14 +133,12 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     model, routing, budget, data = parts
     for part in parts:
         problems += part.problems()
-    if routing.recipe not in RECIPES:
-        problems.append(f"--recipe {routing.recipe} is none of {', '.join(sorted(RECIPES))}")
-    elif routing.recipe != "budget" and (given := not_default(vars(budget))):
+    if routing.recipe != "budget" and (given := not_default(vars(budget))):
         problems += [f"--{name} is a setting of --recipe budget" for name in given]
     _set_precision(model, routing, values, notes)
     typed = {f.name: values[f.name] for f in dataclasses.fields(TuningArguments) if f.init}
-    wrong_numbers = out_of_range({**typed, **vars(routing), **vars(budget), **vars(data)})
-    problems += wrong_numbers
+    wrong_numbers = out_of_range(typed)
+    problems += [*out_of_range({**vars(routing), **vars(budget), **vars(data)}), *wrong_numbers]
     if not wrong_numbers:
         try:
             training = _tried(typed)
@@ -231,16 +230,11 @@ def _absolute(place: str | None, is_path: bool) -> str | None:
 
 
 def _unknown(unknown: list[str], known: dict[str, Any]) -> list[str]:
-    problems = []
-    for token in unknown:
-        if not token.startswith("--"):
-            continue
-        name = token[2:].partition("=")[0]
-        close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-        problems.append(f"unknown argument --{name}" + (f" (did you mean --{close[0]}?)" if close else ""))
-    if unknown and not problems:
-        problems.append(f"{unknown[0]!r} belongs to no argument")
-    return problems
+    names = [word[2:].partition("=")[0] for word in unknown if word.startswith("--")]
+    close = [difflib.get_close_matches(name.replace("-", "_"), known, n=1) for name in names]
+    told = ["".join(f" (did you mean --{other}?)" for other in others) for others in close]
+    stray = [f"{word!r} belongs to no argument" for word in unknown[:1] if not names]
+    return stray + [f"unknown argument --{name}{more}" for name, more in zip(names, told, strict=True)]
 
 
 def _set_precision(model: ModelArguments, routing: RoutingArguments, values: dict[str, Any], notes: list[str]) -> None:

@@ -42,11 +42,7 @@ class RoutingStatistics:
 
     def reset(self) -> None:
         """Forget the sums."""
-        self.names: list[str] = []
-        self.executed: Tensor | None = None
-        self.counted: Tensor | None = None
-        self.sums = torch.zeros(4, dtype=torch.float32, device=self.device)
-        self.micro_batches = 0
+        self.sums: dict[str, Tensor] = {}
         self.started = time.perf_counter()
 
     @torch.no_grad()
@@ -58,43 +54,32 @@ class RoutingStatistics:
             penalty: ``Σ_layers ReLU(capacity_l - target)`` of this micro-batch.
             inputs: the batch, for its real and padded tokens.
         """
-        shares = log.capacity_tensors()
-        weights = {key: sum(_weight(record) for record in log.records[key]) for key in shares}
-        weight = torch.stack(
-            [torch.as_tensor(weights[key], device=self.device, dtype=torch.float32) for key in shares]
-        )
-        executed = torch.stack([shares[key].to(self.device, torch.float32) for key in shares]) * weight
-        if self.executed is None:
-            self.names = [layer_key(key) for key in shares]
-            self.executed, self.counted = torch.zeros_like(executed), torch.zeros_like(weight)
-        self.executed += executed
-        self.counted += weight
-        slots = inputs["input_ids"].numel()
-        mask = inputs.get("attention_mask")
-        real = torch.tensor(slots) if mask is None else mask.sum()
-        self.sums += torch.stack(
-            [t.to(self.device, torch.float32) for t in (task_loss, penalty, real, torch.tensor(slots))]
-        )
-        self.micro_batches += 1
+        slots, mask = inputs["input_ids"].numel(), inputs.get("attention_mask")
+        found: dict[str, Any] = {"task": task_loss, "penalty": penalty, "micro-batches": 1, "slots": slots}
+        found["real"] = slots if mask is None else mask.sum()
+        for key, share in log.capacity_tensors().items():
+            name, weight = layer_key(key), sum(_weight(record) for record in log.records[key])
+            found |= {f"executed {name}": share.float() * weight, f"counted {name}": weight}
+        for name, value in found.items():
+            value = torch.as_tensor(value, device=self.device, dtype=torch.float32)
+            self.sums[name] = self.sums.get(name, 0) + value
 
     def read(self, steps: int) -> dict[str, float]:
         """Means over the ``steps`` optimizer steps since the last reading, and a reset. Collective."""
-        seconds = time.perf_counter() - self.started
-        processes = torch.tensor([self.micro_batches, 1.0], device=self.device)
-        sums = {"sums": self.sums, "processes": processes, "executed": self.executed, "counted": self.counted}
-        found = {name: value.tolist() for name, value in summed(sums, self.device).items()}
-        (task, penalty, real, slots), (micro, world) = found["sums"], found["processes"]
-        shares = zip(self.names, found["executed"], found["counted"], strict=True)
-        capacity = {name: executed / counted if counted else 1.0 for name, executed, counted in shares}
+        seconds, world = time.perf_counter() - self.started, torch.ones((), device=self.device)
+        found = {name: float(value) for name, value in summed({**self.sums, "world": world}, self.device).items()}
+        names = [name.removeprefix("counted ") for name in found if name.startswith("counted ")]
+        counted = {name: found[f"counted {name}"] for name in names}
+        capacity = {name: found[f"executed {name}"] / count if count else 1.0 for name, count in counted.items()}
         self.reset()
         return {
-            "task_loss": task / max(steps, 1),
-            "penalty": penalty / max(micro, 1),
+            "task_loss": found["task"] / max(steps, 1),
+            "penalty": found["penalty"] / max(found["micro-batches"], 1),
             CAPACITY: sum(capacity.values()) / len(capacity),
             **capacity,
-            "tokens_per_second": real / seconds,
-            "tokens_per_gpu": real / world,
-            "padding": 1 - real / slots,
+            "tokens_per_second": found["real"] / seconds,
+            "tokens_per_gpu": found["real"] / found["world"],
+            "padding": 1 - found["real"] / found["slots"],
             "memory_gb": peak_memory_gb(self.device),
         }
 
