@@ -1,13 +1,13 @@
-"""What the cache holds: exact bytes under forced masks, its life (reset, refusal of foreign caches), packed inputs."""
+"""What the cache holds: exact bytes under forced masks, refusal of foreign caches, packed inputs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from refused import refused
 from tiny_models import random_batch, tiny_model
 from tiny_routed import KINDS, LAYERS, routed_model, with_reference
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import QuantizedCache
 
 from router_tuning.model import force_routing, kv_cache_bytes, route
 from router_tuning.model.cache_mod import RowCacheLayer
@@ -18,19 +18,18 @@ HEADS, WIDTH, DEPTH = 2, 8, 5
 
 
 def forced_masks(granularity, share):
-    """For each routed layer a bool [b] or [b, T] that keeps about a share, and how many tokens each row then runs."""
-    level = "sequence" if "sequence" in granularity else "token"
+    """For each routed layer a bool [b] or [b, T] that keeps about a share."""
     generator = torch.Generator().manual_seed(5)
-    shape = (ROWS,) if level == "sequence" else (ROWS, TOTAL)
+    shape = (ROWS,) if "sequence" in granularity else (ROWS, TOTAL)
     return {layer: torch.rand(shape, generator=generator) < share for layer in LAYERS}
 
 
+@torch.no_grad()
 def decode(model, ids, cache=None):
     """Prefill and single steps."""
-    with torch.no_grad():
-        cache = model(ids[:, :PROMPT], past_key_values=cache, use_cache=True).past_key_values
-        for step in range(PROMPT, TOTAL):
-            model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
+    cache = model(ids[:, :PROMPT], past_key_values=cache, use_cache=True).past_key_values
+    for step in range(PROMPT, TOTAL):
+        model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
     return cache
 
 
@@ -64,12 +63,11 @@ def test_bytes_of_sliding_layers_do_not_grow_beyond_the_window(granularity, poli
     masks = forced_masks(granularity, 0.5)
     with force_routing(model, masks):
         cache = decode(model, random_batch(ROWS, TOTAL)[0])
-    plain = ROWS * window
     if policy == "keep":
         routed = sum(int(mask.sum()) * window for mask in masks.values())
     else:
         routed = sum(int(mask[:, TOTAL - window + 1 :].sum()) for mask in masks.values())
-    assert kv_cache_bytes(cache) == 2 * HEADS * WIDTH * 4 * ((DEPTH - len(LAYERS)) * plain + routed)
+    assert kv_cache_bytes(cache) == 2 * HEADS * WIDTH * 4 * ((DEPTH - len(LAYERS)) * ROWS * window + routed)
 
 
 def test_bytes_follow_selected_repeated_and_cropped_rows():
@@ -87,80 +85,48 @@ def test_bytes_follow_selected_repeated_and_cropped_rows():
     assert kv_cache_bytes(cache) == 0
 
 
-# ---------------------------------------------------------------- the life of a cache
-
-
-def test_a_cache_without_config_works_too():
-    model = routed_model()
-    ids, _ = random_batch()
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits
-        assert torch.equal(model(ids, past_key_values=DynamicCache()).logits, expected)
+# ---------------------------------------------------------------- foreign caches
 
 
 @pytest.mark.parametrize(
-    ("granularity", "policy"), [("attn_sequence", "keep"), ("mlp_sequence", "keep"), ("attn_token", "drop")]
+    ("granularity", "policy"),
+    [(g, "keep") for g in ("attn_sequence", "mlp_sequence", "attn_token")] + [("attn_token", "drop"), KINDS[-1]],
 )
-def test_a_cache_that_the_dense_model_filled_is_refused(granularity, policy):
-    ids, _ = random_batch(ROWS, TOTAL)
-    cache = decode(tiny_model(), ids)
-    model = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
-    with pytest.raises(ValueError, match="filled without routing") as error:
-        model(ids[:, :1], past_key_values=cache)
-    assert "\n" not in str(error.value)
-    assert all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers), "it stays usable for the dense one"
+def test_foreign_caches_are_refused_in_one_line(granularity, policy):
+    model, (ids, _) = tiny_model(), random_batch(ROWS, TOTAL)
+    dense = decode(model, ids)
+    route(model, mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    quantized = DynamicCache(config=model.config)
+    for layer in quantized.layers:  # as its layers are: of a subclass of the dynamic one, which stores otherwise
+        layer.__class__ = type("QuantizedLayer", (type(layer),), {})
+    tuples = ((torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8)),) * DEPTH
+    for cache in (StaticCache(config=model.config, max_cache_len=32), quantized, tuples):
+        with refused("DynamicCache"):
+            model(ids, past_key_values=cache)
+    if (granularity, policy) != ("attn_token", "keep"):
+        with refused("filled without routing"):
+            model(ids[:, :1], past_key_values=dense)
+    assert all(type(layer).__name__ == "DynamicLayer" for layer in dense.layers), "it stays usable for the dense one"
 
 
 def test_a_cache_of_another_routing_is_refused():
     ids, _ = random_batch(ROWS, TOTAL)
     cache = decode(route(tiny_model(), mod_layers=[1, 2], granularity="attn_sequence"), ids)
-    other = route(tiny_model(), mod_layers=[1, 2], granularity="attn_sequence+mlp_sequence")
-    with pytest.raises(ValueError, match="no decision for 'mlp'"), torch.no_grad():
-        other(ids[:, :1], past_key_values=cache)
-    ragged = route(tiny_model(), mod_layers=[1, 2], granularity="attn_token", kv_policy="drop")
-    with pytest.raises(ValueError, match="another routing"), torch.no_grad():
-        ragged(ids[:, :1], past_key_values=cache)
-    kept = route(tiny_model(), mod_layers=[1, 2], granularity="attn_token")
-    with pytest.raises(ValueError, match="another routing"), torch.no_grad():
-        kept(ids[:, :1], past_key_values=cache)
-    deeper = route(tiny_model(), mod_layers=[2, 3], granularity="attn_sequence")
-    with pytest.raises(ValueError, match="layer 1: .* another routing"), torch.no_grad():
-        deeper(ids[:, :1], past_key_values=cache)
-    cache.reset()
+    others = [
+        ({"mod_layers": [1, 2], "granularity": "attn_sequence+mlp_sequence"}, "no decision for 'mlp'"),
+        ({"mod_layers": [1, 2], "granularity": "attn_token", "kv_policy": "drop"}, "another routing"),
+        ({"mod_layers": [1, 2], "granularity": "attn_token"}, "another routing"),
+        ({"mod_layers": [2, 3], "granularity": "attn_sequence"}, "layer 1: .* another routing"),
+    ]
+    models = {words + str(routing): (route(tiny_model(), **routing), words) for routing, words in others}
     with torch.no_grad():
-        for model in (deeper, ragged, kept, other):
+        for model, words in models.values():
+            with refused(words):
+                model(ids[:, :1], past_key_values=cache)
+        for model, _ in models.values():
+            cache.reset()
             expected = model(ids, use_cache=False).logits
             assert torch.equal(model(ids, past_key_values=cache).logits, expected), "an empty cache serves any routing"
-            cache.reset()
-
-
-@pytest.mark.parametrize(
-    ("granularity", "policy", "kind"),
-    [
-        *[("attn_sequence", "keep", kind) for kind in ("static", "quantized", "not a cache")],
-        *[(*case, "static") for case in (("mlp_sequence", "keep"), ("attn_token", "keep"), ("block_token", "drop"))],
-    ],
-)
-def test_other_caches_are_refused_in_one_line(granularity, policy, kind):
-    model = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
-    ids, _ = random_batch()
-    if kind == "static":
-        cache = StaticCache(config=model.config, max_cache_len=32)
-    elif kind == "quantized":
-        cache = QuantizedCache.__new__(QuantizedCache)
-        cache.layers, cache.layer_class_to_replicate = [foreign_layer() for _ in range(DEPTH)], None
-    else:
-        cache = ((torch.zeros(3, 2, 4, 8), torch.zeros(3, 2, 4, 8)),) * DEPTH
-    with pytest.raises(ValueError, match="DynamicCache") as error:
-        model(ids, past_key_values=cache)
-    assert "\n" not in str(error.value)
-
-
-def foreign_layer():
-    """A layer as quantised caches have: a subclass of the dynamic one that stores otherwise."""
-    from transformers.cache_utils import DynamicLayer
-
-    return type("QuantizedLayer", (DynamicLayer,), {})()
 
 
 def test_a_static_cache_serves_routed_mlps():
@@ -174,23 +140,17 @@ def test_a_static_cache_serves_routed_mlps():
     assert torch.allclose(torch.cat([prefill, *steps], 1), whole, atol=1e-5)
 
 
-# ---------------------------------------------------------------- packed sequences
+# ---------------------------------------------------------------- two sequences in one row, told apart by positions
 
-
-def packed_batch():
-    """Two sequences in one row, told apart by their positions."""
-    ids, _ = random_batch(1, 12)
-    return ids, torch.cat([torch.arange(5), torch.arange(7)])[None]
+POSITIONS = torch.cat([torch.arange(5), torch.arange(7)])[None]
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "mlp_sequence", "block_sequence", "attn_token+mlp_sequence"])
 def test_packed_sequences_are_refused_at_sequence_level(granularity):
-    ids, positions = packed_batch()
-    model = routed_model("llama", granularity)
+    ids, model = random_batch(1, 12)[0], routed_model("llama", granularity)
     for use_cache in (False, True):
-        with pytest.raises(ValueError, match="packed") as error:
-            model(ids, position_ids=positions, use_cache=use_cache)
-        assert "\n" not in str(error.value)
+        with refused("packed"):
+            model(ids, position_ids=POSITIONS, use_cache=use_cache)
     model(ids, position_ids=torch.arange(12)[None])
 
 
@@ -199,11 +159,8 @@ def test_packed_sequences_are_refused_at_sequence_level(granularity):
     [("attn_token", "keep"), ("attn_token", "drop"), ("mlp_token", "keep"), ("block_token", "drop")],
 )
 def test_packed_sequences_are_right_at_token_level(granularity, policy):
-    ids, positions = packed_batch()
-    model, reference = with_reference("llama", granularity, policy)
+    ids, (model, reference) = random_batch(1, 12)[0], with_reference("llama", granularity, policy)
     with torch.no_grad():
-        packed = model(ids, position_ids=positions, use_cache=False).logits
-        apart = [model(part, use_cache=False).logits for part in (ids[:, :5], ids[:, 5:])]
+        packed = model(ids, position_ids=POSITIONS, use_cache=False).logits
     alone = torch.cat([reference.logits(part) for part in (ids[:, :5], ids[:, 5:])], 1)
     assert torch.allclose(packed, alone, atol=1e-4)
-    assert torch.allclose(torch.cat(apart, 1), alone, atol=1e-4)

@@ -44,15 +44,13 @@ class Conversation:
         self.generator = torch.Generator().manual_seed(seed)
         self.window = getattr(self.model.config, "sliding_window", None)
         self.padding = padding
-        self.cache = DynamicCache(config=self.model.config)
+        # Without a configuration a cache has plain layers, made when they are first asked for.
+        self.cache = DynamicCache(config=self.model.config if self.window or seed % 2 else None)
         if self.window:
             self.cache.activate_past_recording()
-        self.ids = self.mask = None
-        self.croppable = 0
 
     def start(self, rows, tokens):
-        self.ids = torch.zeros(rows, 0, dtype=torch.long)
-        self.mask = torch.zeros(rows, 0, dtype=torch.long)
+        self.ids, self.mask = torch.zeros(2, rows, 0, dtype=torch.long)
         self.croppable = 0
         self.feed(tokens)
 

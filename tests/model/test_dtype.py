@@ -7,21 +7,22 @@ import functools
 
 import pytest
 import torch
+from refused import refused
 from tiny_models import random_batch, tiny_model
 from tiny_routed import CASES, LAYERS, routed_model
+from torch.nn.attention import flex_attention
 from transformers import AutoModelForCausalLM
+from transformers.integrations import flex_attention as integration
 
 from router_tuning.model import force_routing, packing, record_routing, route, routed_modules, unroute
 
-HALF = [torch.bfloat16, torch.float16]
 
-
-def masks(model, rows, tokens):
+def masks(rows, tokens):
     """Decisions of every router for this batch, imposed so that two dtypes compute the same thing.
 
     Both experts of a token share one: which of them comes first is a matter of rounding.
     """
-    generator = torch.Generator().manual_seed(11)
+    generator, drawn = torch.Generator().manual_seed(11), {}
 
     def draw(layer, part, shape, past):
         keys = (rows,) if part != "expert" and len(shape) == 1 else (rows, tokens)
@@ -32,14 +33,16 @@ def masks(model, rows, tokens):
             return mask[:, past : past + shape[0] // rows].flatten()[:, None].expand(shape)
         return mask if len(shape) == 1 else mask[:, past : past + shape[1]]
 
-    drawn = {}
     return draw
 
 
-def run(model, ids, mask, cached=False):
-    with torch.no_grad():
-        if not cached:
-            return model(ids, attention_mask=mask, use_cache=False).logits.float()
+def run(model, ids, mask, way="whole"):
+    """Logits of one pass, of several through a cache, or of one in training."""
+    with torch.set_grad_enabled(way == "training"):
+        if way != "cached":
+            logits = model.train(way == "training")(ids, attention_mask=mask, use_cache=False).logits
+            model.eval()
+            return logits.float().detach()
         parts, cache = [], None
         for start, end in ((0, 8), (8, 11), (11, 12)):
             out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
@@ -57,76 +60,49 @@ def deviation(family, one, other, mask):
     return (tokens.median() if family == "mixtral" else tokens.max()).item()
 
 
+def rounded(model, dtype):
+    """A copy of a float32 model in ``dtype``, and the block in which it runs."""
+    auto = dtype == "autocast"
+    return copy.deepcopy(model).to(torch.float32 if auto else dtype), torch.autocast(
+        "cpu", torch.bfloat16, enabled=auto
+    )
+
+
 @functools.cache
 def dense_error(family, dtype):
     """How far the dense model in this dtype is from float32: the yardstick."""
-    ids, mask = random_batch(padding="left")
-    return deviation(family, run(tiny_model(family), ids, mask), run(tiny_model(family).to(dtype), ids, mask), mask)
+    model, (ids, mask) = tiny_model(family), random_batch(padding="left")
+    half, block = rounded(model, dtype)
+    with block:
+        found = run(half, ids, mask)
+    return deviation(family, run(model, ids, mask), found, mask)
 
 
 @pytest.mark.parametrize(
-    ("attn", "dtype"), [("sdpa", torch.bfloat16), ("eager", torch.bfloat16), ("sdpa", torch.float16)]
+    ("attn", "dtype"),
+    [("sdpa", torch.bfloat16), ("eager", torch.bfloat16), ("sdpa", torch.float16), ("sdpa", "autocast")],
 )
 @pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
-def test_half_precision_deviates_as_the_dense_model_does(family, granularity, policy, attn, dtype):
+def test_it_deviates_as_the_dense_model_does(family, granularity, policy, attn, dtype):
     ids, mask = random_batch(padding="left")
     exact = routed_model(family, granularity, attn, kv_policy=policy)
-    rounded = copy.deepcopy(exact).to(dtype)
-    yardstick = dense_error(family, dtype)
-    for cached in (False, True):
-        with force_routing(exact, masks(exact, *ids.shape)):
-            expected = run(exact, ids, mask, cached)
-        with force_routing(rounded, masks(rounded, *ids.shape)):
-            actual = run(rounded, ids, mask, cached)
-        assert 0 < deviation(family, expected, actual, mask) <= 3 * yardstick
-    with record_routing(rounded) as log:
-        own = run(rounded, ids, mask)
-        out = rounded.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    half, block = rounded(exact, dtype)
+    for way in ("whole", "cached", "training"):
+        with force_routing(exact, masks(*ids.shape)):
+            expected = run(exact, ids, mask, way)
+        with force_routing(half, masks(*ids.shape)), block:
+            actual = run(half, ids, mask, way)
+        assert 0 < deviation(family, expected, actual, mask) <= 3 * dense_error(family, dtype), way
+    with record_routing(half) as log, block:
+        own = run(half, ids, mask)
+        out = half.generate(ids, attention_mask=mask, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        half.train()(ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100)).loss.backward()
     assert torch.isfinite(own[mask.bool()]).all() and out.shape[1] == 16
     assert 0 < log.capacity()["total"] < 1
-    assert all(score.dtype == torch.float32 for score in log.scores.values())
-    assert all(module.mod_router.weight.dtype == torch.float32 for module in routed_modules(rounded).values())
-
-
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
-def test_training_in_half_precision_has_the_values_of_evaluation(family, granularity, policy, dtype):
-    """Under mixed decisions, to rounding: packed and whole matrix products round differently."""
-    model = routed_model(family, granularity, kv_policy=policy).to(dtype)
-    ids, mask = random_batch(padding="right")
-    with force_routing(model, masks(model, *ids.shape)):
-        expected = run(model, ids, mask)
-        model.train()
-        actual = model(ids, attention_mask=mask).logits
-    assert deviation(family, actual.float(), expected, mask) <= 3 * dense_error(family, dtype)
-    loss = model(ids, attention_mask=mask, labels=torch.where(mask.bool(), ids, -100)).loss
-    loss.backward()
-    for module in routed_modules(model).values():
+    assert all(record.logits.dtype == torch.float32 for records in log.records.values() for record in records)
+    for module in routed_modules(half).values():
         gradient = module.mod_router.weight.grad
         assert gradient.dtype == torch.float32 and torch.isfinite(gradient).all() and gradient.abs().sum() > 0
-
-
-@pytest.mark.parametrize(
-    ("family", "granularity", "policy", "training"),
-    [*[(*case, False) for case in CASES], *[(*case, True) for case in CASES[::3]]],
-)
-def test_autocast_deviates_as_the_dense_model_does(family, granularity, policy, training):
-    ids, mask = random_batch(padding="left")
-    model = routed_model(family, granularity, kv_policy=policy).train(training)
-    dense = tiny_model(family).train(training)
-
-    def logits(one, autocast):
-        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return one(ids, attention_mask=mask).logits.float().detach()
-
-    yardstick = deviation(family, logits(dense, True), logits(dense, False), mask)
-    with force_routing(model, masks(model, *ids.shape)):
-        difference = deviation(family, logits(model, True), logits(model, False), mask)
-        if not training:
-            with torch.autocast("cpu", torch.bfloat16):
-                cached = run(model, ids, mask, cached=True)
-            assert deviation(family, cached, logits(model, False), mask) <= 3 * yardstick
-    assert 0 < difference <= 3 * yardstick
 
 
 def test_scores_are_float32_under_autocast():
@@ -172,38 +148,32 @@ def test_routers_stay_float32_when_loaded_in_half_precision(tmp_path):
 def test_token_level_attention_needs_a_mask_that_it_can_pack(granularity, policy):
     model = tiny_model()
     model.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="'sdpa' or 'eager', not 'flex_attention'") as error:
+    with refused("'sdpa' or 'eager', not 'flex_attention'"):
         route(model, mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
-    assert "\n" not in str(error.value)
     late = routed_model("llama", granularity, kv_policy=policy)
     late.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="'sdpa' or 'eager', not 'flex_attention'"), torch.no_grad():
+    with refused("'sdpa' or 'eager', not 'flex_attention'"), torch.no_grad():
         late(random_batch()[0])
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence", "mlp_sequence", "mlp_token"])
 def test_flex_attention_serves_whole_sequences(granularity, monkeypatch):
     """Uncompiled, which is slow but the same arithmetic; rows of a block mask are selected with the batch."""
-    from torch.nn.attention import flex_attention as flex
-    from transformers.integrations import flex_attention as integration
 
-    monkeypatch.setattr(
-        integration, "compile_friendly_flex_attention", lambda *args, **kwargs: eager(flex, *args, **kwargs)
-    )
+    def eager(query, key, value, training=False, **kwargs):
+        return flex_attention.flex_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", eager)
     model = routed_model("llama", granularity)
     ids, mask = random_batch(4, 12, padding="left")
     expected = run(model, ids, mask)
-    cached = run(model, ids, mask, cached=True)
+    cached = run(model, ids, mask, "cached")
     model.set_attn_implementation("flex_attention")
     with record_routing(model) as log:
         actual = run(model, ids, mask)
     assert 0 < log.capacity()["total"] < 1
     assert (actual - expected)[mask.bool()].abs().max() <= 1e-4
-    assert (run(model, ids, mask, cached=True) - cached)[mask.bool()].abs().max() <= 1e-4
-
-
-def eager(flex, query, key, value, training=False, **kwargs):
-    return flex.flex_attention(query, key, value, **kwargs)
+    assert (run(model, ids, mask, "cached") - cached)[mask.bool()].abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_token+mlp_token", "block_token"])
@@ -214,7 +184,7 @@ def test_rows_that_fill_up_a_product_on_a_cpu_change_nothing(granularity, monkey
     found = []
     for rows in (1, packing._ROWS):
         monkeypatch.setattr(packing, "_ROWS", rows)
-        with force_routing(model, masks(model, 3, 90)):
+        with force_routing(model, masks(3, 90)):
             found.append(run(model, ids, mask)[mask == 1])
     torch.testing.assert_close(*found, atol=0.02, rtol=0.02)
     index = torch.arange(130)

@@ -1,69 +1,106 @@
-"""generate() and its relatives: threaded, continued, sampled, assisted, without cache."""
+"""generate() and its relatives: whatever loop of transformers asks, each token is what recomputation gives."""
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model
-from tiny_routed import CACHED, routed_model, with_reference
+from tiny_routed import CACHED, KINDS, routed_model, with_reference
 
 from router_tuning.model import record_routing
 
 CASES = [*CACHED, ("attn_sequence+mlp_token", "keep")]
+# Of whole, sliding and mixed attention, and of experts.
+MATRIX = [
+    *[(f, *case, "zero") for f in ("llama", "gemma3_text") for case in (*KINDS, ("attn_token+mlp_token", "keep"))],
+    *[(f, "attn_sequence+mlp_token", "keep", "zero") for f in ("llama", "gemma3_text")],
+    *[(f, "attn_token", "drop", "zero") for f in ("mistral", "gemma2", "phi3", "smollm3")],
+    *[("mixtral", g, p, "zero") for g, p in (("expert_token", "keep"), ("attn_token+expert_token", "drop"))],
+    *[("llama", g, "keep", "low_rank") for g in ("attn_sequence+mlp_token", "block_token")],
+]
 GREEDY = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
+WITH_LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 
 
-def recomputed(reference, prompt, sequences, granularity):
+@functools.cache
+def pair(family, granularity, policy="keep", skip="zero"):
+    return with_reference(family, granularity, policy, "eager" if family == "gemma2" else "sdpa", skip=skip)
+
+
+def recomputed(reference, prompt, mask, sequences, granularity):
     """Logits behind each generated token, from scratch, with the prompt's decisions where they hold."""
-    held = "sequence" in granularity
+    held, times = "sequence" in granularity, len(sequences) // len(prompt)
+    new = torch.ones(len(sequences), sequences.shape[1] - prompt.shape[1], dtype=torch.long)
+    mask = mask.repeat_interleave(times, 0)
     if held:
-        reference.logits(prompt)
-        repeats = len(sequences) // len(prompt)
-        reference.held = {key: keep.repeat_interleave(repeats, 0) for key, keep in reference.held.items()}
-    return reference.logits(sequences, hold=held)[:, prompt.shape[1] - 1 : -1]
+        reference.logits(prompt.repeat_interleave(times, 0), mask)
+    return reference.logits(sequences, torch.cat([mask, new], 1), hold=held)[:, prompt.shape[1] - 1 : -1]
 
 
-@pytest.mark.parametrize(("granularity", "policy"), [("attn_sequence", "keep"), ("attn_token", "drop")])
-def test_generations_in_threads_do_not_disturb_each_other(granularity, policy):
-    model, _ = with_reference("llama", granularity, policy)
-    prompts = [random_batch(1 + seed % 3, 5 + seed, seed=seed)[0] for seed in range(6)]
-    alone = [model.generate(ids, **GREEDY) for ids in prompts]
-    with ThreadPoolExecutor(3) as pool:
-        together = list(pool.map(lambda ids: model.generate(ids, **GREEDY), prompts))
-    for expected, actual in zip(alone, together, strict=True):
-        assert torch.equal(actual, expected)
+@pytest.mark.parametrize(
+    ("family", "granularity", "policy", "skip", "copies"),
+    [*[(*case, 1) for case in MATRIX], *[("llama", *case, "zero", 3) for case in CASES[::3]]],
+)
+def test_logits_are_those_of_recomputation(family, granularity, policy, skip, copies):
+    model, reference = pair(family, granularity, policy, skip)
+    ids, mask = random_batch(padding="left")
+    options = dict(do_sample=copies > 1, num_return_sequences=copies, min_new_tokens=6, max_new_tokens=6)
+    out = model.generate(ids, attention_mask=mask, **options, **WITH_LOGITS)
+    assert len(out.sequences.unique(dim=0)) == 3 * copies
+    expected = recomputed(reference, ids, mask, out.sequences, granularity)
+    assert (torch.stack(out.logits, 1) - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("family", "granularity", "policy", "skip"), MATRIX)
+def test_beam_search_equals_recomputation(family, granularity, policy, skip):
+    """Beams fork and die; what the cache then holds must still be each beam's own past."""
+    model, reference = pair(family, granularity, policy, skip)
+    ids, mask = random_batch(rows=2, padding="left")
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, num_beams=3, num_return_sequences=2,
+        output_scores=True, return_dict_in_generate=True, do_sample=False, length_penalty=0.0,
+    )  # fmt: skip
+    logits = recomputed(reference, ids, mask, out.sequences, granularity)
+    chosen = logits.log_softmax(-1).gather(2, out.sequences[:, ids.shape[1] :, None])
+    assert torch.allclose(chosen.sum((1, 2)), out.sequences_scores, atol=1e-3)
+
+
+@pytest.mark.parametrize(("granularity", "policy"), CASES)
+def test_without_a_cache_every_pass_decides_on_what_it_sees(granularity, policy):
+    model, reference = pair("llama", granularity, policy)
+    prompt = random_batch(2, 6)[0]
+    out = model.generate(prompt, use_cache=False, **GREEDY, **WITH_LOGITS)
+    for step, logits in enumerate(out.logits):
+        expected = reference.logits(out.sequences[:, : prompt.shape[1] + step])[:, -1]
+        assert (logits - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 def test_a_conversation_continues_on_its_cache(family, granularity, policy):
-    model, reference = with_reference(family, granularity, policy)
+    model, reference = pair(family, granularity, policy)
     prompt, question = random_batch(2, 8, seed=4)[0], random_batch(2, 4, seed=5)[0]
     first = model.generate(prompt, **GREEDY, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, question], 1)
-    options = dict(return_dict_in_generate=True, output_logits=True, past_key_values=first.past_key_values)
     # Without a mask generate() would take the pad ids among the generated tokens for padding.
-    second = model.generate(turn, attention_mask=torch.ones_like(turn), **GREEDY, **options)
+    options = dict(attention_mask=torch.ones_like(turn), past_key_values=first.past_key_values)
+    second = model.generate(turn, **options, **GREEDY, **WITH_LOGITS)
     assert second.sequences.shape[1] == turn.shape[1] + 8
-    expected = recomputed(reference, prompt, second.sequences, granularity)[:, -8:]
+    expected = recomputed(reference, prompt, torch.ones_like(prompt), second.sequences, granularity)[:, -8:]
     assert (torch.stack(second.logits, 1) - expected).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize(("granularity", "policy"), CASES[::3])
-def test_sampling_with_several_returned_sequences(granularity, policy):
-    model, reference = with_reference("llama", granularity, policy)
-    prompt = random_batch(2, 8)[0]
-    options = dict(do_sample=True, num_return_sequences=3, min_new_tokens=6, max_new_tokens=6)
-    options |= dict(return_dict_in_generate=True, output_logits=True)
-    torch.manual_seed(7)
-    once = model.generate(prompt, **options)
-    torch.manual_seed(7)
-    assert torch.equal(model.generate(prompt, **options).sequences, once.sequences)
-    assert once.sequences.shape == (6, 14) and len(once.sequences.unique(dim=0)) > 2
-    expected = recomputed(reference, prompt, once.sequences, granularity)
-    assert (torch.stack(once.logits, 1) - expected).abs().max() <= 1e-4
+@pytest.mark.parametrize(("granularity", "policy"), [("attn_sequence", "keep"), ("attn_token", "drop")])
+def test_generations_in_threads_do_not_disturb_each_other(granularity, policy):
+    model, _ = pair("llama", granularity, policy)
+    prompts = [random_batch(1 + seed % 3, 5 + seed, seed=seed)[0] for seed in range(6)]
+    alone = [model.generate(ids, **GREEDY) for ids in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda ids: model.generate(ids, **GREEDY), prompts))
+    assert all(map(torch.equal, together, alone))
 
 
 HELPERS = ["itself, dense", "another", "prompt look-up", "its first layers"]
@@ -77,7 +114,7 @@ HELPERS = ["itself, dense", "another", "prompt look-up", "its first layers"]
     ],
 )
 def test_assisted_decoding_gives_the_text_of_plain_decoding(family, granularity, policy, helper):
-    model, _ = with_reference(family, granularity, policy)
+    model, _ = pair(family, granularity, policy)
     for seed in range(2):
         prompt = random_batch(1, 7, seed=seed)[0]
         prompt = torch.cat([prompt, prompt[:, :3]], 1)  # something that a look-up finds
@@ -103,19 +140,9 @@ def test_a_routed_model_may_assist():
     assert torch.equal(dense.generate(prompt, assistant_model=model, **GREEDY), dense.generate(prompt, **GREEDY))
 
 
-@pytest.mark.parametrize(("granularity", "policy"), CASES)
-def test_without_a_cache_every_pass_decides_on_what_it_sees(granularity, policy):
-    model, reference = with_reference("llama", granularity, policy)
-    prompt = random_batch(2, 6)[0]
-    out = model.generate(prompt, use_cache=False, **GREEDY, return_dict_in_generate=True, output_logits=True)
-    for step, logits in enumerate(out.logits):
-        expected = reference.logits(out.sequences[:, : prompt.shape[1] + step])[:, -1]
-        assert (logits - expected).abs().max() <= 1e-4
-
-
 @pytest.mark.parametrize(("granularity", "policy"), CASES[::3])
 def test_embeddings_as_prompt_give_the_same_text(granularity, policy):
-    model, _ = with_reference("llama", granularity, policy)
+    model, _ = pair("llama", granularity, policy)
     prompt = random_batch(2, 6)[0]
     embedded = model.generate(inputs_embeds=model.get_input_embeddings()(prompt).detach(), **GREEDY)
     assert torch.equal(embedded, model.generate(prompt, **GREEDY)[:, 6:])

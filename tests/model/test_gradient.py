@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,8 +13,6 @@ from tiny_training import gradients, labels_of, same
 from torch.nn import functional
 
 from router_tuning.model import force_routing, kv_cache_bytes, record_routing, routed_modules
-
-DENSE_CASES = [(granularity, policy) for family, granularity, policy in CASES if family == "llama"]
 
 # ---------------------------------------------------------------- the gradient
 
@@ -43,14 +42,18 @@ def relax(model, granularity, policy):
     for part, level in (name.split("_") for name in granularity.split("+")):
         for layer in LAYERS:
             block, key = model.model.layers[layer], f"{layer}_{part}"
-            routers[key] = torch.nn.Parameter(torch.zeros(1, 32))
+            routers[key] = torch.nn.Parameter(torch.zeros(4 if part == "expert" else 1, 32))
             state = {}
 
             def look(hidden, key=key, level=level, state=state):
                 state["gate"] = gate(routers[key], hidden, level)
 
-            def before(_, args, kwargs, look=look, block=block, part=part, state=state):
+            def before(_, args, kwargs, look=look, key=key, block=block, part=part, state=state):
                 hidden = args[0] if args else kwargs["hidden_states"]
+                if part == "expert":
+                    score = torch.sigmoid(functional.linear(hidden, routers[key])).gather(1, args[1])
+                    keep = (score >= 0.5) & real["mask"].bool().flatten()[:, None]
+                    return (*args[:2], args[2] * (keep + score - score.detach())), kwargs
                 look(block.input_layernorm(hidden) if part == "block" else hidden)
                 if policy == "drop" and part != "mlp":
                     mask = seen_keys(state["gate"][..., 0], kwargs["attention_mask"])
@@ -58,21 +61,24 @@ def relax(model, granularity, policy):
                 return args, kwargs
 
             def after(_, args, output, part=part, state=state):
+                if part == "expert":
+                    return output
                 if part == "attn":
                     return (state["gate"] * output[0], *output[1:])
                 return args[0] + state["gate"] * (output - args[0]) if part == "block" else state["gate"] * output
 
-            module = {"attn": block.self_attn, "mlp": block.mlp, "block": block}[part]
+            module = {"attn": block.self_attn, "mlp": block.mlp, "block": block}
+            module = block.mlp.experts if part == "expert" else module[part]
             module.register_forward_pre_hook(before, with_kwargs=True)
             module.register_forward_hook(after)
     return routers, real
 
 
-@pytest.mark.parametrize(("granularity", "policy"), DENSE_CASES)
-def test_gradient_is_that_of_the_relaxed_formula(granularity, policy):
+@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
+def test_gradient_is_that_of_the_relaxed_formula(family, granularity, policy):
     """For every weight of the model, routers and base alike, at a batch where decisions differ."""
-    model = routed_model("llama", granularity, kv_policy=policy).train()
-    relaxed = tiny_model("llama").train()
+    model = routed_model(family, granularity, kv_policy=policy).train()
+    relaxed = tiny_model(family).train()
     routers, real = relax(relaxed, granularity, policy)
     ids, mask = random_batch(padding="right")
     real["mask"] = mask
@@ -93,32 +99,6 @@ def test_gradient_is_that_of_the_relaxed_formula(granularity, policy):
         theirs[name] = routers[key].grad
         assert theirs[name].abs().max() > 1e-5, "a zero gradient would prove nothing"
     same(ours, theirs, tolerance=1e-4)
-
-
-def test_gradient_of_experts_is_that_of_the_relaxed_formula():
-    model, relaxed = routed_model("mixtral", "expert_token").train(), tiny_model("mixtral").train()
-    ids, mask = random_batch(padding="right")
-    routers = {
-        m.mod_layer: m.mod_router.weight.detach().clone().requires_grad_() for m in routed_modules(model).values()
-    }
-    for layer, router in routers.items():
-
-        def gate(_, args, router=router):
-            hidden, index, weight = args
-            score = torch.sigmoid(functional.linear(hidden, router)).gather(1, index)
-            keep = (score >= 0.5) & mask.bool().flatten()[:, None]
-            return hidden, index, weight * (keep.float() + score - score.detach())
-
-        relaxed.model.layers[layer].mlp.experts.register_forward_pre_hook(gate)
-    loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
-    expected = relaxed(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
-    assert torch.allclose(loss, expected, atol=1e-6)
-    loss.backward()
-    expected.backward()
-    theirs = gradients(relaxed) | {
-        f"model.layers.{n}.mlp.experts.mod_router.weight": r.grad for n, r in routers.items()
-    }
-    same(gradients(model), theirs, tolerance=1e-4)
 
 
 # ---------------------------------------------------------------- the penalty
@@ -180,16 +160,26 @@ def backward(model, ids, mask, use_cache=False, **inputs):
     return logits.detach()[mask.bool()], {"embeddings": embedded.grad, **gradients(model)}
 
 
+def imposed(layer, part, shape, _):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(layer)) < 0.7
+
+
 @pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
-@pytest.mark.parametrize(("use_cache", "tokens"), [(False, 12), (True, 300)])
-def test_evaluation_mode_gives_the_gradients_of_training(family, granularity, policy, use_cache, tokens):
+@pytest.mark.parametrize(
+    ("use_cache", "tokens", "forced"), [(False, 12, False), (True, 300, False), (True, 400, True)]
+)
+def test_evaluation_mode_gives_the_gradients_of_training(family, granularity, policy, use_cache, tokens, forced):
+    """With decisions imposed no router has a say, so only what is kept runs: packed queries, in chunks."""
     model = routed_model(family, granularity, kv_policy=policy)
     ids, mask = random_batch(tokens=tokens, padding="left")
-    expected, trained = backward(model.train(), ids, mask)
-    logits, evaluated = backward(model.eval(), ids, mask, use_cache)
-    assert all(evaluated[n].abs().max() > 0 for n, _ in model.named_parameters() if "mod_router" in n)
+    with force_routing(model, imposed) if forced else nullcontext():
+        expected, trained = backward(model.train(), ids, mask)
+        logits, evaluated = backward(model.eval(), ids, mask, use_cache)
     assert torch.allclose(logits, expected, atol=1e-5)
     same(evaluated, trained, tolerance=1e-3)
+    if forced:
+        return
+    assert all(evaluated[n].abs().max() > 0 for n, _ in model.named_parameters() if "mod_router" in n)
     with torch.no_grad():  # what the cache holds is what it holds without gradients
         past = model(ids, attention_mask=mask, use_cache=True).past_key_values
     again = model(ids, attention_mask=mask, use_cache=True).past_key_values
@@ -197,20 +187,6 @@ def test_evaluation_mode_gives_the_gradients_of_training(family, granularity, po
     with torch.no_grad():
         ours, theirs = (model(step, attention_mask=longer, past_key_values=p).logits for p in (again, past))
     assert torch.allclose(ours, theirs, atol=1e-5) and kv_cache_bytes(again) == kv_cache_bytes(past)
-
-
-@pytest.mark.parametrize(("granularity", "policy"), DENSE_CASES)
-def test_imposed_decisions_give_the_gradients_of_training_at_any_length(granularity, policy):
-    """No router has a say, so only what is kept runs: packed queries, in chunks."""
-    model = routed_model("llama", granularity, kv_policy=policy)
-    ids, mask = random_batch(tokens=400, padding="left")
-    keep = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.7
-    keep = keep if "token" in granularity else torch.tensor([True, False, True])
-    with force_routing(model, keep if "+" not in granularity else lambda *_: None):
-        expected, trained = backward(model.train(), ids, mask)
-        logits, evaluated = backward(model.eval(), ids, mask, use_cache=True)
-    assert torch.allclose(logits, expected, atol=1e-5)
-    same(evaluated, trained, tolerance=1e-3)
 
 
 @pytest.mark.parametrize(

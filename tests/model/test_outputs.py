@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refused import refused
 from tiny_models import random_batch, tiny_model
 from tiny_routed import routed_model
 
@@ -20,54 +21,45 @@ INCOMPLETE = [
     *[(*case, "output_attentions") for case in ATTENTIONS],
     *[(*case, "output_router_logits") for case in ROUTER_LOGITS],
 ]
-COMPLETE = [("llama", "mlp_token", "output_attentions"), ("mixtral", "attn_token", "output_router_logits")]
 
 
-def keyword(model, ids, name):
-    return model(ids, **{name: True})
+def ask(model, ids, name, how):
+    """By a keyword or the configuration, of the model or of its generation."""
+    if how == "configuration":
+        setattr(model.config, name, True)
+    elif how == "generation_config":
+        model.generation_config.update(return_dict_in_generate=True, **{name: True})
+    keywords = {name: True} if how in ("keyword", "generate") else {}
+    if "generat" not in how:
+        return model(ids, **keywords)
+    return model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, **keywords)
 
 
-def configuration(model, ids, name):
-    setattr(model.config, name, True)
-    return model(ids)
+@pytest.mark.parametrize(
+    ("family", "granularity", "name", "how"),
+    [
+        *[(*case, how) for case in INCOMPLETE for how in ("keyword", "configuration")],
+        *[(*case, "output_attentions", how) for case in ATTENTIONS for how in ("generate", "generation_config")],
+    ],
+)
+def test_incomplete_outputs_are_refused_unless_a_keyword_says_no(family, granularity, name, how):
+    model, (ids, _) = routed_model(family, granularity, attn="eager"), random_batch()
+    with refused(f"{name} would be incomplete.*model.config.{name} = False"):
+        ask(model, ids, name, how)
+    model(ids, **{name: False})
 
 
-def generate(model, ids, name):
-    return model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, **{name: True})
-
-
-def generation_config(model, ids, name):
-    setattr(model.generation_config, name, True)
-    model.generation_config.return_dict_in_generate = True
-    return model.generate(ids, max_new_tokens=2)
-
-
-ASKED = [(*case, ask) for case in INCOMPLETE for ask in (keyword, configuration)]
-ASKED += [(*case, "output_attentions", ask) for case in ATTENTIONS for ask in (generate, generation_config)]
-
-
-@pytest.mark.parametrize(("family", "granularity", "name", "ask"), ASKED)
-def test_incomplete_outputs_are_refused(family, granularity, name, ask):
-    model = routed_model(family, granularity, attn="eager")
-    with pytest.raises(ValueError, match=f"{name} would be incomplete.*model.config.{name} = False"):
-        ask(model, random_batch()[0], name)
-
-
-@pytest.mark.parametrize(("family", "granularity", "name"), [*INCOMPLETE[::3], *COMPLETE])
-def test_a_keyword_overrides_the_configuration(family, granularity, name):
-    model = routed_model(family, granularity, attn="eager")
-    setattr(model.config, name, True)
-    model(random_batch()[0], **{name: False})
-
-
-@pytest.mark.parametrize(("family", "granularity", "name"), COMPLETE)
-@pytest.mark.parametrize("ask", [keyword, configuration])
-def test_complete_outputs_are_given(family, granularity, name, ask):
-    ids = random_batch()[0]
-    field = name.removeprefix("output_")
+@pytest.mark.parametrize(
+    ("family", "granularity", "name"),
+    [("llama", "mlp_token", "output_attentions"), ("mixtral", "attn_token", "output_router_logits")],
+)
+@pytest.mark.parametrize("how", ["keyword", "configuration"])
+def test_complete_outputs_are_given(family, granularity, name, how):
+    model, (ids, _), field = routed_model(family, granularity, attn="eager"), random_batch(), name.split("_", 1)[1]
     dense = getattr(tiny_model(family, "eager")(ids, **{name: True}), field)
-    routed = getattr(ask(routed_model(family, granularity, attn="eager"), ids, name), field)
+    routed = getattr(ask(model, ids, name, how), field)
     assert [tuple(part.shape) for part in routed] == [tuple(part.shape) for part in dense]
+    assert getattr(model(ids, **{name: False}), field, None) is None
 
 
 @pytest.mark.parametrize(("family", "granularity"), ROUTER_LOGITS)

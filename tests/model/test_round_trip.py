@@ -11,30 +11,17 @@ import sys
 import pytest
 import torch
 import transformers
+from refused import refused
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, MOE, random_batch, tiny_model
+from tiny_models import FAMILIES, MOE, logits_of, random_batch, tiny_model
 from tiny_routed import random_skip_paths, routed_model
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from router_tuning.model import ModConfig, is_routed, route, routed_modules, set_thresholds, unroute
 
 EVERYTHING = dict(
     kv_policy="drop", router_pooling="prompt", skip="low_rank", skip_rank=3, target_capacity=0.3, gradient_scale=2.0
 )
-
-
-def logits(model):
-    ids, mask = random_batch(padding="left")
-    with torch.no_grad():
-        return model(ids, attention_mask=mask).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,40 +35,29 @@ def test_save_pretrained_and_auto_model_give_the_same_routed_model(family, tmp_p
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(again) is type(model) and type(again.config) is type(model.config)
     assert ModConfig.read_from(again.config) == ModConfig.read_from(model.config)
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits_of(again), logits_of(model))
     for copied in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
-        assert torch.equal(logits(copied), logits(model))
+        assert torch.equal(logits_of(copied), logits_of(model))
         assert copied.config is not again.config and copied.model.config is copied.config
 
 
-@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
-def test_so_do_other_heads(task, tmp_path):
+@pytest.mark.parametrize("task", ["CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_so_do_other_heads_and_the_decoder_inside(task, tmp_path):
     auto = getattr(transformers, f"AutoModelFor{task}")
     plain = auto.from_config(tiny_model("qwen3").config).eval()
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    model = routed_model(model=plain, granularity="attn_token")
+    model, (ids, _) = routed_model(model=plain, granularity="attn_token"), random_batch()
     model.save_pretrained(tmp_path)
     again = auto.from_pretrained(tmp_path)
-    assert type(again) is type(model)
-    ids, _ = random_batch()
-    assert torch.equal(again(ids)[0], model(ids)[0])
-
-
-def test_a_decoder_comes_from_the_checkpoint_of_the_whole(tmp_path):
-    model = routed_model("qwen3", "attn_token")
-    model.save_pretrained(tmp_path)
-    ids, _ = random_batch()
-    assert torch.equal(AutoModel.from_pretrained(tmp_path)(ids)[0], model.model(ids)[0])
-    for decoder in (model.model, route(tiny_model("qwen3").model, mod_n=2)):
-        with pytest.raises(ValueError, match="Qwen3Model is not saved alone.*save_routers"):
-            decoder.save_pretrained(tmp_path / "alone")
-    assert not (tmp_path / "alone").exists()
+    assert type(again) is type(model) and torch.equal(again(ids)[0], model(ids)[0])
+    if task == "CausalLM":
+        assert torch.equal(AutoModel.from_pretrained(tmp_path)(ids)[0], model.model(ids)[0])
 
 
 def test_a_class_that_knows_nothing_of_routing_refuses_the_weights(tmp_path):
     routed_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="routed model: pass trust_remote_code=True"):
+    with refused("routed model: pass trust_remote_code=True"):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
@@ -126,21 +102,10 @@ def partial(tmp_path):
     return tmp_path, model
 
 
-LOADED = {
-    "plainly": {},
-    "in bfloat16": {"dtype": torch.bfloat16},
-    "on a device": {"device_map": "cpu"},
-    "by a map": {"device_map": "auto"},
-    "with a configuration": {"config": "given"},
-}
-
-
-@pytest.mark.parametrize("how", LOADED)
+@pytest.mark.parametrize("how", [{}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": "auto"}, None])
 def test_missing_routers_are_zero_and_said_in_one_line(how, partial, caplog):
     folder, model = partial
-    options = dict(LOADED[how])
-    if "config" in options:
-        options["config"] = AutoConfig.from_pretrained(folder)
+    options = {"config": AutoConfig.from_pretrained(folder)} if how is None else how
     again, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     first, second, third = weights(again)
     assert torch.equal(first, weights(model)[0]) and torch.equal(third, weights(model)[2])
@@ -172,23 +137,19 @@ def test_whatever_is_built_without_a_checkpoint_starts_at_zero():
     assert {weight.dtype for weight in weights(lower)} == {torch.float32}
 
 
-def test_a_missing_router_that_is_offloaded_is_refused(partial, tmp_path):
+def test_a_missing_router_that_is_offloaded_or_one_that_is_not_finite_is_refused(partial, tmp_path):
     folder, model = partial
     places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     places |= {f"model.layers.{number}": "disk" if number == 2 else "cpu" for number in range(5)}
     options = {"device_map": places, "offload_folder": tmp_path / "offloaded"}
-    with pytest.raises(ValueError, match=r"no weights for model\.layers\.2.*offloaded"):
+    with refused(r"no weights for model\.layers\.2.*offloaded"):
         AutoModelForCausalLM.from_pretrained(folder, **options)
     model.save_pretrained(folder)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, **options)), logits(model))
-
-
-def test_a_router_that_is_not_finite_is_refused(tmp_path):
-    model = routed_model("llama")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder, **options)), logits_of(model))
     weights(model)[1].data[0, 3] = float("nan")
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"layers\.2\.self_attn\.mod_router.* not finite"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    with refused(r"layers\.2\.self_attn\.mod_router.* not finite"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 # ---------------------------------------------------------------- another process, with this package and without
@@ -233,7 +194,7 @@ def test_another_process_loads_it(package, tmp_path):
     expected = {}
     for family in ("llama", "gemma3_text", "mixtral"):
         model = routed_model(family, "attn_sequence+mlp_token")
-        expected[family] = logits(model)
+        expected[family] = logits_of(model)
         model.save_pretrained(tmp_path / family)
         torch.save(model, tmp_path / f"{family}.pt")
     torch.save((ids, mask, expected), tmp_path / "batch.pt")
@@ -252,27 +213,29 @@ def test_a_checkpoint_of_a_stock_trainer_comes_back_routed(tmp_path):
     model = routed_model("qwen3", "attn_token", gradient_scale=1.0, target_capacity=0.5)
     ids, _ = random_batch(rows=4)
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    arguments = TrainingArguments(tmp_path, max_steps=1, save_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=1, save_steps=1, report_to=[], use_cpu=True, learning_rate=1e-2
+    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)
     trainer.train()
     trainer.save_model(tmp_path / "last")
     for folder in (tmp_path / "checkpoint-1", tmp_path / "last"):
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model.eval()))
+        assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), logits_of(model.eval()))
 
 
 def test_what_would_come_back_dense_is_not_saved(tmp_path):
     class Own(LlamaForCausalLM):
         pass
 
-    model = route(Own(tiny_model().config), mod_n=2)
-    assert is_routed(copy.deepcopy(model))
-    with pytest.raises(ValueError, match="Own is not saved whole.*save_routers"):
-        model.save_pretrained(tmp_path)
-    adapted = route(tiny_model(), mod_n=2)
+    own, adapted, decoder = (
+        route(model, mod_n=2) for model in (Own(tiny_model().config), tiny_model(), tiny_model().model)
+    )
     adapted.add_adapter(pytest.importorskip("peft").LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="adapter alone.*save_routers"):
-        adapted.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
+    told = {own: "Own is not saved whole", adapted: "adapter alone", decoder: "LlamaModel is not saved alone"}
+    for model, words in {**told, own.model: told[decoder]}.items():
+        with refused(f"{words}.*save_routers"):
+            model.save_pretrained(tmp_path / "lost")
+    assert is_routed(copy.deepcopy(own)) and not list(tmp_path.iterdir())
 
 
 def test_an_adapter_comes_back_on_the_routed_model_or_not_at_all(tmp_path):
@@ -289,7 +252,7 @@ def test_an_adapter_comes_back_on_the_routed_model_or_not_at_all(tmp_path):
     again = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "routed"), lora).eval()
     again.save_pretrained(tmp_path / "adapter")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert is_routed(loaded) and torch.equal(logits(loaded), logits(again))
+    assert is_routed(loaded) and torch.equal(logits_of(loaded), logits_of(again))
 
 
 def test_models_of_one_configuration_share_nothing():

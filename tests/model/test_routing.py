@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, MOE, random_batch, tiny_model
-from tiny_routed import CASES, LAYERS, random_skip_paths, routed_model, split_inputs
+from refused import refused
+from tiny_models import FAMILIES, MOE, logits_of, random_batch, state_of, tiny_model
+from tiny_routed import LAYERS, random_skip_paths, routed_model, split_inputs
 from transformers import AutoModelForCausalLM
 
 from router_tuning.model import (
@@ -75,102 +76,18 @@ def test_parts_may_be_routed_in_layers_of_their_own(granularity, policy, tmp_pat
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, num_beams=2)
     assert out.shape == (3, 16)
     with force_routing(model, {(0, "attn"): True, (1, "mlp"): True, 3: True, (4, "mlp"): True}):
-        difference = model(ids, attention_mask=mask).logits - dense(ids, attention_mask=mask).logits
+        difference = logits_of(model) - logits_of(dense)
         assert difference[mask.bool()].abs().max() < 1e-5
-    with pytest.raises(ValueError, match="names no router: .0, 'mlp'"), force_routing(model, {(0, "mlp"): True}):
+    with refused("names no router: .0, 'mlp'"), force_routing(model, {(0, "mlp"): True}):
         pass
     save_routers(model, tmp_path)
     set_thresholds(model, dict.fromkeys(names, 0.4))
-    again = load_routers(copy.deepcopy(dense), tmp_path)
-    assert again.config.mod_layers == BY_PART and list(routed_modules(again)) == names
-    assert torch.equal(again(ids, attention_mask=mask, use_cache=False).logits, whole)
     model.save_pretrained(tmp_path / "whole")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
-    assert loaded.config.mod_layers == BY_PART and list(routed_modules(loaded)) == names
+    again = load_routers(copy.deepcopy(dense), tmp_path)
+    assert torch.equal(again(ids, attention_mask=mask, use_cache=False).logits, whole)
+    for same in (again, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
+        assert same.config.mod_layers == BY_PART and list(routed_modules(same)) == names
     assert not any("mod_" in name for name in unroute(model).state_dict())
-
-
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ({"attn": [1]}, "mod_layers names attn; the granularity routes attn, mlp"),
-        ({"attn": [1], "mlp": [9]}, "mod_layers .9. must be distinct indices in 0…4"),
-        ({"attn": [1], "mlp": []}, "mod_layers .. must be distinct"),
-    ],
-)
-def test_impossible_layers_by_part_are_refused(layers, message):
-    with pytest.raises(ValueError, match=message):
-        route(tiny_model(), mod_layers=layers, granularity="attn_token+mlp_token")
-
-
-@pytest.mark.parametrize("n", [5, 6, 0, -1])
-def test_mod_n_outside_the_model_names_both_numbers(n):
-    with pytest.raises(ValueError, match=rf"mod_n {n} .*5 layers"):
-        route(tiny_model(), mod_n=n)
-
-
-@pytest.mark.parametrize("layers", [[], [0, 0], [-1], [5], ["1"], "12", [1.0], [True, 2], 3])
-def test_impossible_mod_layers_are_refused(layers):
-    model = tiny_model()
-    with pytest.raises(ValueError, match="mod_layers"):
-        route(model, mod_layers=layers)
-    assert not is_routed(model)
-
-
-def test_the_number_of_layers_must_be_named():
-    with pytest.raises(ValueError, match="mod_n.*mod_layers"):
-        route(tiny_model())
-
-
-@pytest.mark.parametrize(
-    ("granularity", "word"),
-    [
-        ("atn_sequence", "atn_sequence"),
-        ("attn-sequence", "attn-sequence"),
-        ("attn", "attn"),
-        ("", "''"),
-        ("attn_token+", "''"),
-        ("ATTN_TOKEN", "ATTN_TOKEN"),
-        ("attn_token+attn_sequence", "twice"),
-        ("block_token+mlp_token", "route it alone"),
-        ("mlp_token+expert_token", "route one of the two"),
-        (None, "None"),
-    ],
-)
-def test_typos_and_impossible_combinations_are_refused(granularity, word):
-    model = tiny_model()
-    before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match=word) as error:
-        route(model, mod_n=2, granularity=granularity)
-    assert "\n" not in str(error.value)
-    assert {name: type(module) for name, module in model.named_modules()} == before
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("threshold", 1.5),
-        ("threshold", float("nan")),
-        ("threshold", "high"),
-        ("threshold", {}),
-        ("threshold", {"1.attn": 0.5}),
-        ("threshold", {"1.attn": 0.5, "2.attn": 0.5, "3.attn": 0.5, "9.attn": 0.5}),
-        ("router_pooling", "promt"),
-        ("kv_policy", "dropp"),
-        ("target_capacity", 1.1),
-        ("target_capacity", "half"),
-        ("gradient_scale", "much"),
-    ],
-)
-def test_a_bad_argument_is_refused_and_leaves_the_model_dense(field, value):
-    model = tiny_model()
-    keys, classes = set(model.state_dict()), {type(module) for module in model.modules()}
-    with pytest.raises(ValueError, match=field) as error:
-        route(model, mod_layers=LAYERS, **{field: value})
-    assert "\n" not in str(error.value)
-    assert not is_routed(model) and set(model.state_dict()) == keys
-    assert {type(module) for module in model.modules()} == classes
-    assert not any(name.startswith("mod_") for name in vars(model.config))
 
 
 def test_thresholds_per_router():
@@ -180,36 +97,81 @@ def test_thresholds_per_router():
     assert log.capacity() == {"total": pytest.approx(2 / 3), 1: 1.0, 2: 1.0, 3: 0.0}
 
 
-# ---------------------------------------------------------------- in and out again
+# ---------------------------------------------------------------- what is refused
+
+REFUSED = [
+    ({}, "mod_n.*mod_layers"),
+    *[({"mod_n": n}, rf"mod_n {n} .*5 layers") for n in (5, 6, 0, -1)],
+    *[({"mod_layers": wrong}, "mod_layers") for wrong in ([], [0, 0], [-1], [5], ["1"], "12", [1.0], [True, 2], 3)],
+]
+REFUSED += [
+    ({"mod_layers": layers, "granularity": "attn_token+mlp_token"}, words)
+    for layers, words in [
+        ({"attn": [1]}, "mod_layers names attn; the granularity routes attn, mlp"),
+        ({"attn": [1], "mlp": [9]}, "mod_layers .9. must be distinct indices in 0…4"),
+        ({"attn": [1], "mlp": []}, "mod_layers .. must be distinct"),
+    ]
+]
+REFUSED += [
+    ({"mod_n": 2, "granularity": granularity}, words)
+    for granularity, words in [
+        *[(typo, typo) for typo in ("atn_sequence", "attn-sequence", "attn", "ATTN_TOKEN")],
+        *[("", "''"), ("attn_token+", "''"), (None, "None"), ("attn_token+attn_sequence", "twice")],
+        *[("block_token+mlp_token", "route it alone"), ("mlp_token+expert_token", "route one of the two")],
+    ]
+]
+REFUSED += [
+    ({"mod_layers": LAYERS, field: value}, field)
+    for field, values in {
+        "threshold": [1.5, float("nan"), "high", {}, {"1.attn": 0.5}, dict.fromkeys(f"{n}.attn" for n in range(4))],
+        "router_pooling": ["promt"],
+        "kv_policy": ["dropp"],
+        "target_capacity": [1.1, "half"],
+        "gradient_scale": ["much"],
+        "skip": ["half"],
+        "skip_rank": [0],
+    }.items()
+    for value in values
+]
+REFUSED += [({"mod_n": 2, "skip": "mean", "granularity": "expert_token"}, "single experts have no skip path")]
 
 
-def test_a_routed_model_is_not_routed_twice():
+@pytest.mark.parametrize(("options", "words"), REFUSED)
+def test_what_cannot_be_routed_is_refused_and_leaves_the_model_dense(options, words):
+    model = tiny_model()
+    before = state_of(model)
+    with refused(words):
+        route(model, **options)
+    assert not is_routed(model) and state_of(model) == before
+
+
+def test_what_is_routed_already_wrapped_or_dense_is_refused():
     model = route(tiny_model(), mod_n=2)
-    with pytest.raises(ValueError, match="unroute"):
+    with refused("unroute"):
         route(model, mod_n=2)
-
-
-def test_unroute_takes_the_model_itself_not_its_wrapper():
-    wrapper = torch.nn.Sequential(route(tiny_model(), mod_n=2))
-    with pytest.raises(ValueError, match="Sequential: unwrap"):
+    wrapper = torch.nn.Sequential(model)
+    with refused("Sequential: unwrap"):
         unroute(wrapper)
     assert is_routed(wrapper)
+    for call in (
+        unroute,
+        lambda dense: record_routing(dense).__enter__(),
+        lambda d: force_routing(d, True).__enter__(),
+    ):
+        with refused("not routed"):
+            call(tiny_model())
+    with refused("transformers model"):
+        route(torch.nn.Linear(2, 2), mod_n=1)
 
 
-def test_unroute_refuses_a_dense_model():
-    with pytest.raises(ValueError, match="not routed"):
-        unroute(tiny_model())
+# ---------------------------------------------------------------- in and out again
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_router_weights_are_new_and_unroute_takes_all_back(family):
     model = tiny_model(family, "eager")
     keys, count = set(model.state_dict()), sum(p.numel() for p in model.parameters())
-    ids, mask = random_batch(padding="left")
-    classes = {name: type(module) for name, module in model.named_modules()}
-    config, config_class = copy.deepcopy(model.config.to_dict()), type(model.config)
-    with torch.no_grad():
-        before = model(ids, attention_mask=mask).logits
+    before, logits = state_of(model), logits_of(model)
     for granularity in granularities(family):
         routed_model(granularity=granularity, model=model)
         assert is_routed(model)
@@ -219,14 +181,10 @@ def test_only_router_weights_are_new_and_unroute_takes_all_back(family):
         assert {name for name, _ in model.named_parameters() if "mod_router" in name} == expected
         routers = sum(4 if part == "expert" else 1 for part in parts) * len(LAYERS)
         assert sum(p.numel() for p in model.parameters()) == count + routers * 32
-        with torch.no_grad():
-            assert not torch.equal(model(ids, attention_mask=mask).logits, before)
+        assert not torch.equal(logits_of(model), logits)
         assert unroute(model) is model and not is_routed(model)
-        assert {name: type(module) for name, module in model.named_modules()} == classes
+        assert state_of(model) == before and torch.equal(logits_of(model), logits)
         assert not [name for module in model.modules() for name in vars(module) if name.startswith("mod_")]
-        assert model.config.to_dict() == config and type(model.config) is config_class
-        with torch.no_grad():
-            assert torch.equal(model(ids, attention_mask=mask).logits, before)
 
 
 # ---------------------------------------------------------------- keep all, skip all
@@ -275,7 +233,3 @@ def silence(layer, part):
     else:
         module = layer.mlp if part == "mlp" else layer.mlp.experts
         module.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
-
-
-def test_cases_cover_every_granularity():
-    assert {part for _, granularity, _ in CASES for part in granularity.split("+")} == set(GRANULARITIES)

@@ -6,25 +6,18 @@ import copy
 
 import pytest
 import torch
+from refused import refused
 from tiny_models import random_batch, tiny_model
 from tiny_routed import CASES, routed_model
 from tiny_training import freeze_base, gradients, labels_of, same
+from transformers import DynamicCache
 
-from router_tuning.model import force_routing, record_routing, routed_modules
-
-
-def test_forced_decisions_hold_in_training():
-    model = routed_model("llama", "attn_token").train()
-    ids, _ = random_batch()
-    with force_routing(model, True):
-        assert torch.equal(model(ids).logits, tiny_model().train()(ids).logits)
+from router_tuning.model import record_routing, routed_modules
 
 
 def test_training_with_a_cache_is_refused():
-    from transformers import DynamicCache
-
     model = routed_model("llama").train()
-    with pytest.raises(ValueError, match="past_key_values"):
+    with refused("past_key_values"):
         model(random_batch()[0], past_key_values=DynamicCache(config=model.config))
 
 
@@ -95,9 +88,8 @@ def test_reentrant_checkpointing_is_refused(granularity):
     model = freeze_base(routed_model("llama", granularity))
     ids, _ = random_batch()
     model.activation_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="use_reentrant") as error:
+    with refused("use_reentrant"):
         model(ids, labels=ids)
-    assert "\n" not in str(error.value)
     with torch.no_grad():
         model(ids)
     model.activation_checkpointing_enable({"use_reentrant": False})

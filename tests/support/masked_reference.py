@@ -39,11 +39,12 @@ class MaskedReference:
         if self.parts[part] == "token":
             keep = (score[..., 0] >= self.threshold) & self.real
             return self.with_first(layer, part, keep)
-        if (layer, part) not in self.held:
-            total = (hidden.float() * self.real[..., None]).sum(1) / self.real.sum(1, keepdim=True)
-            score = torch.sigmoid(total @ self.weights[layer, part].float().T)
-            self.held[layer, part] = score >= self.threshold
-        return self.with_first(layer, part, self.held[layer, part].expand(hidden.shape[:2]))
+        total = (hidden.float() * self.real[..., None]).sum(1) / self.real.sum(1, keepdim=True)
+        score = torch.sigmoid(total @ self.weights[layer, part].float().T)
+        now = torch.where(self.real.any(1, keepdim=True), (score >= self.threshold).float(), torch.nan)
+        held = self.held.get((layer, part), now)
+        self.held[layer, part] = held = torch.where(held.isnan(), now, held)  # a row of padding alone still waits
+        return self.with_first(layer, part, (held == 1).expand(hidden.shape[:2]))
 
     def with_first(self, layer, part, keep):
         """``keep``, and the first real token of each sequence where there is a skip path."""

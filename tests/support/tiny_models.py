@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -71,3 +73,23 @@ def random_batch(rows: int = 3, tokens: int = 12, seed: int = 1, padding: str | 
             side = slice(0, pads) if padding == "left" else slice(tokens - pads, tokens)
             mask[row, side], ids[row, side] = 0, 0
     return ids, mask
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    """Of a left-padded batch."""
+    ids, mask = random_batch(padding="left")
+    return model(ids, attention_mask=mask).logits
+
+
+def state_of(model) -> tuple:
+    """All that a model must be again when it is refused or taken back."""
+    modules = dict(model.named_modules())
+    fields = {
+        name: {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        for name, module in modules.items()
+    }
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in modules.items()}
+    classes = {name: type(module) for name, module in modules.items()}
+    known = [fields, classes, hooks, [*model.state_dict()], type(model.config), copy.deepcopy(model.config.to_dict())]
+    return *known, torch.get_rng_state().tolist()
