@@ -19,7 +19,7 @@ from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import write_json
 from router_tuning.model.class_swap import plain_class
 from router_tuning.provenance import provenance
-from router_tuning.serving import comparison
+from router_tuning.serving import throughput as measuring
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -62,28 +62,28 @@ def compare(args: argparse.Namespace, prompts: list[list[int]], note: Callable[.
     """Tokens of vLLM in each of its settings beside ours."""
     llm = None
     for dtype in args.dtypes:
-        expected = comparison.our_tokens(comparison.our_model(args.export, dtype), prompts, args.new_tokens)
-        for name, settings in comparison.SETTINGS.items():
+        expected = measuring.our_tokens(measuring.our_model(args.export, dtype), prompts, args.new_tokens)
+        for name, settings in measuring.SETTINGS.items():
             llm = None  # an engine that ends takes along what those share that its process has then
             gc.collect()
-            llm = comparison.engine(args.export, dtype, **settings)
-            note(dtype=dtype, setting=name, **comparison.equality(llm, prompts, expected))
+            llm = measuring.engine(args.export, dtype, **settings)
+            note(dtype=dtype, setting=name, **measuring.equality(llm, prompts, expected))
 
 
 def clock(args: argparse.Namespace, prompts: list[list[int]], note: Callable[..., None]) -> None:
     """Tokens per second of vLLM, with routers at each budget and on the dense base."""
     gc.collect()
-    model = comparison.our_model(args.export, args.timed_dtype)
+    model = measuring.our_model(args.export, args.timed_dtype)
     plain = {"architectures": [plain_class(model).__name__]}
     llms = {
-        "routed": comparison.engine(args.export, args.timed_dtype),
-        "dense": comparison.engine(args.base, args.timed_dtype, hf_overrides=plain),
+        "routed": measuring.engine(args.export, args.timed_dtype),
+        "dense": measuring.engine(args.base, args.timed_dtype, hf_overrides=plain),
     }
     for batch in args.batches:
         timed = (prompts * batch)[:batch]
-        for found in comparison.throughput(llms, args.export, args.budgets, timed, args.new_tokens, args.repeats):
+        for found in measuring.throughput(llms, args.export, args.budgets, timed, args.new_tokens, args.repeats):
             kept = found.pop("kept")
-            share = comparison.flops_left(model, kept) if kept else 1.0
+            share = measuring.flops_left(model, kept) if kept else 1.0
             note(dtype=args.timed_dtype, batch=batch, flops_share=share, **found)
 
 

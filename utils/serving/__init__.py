@@ -21,7 +21,7 @@ def register() -> None:
     class RoutedSettings(VerifyAndUpdateConfig):
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:
-            from router_tuning.serving.settings import prepare
+            from router_tuning.serving.served_routing import prepare
 
             prepare(vllm_config)
 

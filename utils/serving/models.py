@@ -17,7 +17,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from router_tuning.model.router import threshold_logit
-from router_tuning.serving.modules import (
+from router_tuning.serving.routed_modules import (
     KeptQueries,
     Pass,
     Routed,
@@ -26,7 +26,7 @@ from router_tuning.serving.modules import (
     put_in_front,
     route_module,
 )
-from router_tuning.serving.settings import served_routing
+from router_tuning.serving.served_routing import served_routing
 
 RANKS = {"zero": None, "mean": 0}
 

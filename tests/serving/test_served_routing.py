@@ -7,7 +7,7 @@ from tiny_models import tiny_model
 
 from router_tuning.errors import UserError
 from router_tuning.model import route
-from router_tuning.serving.settings import served_routing, threshold_at
+from router_tuning.serving.served_routing import served_routing, threshold_at
 
 DIAL = {"capacity": [0.0, 1.0], "flops": [0.4, 1.0], "logit": {"1.mlp": [4.0, -4.0]}}
 

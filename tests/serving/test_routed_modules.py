@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from router_tuning.model.router import threshold_logit
-from router_tuning.serving.modules import KeptQueries, Pass, RoutedAttention, RoutedMLP, put_in_front, route_module
+from router_tuning.serving.routed_modules import (
+    KeptQueries,
+    Pass,
+    RoutedAttention,
+    RoutedMLP,
+    put_in_front,
+    route_module,
+)
 
 TOKENS, SIZE = 7, 16
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from router_tuning.model.saving import CONFIG_NAME, FORMAT
-from router_tuning.serving import comparison
+from router_tuning.serving import throughput as measuring
 
 DIAL = {"capacity": [0.0, 1.0], "flops": [0.4, 1.0], "logit": {"1.mlp": [4.0, -4.0]}}
 
@@ -49,10 +49,10 @@ def test_budgets_are_set_counted_and_timed_in_turns(tmp_path, monkeypatch):
     turns = accumulate(
         chain.from_iterable(repeat([1.0, 4.0, 1.0, 4.0, 1.0, 2.0], 2))
     )  # gap, dense; gap, all; gap, some
-    monkeypatch.setattr(comparison, "vllm_tokens", StandIn.generate)
-    monkeypatch.setattr(comparison, "_clock", lambda: lambda: next(turns))
+    monkeypatch.setattr(measuring, "vllm_tokens", StandIn.generate)
+    monkeypatch.setattr(measuring, "_clock", lambda: lambda: next(turns))
     llms = {"dense": StandIn(False), "routed": StandIn(True)}
-    rows = comparison.throughput(llms, tmp_path, [1.0, 0.4], [[1], [2]], new_tokens=10, repeats=2)
+    rows = measuring.throughput(llms, tmp_path, [1.0, 0.4], [[1], [2]], new_tokens=10, repeats=2)
     assert [row["budget"] for row in rows] == [None, 1.0, 0.4]
     assert [row["kept"] for row in rows] == [{}, {"1.mlp": 1.0}, {"1.mlp": 0.25}]
     assert [row["tokens_per_second"] for row in rows] == pytest.approx([5.0, 5.0, 10.0])
