@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from typing import Any
 
@@ -15,6 +16,8 @@ import datasets
 import transformers
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from router_tuning.tuning.duration import in_words
 
 _NOISY = ("deepspeed", "DeepSpeed", "accelerate", "torch.distributed", "torch.utils.cpp_extension", "httpx", "fsspec")
 _UNINFORMATIVE = (
@@ -73,10 +76,17 @@ SHOWN = {
 class Lines(PrinterCallback):
     """A line per log in place of the Trainer's dictionary and bar."""
 
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Note when the first step of this process began."""
+        self.began = getattr(self, "began", (time.perf_counter(), state.global_step))
+
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs) -> None:
-        """Write step, losses, capacity, learning rate and throughput."""
+        """Write step, losses, capacity, learning rate, throughput and the time left."""
         if state.is_world_process_zero and logs and "loss" in logs:
             shown = [text.format(logs[name]) for name, text in SHOWN.items() if name in logs]
+            if left := state.max_steps - state.global_step:
+                since, first = self.began
+                shown.append(in_words(left * (time.perf_counter() - since) / (state.global_step - first)) + " left")
             sys.stdout.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown) + "\n")
             sys.stdout.flush()
 
