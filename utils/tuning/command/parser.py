@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 from router_tuning.errors import UserError
 from router_tuning.tuning.command.arguments import DEFAULTS, PARTS
 from router_tuning.tuning.command.published_names import RENAMED, WITHOUT_EFFECT
+from router_tuning.tuning.recipes import RECIPE_DEFAULTS
 
 _SAME = (
     "folder_name model_name_or_path mod_n mod_layers granularity skip skip_rank router_only recipe "
@@ -25,18 +26,34 @@ VARIABLES = {name: name.upper() for name in _SAME.split()} | {
 """Argument → environment variable of ``scripts/finetune_mod.sh`` that sets it."""
 
 
+class _OneLine(argparse.HelpFormatter):
+    """A line per option: its name, the launcher's variable for it, what it is and, in brackets, its default."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=54, width=119)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return f"{action.option_strings[0]} {VARIABLES.get(action.dest, '')}".rstrip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        defaults = [] if action.default in (None, False, argparse.SUPPRESS) else [f"{action.default}"]
+        defaults += [f"{name}: {its[action.dest]}" for name, its in RECIPE_DEFAULTS.items() if action.dest in its]
+        told = action.help.split(". ")[0]  # the Trainer tells more than a line
+        return told.replace("%", "%%") + (f" [{', '.join(defaults)}]" if defaults else "")
+
+
 class Parser(HfArgumentParser):
     """Collects what argparse would die of, one problem after the other; knows former names, too."""
 
     def __init__(self) -> None:
-        variables = ", ".join(f"{name} (--{option})" for option, name in VARIABLES.items())
         super().__init__(
             PARTS,
             allow_abbrev=False,
+            formatter_class=_OneLine,
             usage="finetune_mod.py [--config FILE.yaml] [--OPTION VALUE ...]",
-            description="Tunes the routers of one base; bash scripts/finetune_mod.sh does the same on any machine.",
-            epilog=f"Variables of scripts/finetune_mod.sh: {variables}; of its own NUM_PROCESSES, PORT, CONFIG_FILE, "
-            "NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP and RUN (--config).",
+            description="Tunes the routers of one base; VARIABLE=value ... bash scripts/finetune_mod.sh does the same "
+            "on any machine. Its variables stand behind their options; NUM_PROCESSES, PORT (29501), CONFIG_FILE, "
+            "NUM_MACHINES, MACHINE_RANK, MAIN_PROCESS_IP and RUN (--config) are its own.",
         )
         self.add_argument("--help_all", action="help", help="tell of the options of the Trainer of transformers, too")
         for name in WITHOUT_EFFECT.keys() - DEFAULTS.keys():
@@ -50,7 +67,7 @@ class Parser(HfArgumentParser):
         """Leave options of the Trainer that neither we nor the launcher set out of ``--help``."""
         own = set(VARIABLES).union(*(part.__annotations__ for part in PARTS), ("help", "help_all"))
         for action in self._actions:
-            if action.dest not in own:
+            if action.dest not in own or action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
