@@ -27,7 +27,7 @@ def test_card_states_what_the_run_recorded_and_nothing_else(tmp_path, run):
     card = model_card(tmp_path / "run", "full", "| system | score |")
     for fact in ("| reached_capacity | 0.52 |", "700 rows", "`0123456789abcdef`", "| system | score |"):
         assert fact in card
-    assert "LEARNING_RATE=0.001" in card and "TARGET_CAPACITY" not in card
+    assert "\nlearning_rate: 0.001\n" in card and "target_capacity" not in card
     assert ModelCard(card).data.library_name == "transformers"
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from router_tuning.tuning.command.arguments import PARTS
-from router_tuning.tuning.command.command_line import launch_command, parse_command
+from router_tuning.tuning.command.command_line import parse_command, settings_file
 from router_tuning.tuning.command.parser import VARIABLES
 from router_tuning.tuning.trainer.checkpoints import NEUTRAL
 
@@ -131,20 +131,11 @@ def test_the_log_of_twenty_steps_fits_on_two_screens(run):
         ["--bf16", "True", "--router_only", "False", "--logging_steps", "5", "--output_dir", "somewhere"],
     ],
 )
-def test_the_command_of_a_record_repeats_the_run(tmp_path, monkeypatch, given):
-    """What a model card prints goes through the script and the parser to the same settings."""
+def test_the_settings_of_a_record_repeat_the_run(tmp_path, given):
+    """What a model card prints goes through a file and the parser to the same settings."""
     command = parse_command(given)
-    python = tmp_path / "python"  # stands for the interpreter: says what it was called with, and under which variables
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] || { printf "%s\\0" "$@" "" && env -0; }\n')
-    python.chmod(0o755)
-    line = launch_command(json.loads(json.dumps(command.values())))
-    environment = {**os.environ, "PYTHON": str(python)}
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    words, _, variables = done.stdout.partition("\n")[2].partition("\0\0")
-    words = words.split("\0")
-    monkeypatch.setattr(os, "environ", dict(item.split("=", 1) for item in variables.split("\0") if item))
-    words = words[words.index(str(ROOT / "entrypoints/finetune/finetune_mod.py")) + 1 :]
-    again = parse_command([word for word in words if word != "--overwrite_output_dir"])
+    (tmp_path / "run.yaml").write_text(settings_file(json.loads(json.dumps(command.values()))))
+    again = parse_command(["--config", str(tmp_path / "run.yaml")])
     wanted = {name: value for name, value in command.given().items() if name not in NEUTRAL}
     assert {name: value for name, value in again.given().items() if name not in NEUTRAL} == wanted
 

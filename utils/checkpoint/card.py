@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.model.saving import read_router_config
-from router_tuning.tuning.command.command_line import launch_command
+from router_tuning.tuning.command.command_line import settings_file
 from router_tuning.tuning.run_folder import read_run, trained
 
 KNOBS = (
@@ -90,5 +90,6 @@ def training_facts(record: dict[str, Any]) -> list[str]:
     rows += [f"| {key} | {record[key]} |" for key in ("steps", "reached_capacity", "git_commit") if record.get(key)]
     if not rows:
         return []
-    command = [f"```bash\n{launch_command(arguments)}\n```"] if arguments else []
-    return ["## Training", "\n".join(["| | |", "|---|---|", *rows]), *command]
+    again = ["`RUN=run.yaml bash scripts/finetune_mod.sh` repeats it, with this `run.yaml`:"] if arguments else []
+    again += [f"```yaml\n{settings_file(arguments)}```"] if arguments else []
+    return ["## Training", "\n".join(["| | |", "|---|---|", *rows]), *again]

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 LONG = 3600.0
 """Seconds beyond which a run is told how to be short."""
-SHORT = 900.0
-"""Seconds that the shorter run should take."""
 _BACKWARD = 2.0  # of a module's input and weights, in forward passes; of a frozen one's input alone, half
 logger = logging.getLogger(__name__)
 
@@ -38,39 +36,32 @@ def reading_rate(model: PreTrainedModel, rows: int = 4, tokens: int = 256) -> fl
     return rate
 
 
-def tokens_read(run: Run) -> dict[str, tuple[float, float]]:
-    """By the setting that decides it: tokens, in forward passes through the dense base, and the setting's value."""
+def tokens_read(run: Run) -> float:
+    """Tokens of a run, in forward passes through the dense base: training and, of ``budget``, start and calibration."""
     routing, lengths, budget = run.routing, run.data.lengths, run.command.budget
     layers = run.config.get_text_config().num_hidden_layers
     deep = 1.0 if routing.mod_layers == "auto" else (routing.mod_n or layers) / layers
     passes = (2 if routing.recipe == "budget" else 1) + _BACKWARD * (1 if routing.trains == "full" else deep / 2)
-    trained = run.steps * run.training.global_batch_size * sum(lengths) / len(lengths)
-    found = {"max_train_samples": (passes * trained, len(lengths))}
+    found = passes * run.steps * run.training.global_batch_size * sum(lengths) / len(lengths)
     if routing.recipe == "budget":
         times = 4 if set(routing.config().parts.values()) == {"sequence"} else 1
-        label = min(budget.label_tokens, sum(lengths) / times)  # rows are drawn once
-        calibration = min(budget.calibration_tokens, sum(lengths))
-        found |= {"label_tokens": (4 * times * label, label), "calibration_tokens": (8 * calibration, calibration)}
+        found += 4 * times * min(budget.label_tokens, sum(lengths) / times)  # rows are drawn once
+        found += 8 * min(budget.calibration_tokens, sum(lengths))
     return found
 
 
 def tell_duration(run: Run, model: PreTrainedModel) -> None:
-    """Log how long the run takes, and where that is hours, the setting that makes it minutes; all ranks alike."""
+    """Log how long the run takes, and where that is hours, what makes it shorter; all ranks alike."""
     if requested() not in ("one process", "ddp"):
         return  # an engine has cut the weights, or will
     model.to(run.training.device)
     rate = reading_rate(model, run.training.per_device_train_batch_size, min(256, run.max_length))
-    rate *= run.training.world_size
-    found = tokens_read(run)
-    total = sum(tokens for tokens, _ in found.values()) / rate
-    logger.info(f"estimate: about {in_words(total)} (one pass reads {rate:,.0f} tokens a second here)")
-    if total > LONG:
-        name, (tokens, value) = max(found.items(), key=lambda pair: pair[1])
-        least = run.training.global_batch_size if name == "max_train_samples" else 1
-        number = max(least, int(value * SHORT * rate / tokens))
+    seconds = tokens_read(run) / (rate * run.training.world_size)
+    logger.info(f"estimate: about {in_words(seconds)} (one pass reads {rate:,.0f} tokens a second here)")
+    if seconds > LONG:
         logger.warning(
-            f"this run takes about {in_words(total)} on this machine, {in_words(tokens / rate)} of it by --{name}: "
-            f"{in_words(number / value * tokens / rate)} with --{name} {number}"
+            f"this run takes about {in_words(seconds)} on this machine: fewer --max_train_samples or, where routers "
+            "are fitted in closed form, fewer --label_tokens and --calibration_tokens make it shorter"
         )
 
 

@@ -14,7 +14,7 @@ from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
 from router_tuning.places import ROOT
 from router_tuning.tuning.encoding import TEMPLATES
-from router_tuning.tuning.recipes.budget.settings import BudgetArguments
+from router_tuning.tuning.recipes.budget.budget_arguments import BudgetArguments
 from router_tuning.tuning.trainer.engines import settings_without_gpu
 
 

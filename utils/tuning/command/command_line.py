@@ -9,7 +9,6 @@ import difflib
 import json
 import math
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -34,13 +33,13 @@ from router_tuning.tuning.command.arguments import (
 from router_tuning.tuning.command.parser import VARIABLES, Parser, notes_on
 from router_tuning.tuning.command.published_names import RENAMED, WITHOUT_EFFECT
 from router_tuning.tuning.recipes import recipe_defaults
-from router_tuning.tuning.recipes.budget.settings import BudgetArguments
+from router_tuning.tuning.recipes.budget.budget_arguments import BudgetArguments
 from router_tuning.tuning.trainer.checkpoints import NEUTRAL
 from router_tuning.tuning.trainer.engines import requested
 
 _PATHS = ("router_dir", "train_file", "output_dir", "resume_from_checkpoint", "cache_dir")
 _PATHS_OR_NAMES = ("model_name_or_path", "tokenizer_name")
-_SECRETS = ("token", "hub_token")
+_SECRETS = {"token", "hub_token"}
 _TINY = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
 
 
@@ -77,18 +76,9 @@ def not_default(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in DEFAULTS and value != DEFAULTS[name]}
 
 
-def launch_command(values: Mapping[str, Any]) -> str:
-    """The shell command that repeats a run of recorded ``values``: variables first, then what none of them sets."""
-    variables, flags = [], []
-    for name, value in not_default(values).items():
-        if name in NEUTRAL:
-            continue
-        flag, *words = _words(name, value)
-        if name in VARIABLES:
-            variables.append(f"{VARIABLES[name]}={shlex.join(words)}")
-        else:
-            flags.append(f"{flag} {shlex.join(words)}")
-    return " ".join([*variables, "bash scripts/finetune_mod.sh", *flags])
+def settings_file(values: Mapping[str, Any]) -> str:
+    """The YAML file (``--config``) that repeats a run of recorded ``values``."""
+    return yaml.safe_dump({name: value for name, value in not_default(values).items() if name not in NEUTRAL})
 
 
 _AT_LEAST = {
@@ -141,7 +131,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     problems += [*out_of_range({**vars(routing), **vars(budget), **vars(data)}), *wrong_numbers]
     if not wrong_numbers:
         try:
-            training = _tried(typed)
+            training = _tried(typed, _names(argv))
             problems += training.problems()
         except UserError as error:
             problems.append(str(error))
@@ -150,7 +140,7 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     return Command(model, routing, budget, data, training, typed, notes)
 
 
-def _tried(typed: Mapping[str, Any]) -> TuningArguments:
+def _tried(typed: Mapping[str, Any], given: set[str]) -> TuningArguments:
     """The Trainer's arguments, with which a Trainer, its optimizer and its schedule could be built.
 
     Raises:
@@ -172,8 +162,10 @@ def _tried(typed: Mapping[str, Any]) -> TuningArguments:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        given = " ".join(f"--{name} {value}" for name, value in not_default(typed).items() if name not in _SECRETS)
-        raise UserError(f"the Trainer of transformers refuses one of {given}: {reason}") from None
+        told = " ".join(
+            f"--{n} {typed[n]}" for n in sorted(RENAMED.get(n, n) for n in given) if n in typed.keys() - _SECRETS
+        )
+        raise UserError(f"the Trainer of transformers refuses one of {told}: {reason}") from None
 
 
 def _names(argv: Sequence[str]) -> set[str]:

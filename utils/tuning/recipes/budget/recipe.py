@@ -21,10 +21,10 @@ from router_tuning.tuning.batching import (
     inputs_to_calibrate_on,
     is_sequence_level,
 )
+from router_tuning.tuning.recipes.budget.budget_arguments import BudgetArguments
 from router_tuning.tuning.recipes.budget.closed_form import RIDGES, Start, fit_routers, within_limits
 from router_tuning.tuning.recipes.budget.gates import inputs_seen, router_of
 from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
-from router_tuning.tuning.recipes.budget.settings import BudgetArguments
 from router_tuning.tuning.run import Run, TunedRun
 from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
 from router_tuning.tuning.trainer.routing_statistics import CAPACITY, layer_key

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from router_tuning.model import capacity_penalty, record_routing, routed_modules
+from router_tuning.tuning.recipes.budget.budget_arguments import BudgetArguments
 from router_tuning.tuning.recipes.budget.budgets import BINS, Budgets
 from router_tuning.tuning.recipes.budget.closed_form import Start
 from router_tuning.tuning.recipes.budget.damage import drawn
 from router_tuning.tuning.recipes.budget.gates import Gate, Seen, curve_of, gates, predicting, router_of
-from router_tuning.tuning.recipes.budget.settings import BudgetArguments, path_rate
 from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
 from router_tuning.tuning.trainer.routing_statistics import summed
 
@@ -97,8 +97,9 @@ class RegressionTrainer(RouterTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """A group per parameter: each matrix of a skip path moves by a share of its rms per step."""
         kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        rate, other = self.args.learning_rate, self.recipe.other_rate
         groups = [
-            {"params": [p], "lr": path_rate(p, self.args.learning_rate) if "mod_skip" in n else self.recipe.other_rate}
+            {"params": [p], "lr": _path_rate(p, rate) if "mod_skip" in n else other}
             for n, p in self.model.named_parameters()
             if p.requires_grad
         ]
@@ -254,3 +255,8 @@ def _add(weight: Tensor, step: Tensor) -> None:
     if isinstance(weight, DTensor):
         step = distribute_tensor(step, weight.device_mesh, weight.placements, src_data_rank=None)
     weight.add_(step)
+
+
+def _path_rate(matrix: Tensor, learning_rate: float) -> float:
+    """How far an element of a skip path's ``matrix`` moves per step: ``learning_rate`` is a share of its rms."""
+    return learning_rate * max(float(matrix.detach().square().mean().sqrt()), 1e-4)

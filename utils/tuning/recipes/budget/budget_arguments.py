@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 _LOWEST_SHARE = 0.72
 """Of the decoder's operations. Training at lower budgets costs quality at those in use."""
 
@@ -41,8 +39,3 @@ class BudgetArguments:
         if self.lowest_budget is not None:
             return self.lowest_budget
         return max(0.05, min(1 - (1 - _LOWEST_SHARE) / saved, target - 0.05))
-
-
-def path_rate(matrix: Tensor, learning_rate: float) -> float:
-    """How far an element of a skip path's ``matrix`` moves per step: ``learning_rate`` is a share of its rms."""
-    return learning_rate * max(float(matrix.detach().square().mean().sqrt()), 1e-4)
