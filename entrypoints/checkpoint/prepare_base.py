@@ -23,21 +23,14 @@ def main() -> None:
     parser.add_argument("--folder_name", required=True, help="folder under --ckpt_root, for example mistral-7b-mod")
     parser.add_argument("--source", help="hub id, local folder or .gguf file; default: mod_base of the config.json")
     parser.add_argument("--revision", help="revision on the hub")
-    parser.add_argument(
-        "--weights",
-        choices=("link", "copy"),
-        default="link",
-        help="of a folder or the hub's cache; small files are copied",
-    )
     parser.add_argument("--ckpt_root", type=Path, default=ROOT / "ckpt")
     args = parser.parse_args()
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.folder_name):
         raise UserError(
             f"--folder_name {args.folder_name!r} cannot name a folder: use letters, digits, '.', '-' and '_'"
         )
-    done = prepare_base(args.ckpt_root / args.folder_name, args.source, args.revision, args.weights == "link")
-    copied = f"; {done.copied:,} bytes copied" if done.copied else ""
-    print(f"{done.folder} holds the base of {done.source}: {', '.join(done.files)}{copied}")
+    done = prepare_base(args.ckpt_root / args.folder_name, args.source, args.revision)
+    print(f"{done.folder} holds the base of {done.source}: {', '.join(done.files)}")
 
 
 if __name__ == "__main__":

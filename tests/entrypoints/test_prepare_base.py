@@ -68,39 +68,23 @@ def content(folder: Path) -> dict[str, object]:
     return {path.name: path.readlink() if path.is_symlink() else path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("link", [True, False])
-def test_weights_are_linked_or_copied_and_load(base: Path, variant: Path, link: bool):
-    config = (variant / "config.json").read_text()
-    done = prepare_base(variant, str(base), link=link)
+def test_weights_are_linked_small_files_copied_and_both_load(base: Path, variant: Path):
+    config, before = (variant / "config.json").read_text(), content(base)
+    done = prepare_base(variant, str(base))
     shards = {path.name for path in base.glob("*.safetensors")}
     assert shards | {INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(done.files)
-    assert {path.name for path in variant.iterdir() if path.is_symlink()} == (shards if link else set())
+    assert {path.name for path in variant.iterdir() if path.is_symlink()} == shards
     assert (variant / "config.json").read_text() == config
+    loaded = LlamaForCausalLM.from_pretrained(variant, config=LlamaConfig(**SIZES)).state_dict()
     original = LlamaForCausalLM.from_pretrained(base).state_dict()
-    text = "Sort the letters.\nInput: QX"
-    expected = AutoTokenizer.from_pretrained(base)(text)
-    if not link:
-        shutil.rmtree(base)
-    loaded = LlamaForCausalLM.from_pretrained(variant, config=LlamaConfig(**SIZES))
-    assert all(value.equal(original[name]) for name, value in loaded.state_dict().items())
-    assert AutoTokenizer.from_pretrained(variant)(text) == expected
-
-
-def test_editing_the_tokenizer_of_a_folder_leaves_the_base_as_it_was(base: Path, variant: Path):
-    before = content(base)
-    prepare_base(variant, str(base))
+    assert all(value.equal(original[name]) for name, value in loaded.items())
     tokenizer = AutoTokenizer.from_pretrained(variant)
     tokenizer.add_special_tokens({"pad_token": "<mine>"})
     tokenizer.save_pretrained(variant)
     assert content(base) == before
-
-
-@pytest.mark.parametrize("link", [True, False])
-def test_second_call_copies_nothing(base: Path, variant: Path, link: bool):
-    assert prepare_base(variant, str(base), link=link).copied > 0
-    before = content(variant)
-    assert prepare_base(variant, str(base), link=link).copied == 0
-    assert content(variant) == before
+    prepare_base(variant, str(base))
+    tokenizers = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (base, variant)]
+    assert tokenizers[0] == tokenizers[1], "a second call brings them back"
 
 
 def test_another_base_replaces_the_first_and_leaves_no_stale_shard(base: Path, variant: Path, tmp_path: Path):
@@ -108,10 +92,10 @@ def test_another_base_replaces_the_first_and_leaves_no_stale_shard(base: Path, v
     single = tmp_path / "single"
     LlamaForCausalLM.from_pretrained(base).save_pretrained(single)
     AutoTokenizer.from_pretrained(base).save_pretrained(single)
-    prepare_base(variant, str(single), link=False)
+    prepare_base(variant, str(single))
     assert [path.name for path in variant.glob("*.safetensors")] == ["model.safetensors"]
-    assert not (variant / INDEX).exists() and not (variant / "model.safetensors").is_symlink()
-    assert all(path.stat().st_mode & 0o044 for path in variant.iterdir())
+    assert not (variant / INDEX).exists()
+    assert all(path.stat().st_mode & 0o044 for path in variant.iterdir() if not path.is_symlink())
 
 
 def test_links_that_lead_nowhere_are_brought_anew(base: Path, variant: Path, tmp_path: Path):
@@ -203,7 +187,7 @@ def test_hub_failure_is_one_line_and_changes_nothing(variant: Path, monkeypatch:
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(base: Path, tmp_path: Path, full_disk):
     with full_disk(4096), pytest.raises(UserError, match="cannot be written: File too large"):
-        prepare_base(tmp_path / "ckpt" / "mine", str(base), link=False)
+        prepare_base(tmp_path / "ckpt" / "mine", str(base))
     assert list((tmp_path / "ckpt").iterdir()) == []
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
-import functools
 import json
 import math
 import os
@@ -37,16 +35,17 @@ ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """Outcome of :func:`prepare_base`: the folder, where the base came from, its files, and the bytes copied."""
+    """Outcome of :func:`prepare_base`: the folder, where the base came from, and its files."""
 
     folder: Path
     source: str
     files: list[str]
-    copied: int
 
 
-def prepare_base(folder: Path, source: str | None = None, revision: str | None = None, link: bool = True) -> Prepared:
-    """Bring the base's weights and tokenizer of ``source`` into ``folder``.
+def prepare_base(folder: Path, source: str | None = None, revision: str | None = None) -> Prepared:
+    """Bring the base's weights, by link, and its tokenizer, by copy, from ``source`` into ``folder``.
+
+    The weights of a ``.gguf`` file are converted, and stay here.
 
     Everything is checked first: architecture, all shards there, readable and complete, safetensors only.
 
@@ -55,8 +54,6 @@ def prepare_base(folder: Path, source: str | None = None, revision: str | None =
             whose ``config.json`` is made from the base's, with half of the layers routed.
         source: a local checkpoint folder, a ``.gguf`` file, or a hub id; the config's ``mod_base`` if None.
         revision: hub revision; refused for what is local.
-        link: link the weights; else copy them. What is small is copied in any case, so that editing a tokenizer here
-            never edits the base's. The weights of a ``.gguf`` file are converted, and stay here.
 
     Raises:
         UserError: for what does not fit, is missing, damaged or of an unknown kind; the folder is then untouched.
@@ -74,10 +71,11 @@ def prepare_base(folder: Path, source: str | None = None, revision: str | None =
         base = dense_config(origin)
         if known:
             _check_architecture(dense_config(folder), base, folder, source)
-        names, copied = _checked_files(origin), 0
+        names = _checked_files(origin)
         if origin != draft:
             draft.mkdir()
-            copied = sum(_fetch(origin / name, draft / name, folder / name, link) for name in names)
+            for name in names:  # copies, so that editing a tokenizer here never edits the base's
+                bring(origin / name, draft / name, link=name.endswith(".safetensors"))
         (draft / "config.json").unlink(missing_ok=True)
         if not known:
             hub_id = None if Path(source).expanduser().exists() else source
@@ -85,7 +83,7 @@ def prepare_base(folder: Path, source: str | None = None, revision: str | None =
         resolved = Path(source).expanduser() if origin == draft else origin
         write_json(draft / RECORD, {"source": source, "resolved": str(resolved.resolve()), "files": names})
         _move_in(draft, folder, names)
-    return Prepared(folder, source, names, copied)
+    return Prepared(folder, source, names)
 
 
 def _check_folder(folder: Path) -> bool:
@@ -188,15 +186,6 @@ def _checked_files(origin: Path) -> list[str]:
     shards = sorted({path.name for path in files.values()})
     index = [] if shards == [WEIGHTS] else [INDEX]
     return [*shards, *index, *tokenizer, *(name for name in OTHER_FILES if (origin / name).is_file())]
-
-
-def _fetch(source: Path, draft: Path, place: Path, link: bool) -> int:
-    """Make the file ``draft`` unless ``place`` is what it would become; returns the bytes copied."""
-    link = link and source.suffix == ".safetensors"
-    same = place.samefile if link else functools.partial(filecmp.cmp, place)
-    if place.is_file() and place.is_symlink() == link and same(source):
-        return 0
-    return bring(source, draft, link)
 
 
 def _move_in(draft: Path, folder: Path, names: list[str]) -> None:

@@ -37,7 +37,7 @@ def reading_rate(model: PreTrainedModel, rows: int = 4, tokens: int = 256) -> fl
 
 
 def tokens_read(run: Run) -> float:
-    """Tokens of a run, in forward passes through the dense base: training and, of ``budget``, start and calibration."""
+    """Tokens of training and, of ``budget``, start and calibration, in forward passes through the dense base."""
     routing, lengths, budget = run.routing, run.data.lengths, run.command.budget
     layers = run.config.get_text_config().num_hidden_layers
     deep = 1.0 if routing.mod_layers == "auto" else (routing.mod_n or layers) / layers

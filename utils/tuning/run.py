@@ -62,6 +62,8 @@ class Run:
         self.command, self.training, self.routing = command, command.training, command.routing
         self.stop = stop or StopOnSignal()
         model, data, training, routing = command.model, command.data, command.training, command.routing
+        if training.output_dir in (None, "trainer_output"):
+            training.output_dir = str(default_folder(command))
         self.base = locate_base(model)
         self.config = dense_config(self.base, model.trust_remote_code)
         self.config.use_cache = False
@@ -76,8 +78,6 @@ class Run:
         data.chat_template = template_kind(self.tokenizer)
         positions = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(data.max_seq_length, positions or data.max_seq_length)
-        if training.output_dir in (None, "trainer_output"):
-            training.output_dir = str(default_folder(command))
         self.output = Path(training.output_dir)
         check_folder(self.output, training.resume_from_checkpoint is not None, training.overwrite_output_dir)
         self.resume, self.notes = checkpoints.chosen(training.resume_from_checkpoint, self.output)

@@ -162,9 +162,8 @@ def _tried(typed: Mapping[str, Any], given: set[str]) -> TuningArguments:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        told = " ".join(
-            f"--{n} {typed[n]}" for n in sorted(RENAMED.get(n, n) for n in given) if n in typed.keys() - _SECRETS
-        )
+        names = sorted({RENAMED.get(name, name) for name in given} & typed.keys() - _SECRETS)
+        told = " ".join(f"--{name} {typed[name]}" for name in names)
         raise UserError(f"the Trainer of transformers refuses one of {told}: {reason}") from None
 
 
