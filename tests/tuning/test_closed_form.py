@@ -117,7 +117,7 @@ def test_regression_finds_what_damage_depends_on(told_apart):
     predicted = hidden @ fit.weight + fit.bias
     assert float(predicted.exp().mean() / truth.exp().mean()) == pytest.approx(1, abs=0.15)
     if told_apart:
-        assert torch.corrcoef(torch.stack([predicted, truth]))[0, 1] > 0.97 and fit.slope > 0.9
+        assert torch.corrcoef(torch.stack([predicted, truth]))[0, 1] > 0.97 and predicted.std() > 0.8 * truth.std()
     else:
         assert predicted.std() < 0.1
 

@@ -36,7 +36,7 @@ USAGE["merged"] = USAGE["full"]
 
 
 def model_card(run: Path, form: str = "full", scores: str | None = None) -> str:
-    """Markdown with YAML front matter: base, data, recipe, capacity, scores and the command that rebuilds them.
+    """Markdown with YAML front matter: base, data, recipe, capacity, scores and the settings that repeat the run.
 
     ``scores`` is Markdown of a measured comparison. Facts that the run did not record are left out, never guessed.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -47,7 +48,9 @@ def default_folder(command: Command) -> Path:
     given = {k: v for k, v in command.given().items() if k not in NEUTRAL | _NAMED and usual.get(k) != v}
     knobs = [command.routing.granularity, *(f"{name}_{value}" for name, value in sorted(given.items()))]
     name = re.sub(r"[^\w.+-]+", "-", "__".join(knobs))
-    return ROOT / "trained_models" / command.model.name / command.data.name / name[:200]
+    if len(name) > 200:  # of 255 that file systems take
+        name = f"{name[:180]}__{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return ROOT / "trained_models" / command.model.name / command.data.name / name
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -39,12 +39,11 @@ class RouterFit(NamedTuple):
     """``log E[d | h] = weight·h + bias``.
 
     Attributes:
-        slope: what of the first fit held on tokens that it had not seen. deviance: on these, but for a constant.
+        deviance: on tokens that the fit had not seen, but for a constant.
     """
 
     weight: Tensor
     bias: float
-    slope: float
     deviance: float
 
 
@@ -106,8 +105,7 @@ def _fit_experts(found: Damage) -> list[RouterFit]:
         of_ridge, weight = [each[place] for each in own], mean.new_zeros(found.decided.shape[1], len(mean))
         for expert, fit in zip(enough, of_ridge, strict=True):
             weight[expert] = fit.weight + (fit.bias - common) * mean / mean.square().sum()
-        means = [sum(getattr(fit, field) for fit in of_ridge) / max(len(own), 1) for field in ("slope", "deviance")]
-        fits.append(RouterFit(weight, common, *means))
+        fits.append(RouterFit(weight, common, sum(fit.deviance for fit in of_ridge) / max(len(own), 1)))
     return fits
 
 
@@ -154,7 +152,7 @@ def _fitted(unseen: Tensor, unseen_damage: Tensor, x: Tensor, damage: Tensor, se
     z = slope * z + bias
     deviance = (_excess(unseen_damage, z) + z).mean()
     weight = slope * weight
-    return RouterFit(weight, float(bias - slope * middle - seen.mean @ weight), float(slope), float(deviance))
+    return RouterFit(weight, float(bias - slope * middle - seen.mean @ weight), float(deviance))
 
 
 def _excess(damage: Tensor, z: Tensor) -> Tensor:

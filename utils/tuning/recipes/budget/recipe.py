@@ -15,12 +15,7 @@ from router_tuning.errors import UserError
 from router_tuning.model import routed_modules, set_thresholds
 from router_tuning.model.dial import calibrate, capacity_at, logits_at, router_logits
 from router_tuning.model.flops import saved_shares
-from router_tuning.tuning.batching import (
-    drawn_rows,
-    in_batches,
-    inputs_to_calibrate_on,
-    is_sequence_level,
-)
+from router_tuning.tuning.batching import in_batches, inputs_to_calibrate_on, is_sequence_level
 from router_tuning.tuning.recipes.budget.budget_arguments import BudgetArguments
 from router_tuning.tuning.recipes.budget.closed_form import RIDGES, Start, fit_routers, within_limits
 from router_tuning.tuning.recipes.budget.gates import inputs_seen, router_of
@@ -71,13 +66,10 @@ def measure(run: Run, tuned: TunedRun) -> None:
     set_thresholds(
         model, {name: float(torch.sigmoid(torch.tensor(z, dtype=torch.double))) for name, z in logit.items()}
     )
-    logits = router_logits(model, batches)
-    keys = {name: module.mod_key for name, module in routed_modules(model).items()}
-    shares = {name: float((values >= logit[name]).float().mean()) for name, values in logits.items()}
-    tuned.measured = {
-        CAPACITY: capacity_at(logits, logit),
-        **{layer_key(keys[name]): share for name, share in shares.items()},
-    }
+    logits, modules = router_logits(model, batches), routed_modules(model)
+    runs = {layer_key(modules[name].mod_key): (values >= logit[name]) for name, values in logits.items()}
+    tuned.measured = {CAPACITY: capacity_at(logits, logit)}
+    tuned.measured |= {name: float(share.float().mean()) for name, share in runs.items()}
     tuned.extra["dial"] = dial
     model.train(training)
 
@@ -128,5 +120,5 @@ def _label_rows(run: Run) -> list[dict[str, list[int]]]:
 
 
 def _calibration_rows(run: Run) -> list[dict[str, list[int]]]:
-    wanted = run.command.budget.calibration_tokens * (2 if is_sequence_level(run.model) else 1)
-    return drawn_rows(run.data, run.training.seed, wanted, other=True)
+    times = 2 if is_sequence_level(run.model) else 1
+    return run.rows(run.command.budget.calibration_tokens * times, other=True)
