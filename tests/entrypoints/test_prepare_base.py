@@ -10,13 +10,7 @@ import pytest
 import torch
 from tiny_checkpoint import tiny_logits, write_base
 from tiny_models import tiny_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from router_tuning.bases import preparing as module
 from router_tuning.bases.preparing import RECORD, prepare_base

@@ -48,8 +48,7 @@ def tune(base, folder, *flags):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "epochs"),
-    [("attn_sequence", 3), ("attn_token+mlp_token", 3), ("attn_token", 0)],
+    ("granularity", "epochs"), [("attn_sequence", 3), ("attn_token+mlp_token", 3), ("attn_token", 0)]
 )
 def test_the_requested_capacity_is_reached_and_the_dial_turns(base, tmp_path, granularity, epochs):
     folder = tmp_path / "run"
@@ -176,8 +175,7 @@ def test_settings_are_those_of_the_command_line(parts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("granularity", "trains"),
-    [("attn_sequence", {"router_only": False}), ("attn_token", {"lora": True, "lora_r": 2})],
+    ("granularity", "trains"), [("attn_sequence", {"router_only": False}), ("attn_token", {"lora": True, "lora_r": 2})]
 )
 def test_routers_train_beside_adapters_or_the_base(parts, tmp_path, trains, granularity):
     """peft trains a copy of every router: that copy is what is fitted, stepped and saved."""

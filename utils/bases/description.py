@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from router_tuning.bases.shards import read_rows, weight_map
 from router_tuning.errors import UserError
+from router_tuning.files import read_json
 from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import plain_fields, select_layers
 
@@ -23,16 +24,7 @@ _PROBED = 1 << 20  # bytes read at either end of a weight file for its fingerpri
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The fields of a checkpoint's ``config.json``; UserError if it is missing or damaged."""
-    path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; name the folder of a checkpoint") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is no JSON object")
-    return fields
+    return read_json(folder / "config.json")
 
 
 def dense_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from router_tuning.bases.description import dense_config, read_config, routed_fi
 from router_tuning.bases.gguf import convert_gguf
 from router_tuning.bases.shards import INDEX, WEIGHTS, bring, tensor_shapes, weight_map
 from router_tuning.errors import UserError
-from router_tuning.files import scratch_folder, write_json, writing
+from router_tuning.files import read_json, scratch_folder, write_json, writing
 
 RECORD = "base.json"
 """What this command brought into a folder: source, revision, files."""
@@ -106,11 +105,7 @@ def _candidates(folder: Path) -> list[Path]:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What this command brought into ``folder``, and from where; no files if it brought none."""
-    path = folder / RECORD
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"files": []}
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it together with the files that were brought") from None
+    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {"files": []}
 
 
 def _locate(source: str, revision: str | None, converted: Path) -> Path:

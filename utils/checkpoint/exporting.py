@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from router_tuning.bases.description import dense_config, row_reader, skeleton
 from router_tuning.bases.shards import INDEX, WEIGHTS, bring, tensor_names, weight_map
 from router_tuning.errors import UserError
-from router_tuning.files import new_folder, write_json
+from router_tuning.files import new_folder, read_json, write_json
 from router_tuning.model import load_routers
 from router_tuning.model.fingerprint import base_fingerprint, check_base
 from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights
@@ -121,7 +120,7 @@ def _write_peft(run: Path, base: Path, draft: Path, output: Path, link: bool) ->
     """``PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(output/base, …), output)`` loads it."""
     check_adapter(run / ADAPTER)
     write_routed(run, base, draft / "base", link)
-    config = json.loads((run / ADAPTER / ADAPTER_FILES[0]).read_text(encoding="utf-8"))
+    config = read_json(run / ADAPTER / ADAPTER_FILES[0])
     config["base_model_name_or_path"] = str(output.resolve() / "base")
     write_json(draft / ADAPTER_FILES[0], config)
     shutil.copyfile(run / ADAPTER / ADAPTER_FILES[1], draft / ADAPTER_FILES[1])

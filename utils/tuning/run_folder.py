@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
-from router_tuning.files import scratch_folder, write_text
+from router_tuning.files import read_json, read_json_lines, scratch_folder, write_json, write_text
 from router_tuning.places import ROOT
 from router_tuning.tuning.command.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer
@@ -85,7 +85,7 @@ def write_results(folder: Path, run: Mapping[str, Any], history: list[dict[str, 
     """Write ``metrics.jsonl``, ``routing_history.json`` and, last, ``run.json``: where it is, the run is complete."""
     lines = [row for row in history if "loss" in row]
     write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
-    write_text(folder / "routing_history.json", json.dumps(routing_history(lines), indent=1) + "\n")
+    write_json(folder / "routing_history.json", routing_history(lines))
     write_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
 
 
@@ -108,13 +108,7 @@ def read_run(run: Path) -> dict[str, Any]:
     path = run / "run.json"
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    content = {name: value for name, value in content.items() if value is not None}
+    content = {name: value for name, value in read_json(path).items() if value is not None}
     if odd := [name for name in PARTS if not isinstance(content.get(name, {}), dict)]:
         raise UserError(f"{path}: expected JSON objects under {', '.join(odd)}")
     return content
@@ -164,7 +158,4 @@ def data_of(run: Path) -> Path | None:
 
 def training_log(run: Path) -> list[dict[str, Any]]:
     """Log lines of the run, from ``metrics.jsonl``; empty where it wrote none."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_json_lines(run / "metrics.jsonl")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from typing import Any
@@ -12,7 +11,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 
 from router_tuning.errors import UserError
-from router_tuning.files import publish, write_json, write_text
+from router_tuning.files import publish, read_json, write_json, write_text
 from router_tuning.model import save_routers
 from router_tuning.provenance import provenance
 from router_tuning.tuning.recipes import load_recipe
@@ -133,7 +132,7 @@ def save_measured(run: Run, tuned: TunedRun) -> None:
         save_routers(tuned.model, run.output, state=routers, extra={**tuned.extra, "base": run.base_fingerprint})
         if (config := run.output / "model" / "config.json").is_file():  # calibration has moved the thresholds
             threshold = {"mod_threshold": tuned.model.config.mod_threshold}
-            write_json(config, json.loads(config.read_text(encoding="utf-8")) | threshold)
+            write_json(config, read_json(config) | threshold)
         write_results(run.output, record_of(run, tuned), tuned.history)
         reached, asked = tuned.measured.get(CAPACITY), run.routing
         if reached is not None and abs(reached - asked.target_capacity) > _TOLERANCE:

@@ -72,10 +72,7 @@ def check_file(path: Path, limit: int) -> RawData:
 
 
 def encode_file(
-    raw: RawData,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    processes: int | None = None,
+    raw: RawData, tokenizer: PreTrainedTokenizerBase, max_length: int, processes: int | None = None
 ) -> TrainingData:
     """Encode a checked file; rows without a token that carries loss are left out. UserError if none is left.
 

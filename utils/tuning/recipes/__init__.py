@@ -9,10 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-RECIPES = {
-    "paper": "router_tuning.tuning.recipes.paper",
-    "budget": "router_tuning.tuning.recipes.budget.recipe",
-}
+RECIPES = {"paper": "router_tuning.tuning.recipes.paper", "budget": "router_tuning.tuning.recipes.budget.recipe"}
 """Name on the command line → module."""
 
 RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -25,7 +22,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "gradient_scale": 0.1,
         "global_batch_size": 16,
         "num_train_epochs": 3.0,
-    },
+    }
 }
 """Where a recipe's defaults differ from the published ones; a flag that is given counts for every recipe."""
 
