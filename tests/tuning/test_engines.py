@@ -30,6 +30,7 @@ CONFIGS = {
     "DeepSpeed ZeRO-2": "configs/accelerate/deepspeed_zero2.yaml",
     "DeepSpeed ZeRO-3": "configs/accelerate/deepspeed_zero3.yaml",
 }
+ALL, SHARDING = tuple(CONFIGS), ("FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")
 LORA = {"lora": True, "lora_r": 2, "lora_dropout": 0.2, "num_train_epochs": 1, "router_dir": None}
 LORA["lora_target_modules"] = "q_proj,down_proj"  # ZeRO-3 pays for each module
 BUDGET = {"recipe": "budget", "router_dir": None, "num_train_epochs": 1}
@@ -52,11 +53,13 @@ def whole_before_resumed(kind: str) -> list[str]:
     return list(dict.fromkeys([kind.removesuffix("-resumed"), kind]))
 
 
-def of(kind: str, *engines: str) -> pytest.MarkDecorator:
-    """Parameters of a test that looks at the runs of a kind under some engines."""
-    full = [[] if kind in BY_DEFAULT.get(engine, ()) else pytest.mark.full for engine in engines]
-    cells = [pytest.param(engine, kind, marks=marks) for engine, marks in zip(engines, full, strict=True)]
-    return pytest.mark.parametrize(("engine", "kind"), cells)
+def of(**kinds: tuple[str, ...]) -> pytest.MarkDecorator:
+    """Parameters of a test that looks at the runs of some kinds, each under some engines."""
+    cells = [(engine, kind.replace("__", "-")) for kind, engines in kinds.items() for engine in engines]
+    full = [[] if kind in BY_DEFAULT.get(engine, ()) else pytest.mark.full for engine, kind in cells]
+    return pytest.mark.parametrize(
+        ("engine", "kind"), [pytest.param(*cell, marks=marks) for cell, marks in zip(cells, full, strict=True)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
         torch.testing.assert_close(saved[name], value, rtol=0, atol=tolerance)
 
 
-@of("plain", *CONFIGS)
+@of(plain=ALL)
 def test_two_processes_learn_and_log_what_one_does(runs, finished, engine, kind):
     run = runs / folder_of(engine, kind)
     record = json.loads((run / "run.json").read_text())
@@ -116,20 +119,18 @@ def test_two_processes_learn_and_log_what_one_does(runs, finished, engine, kind)
     assert sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) < base
 
 
-@of("plain-resumed", *CONFIGS)
+@of(plain__resumed=ALL, lora__resumed=SHARDING)
 def test_resuming_ends_with_the_same_bits(runs, engine, kind):
-    whole, resumed = runs / folder_of(engine, "plain"), runs / folder_of(engine, kind)
-    assert (whole / "router.safetensors").read_bytes() == (resumed / "router.safetensors").read_bytes()
-
-
-@of("lora-resumed", "FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")
-def test_resumed_adapters_end_with_the_same_bits(runs, engine, kind):
-    whole, resumed = runs / folder_of(engine, "lora"), runs / folder_of(engine, kind)
-    for name in ("adapter/adapter_model.safetensors", "router.safetensors"):
+    whole, resumed = (runs / folder_of(engine, name) for name in whole_before_resumed(kind))
+    saved = [
+        path.relative_to(whole) for name in ("router.", "adapter/*.") for path in whole.glob(f"{name}safetensors")
+    ]
+    assert len(saved) == 1 + ("lora" in kind)
+    for name in saved:
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
-@of("half", "FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")
+@of(half=SHARDING)
 def test_a_bfloat16_base_keeps_float32_routers(runs, parts, engine, kind):
     saved = load_file(runs / folder_of(engine, kind) / "router.safetensors")
     start = load_file(parts["start"] / "router.safetensors")
@@ -138,7 +139,7 @@ def test_a_bfloat16_base_keeps_float32_routers(runs, parts, engine, kind):
         assert not torch.equal(value, value.bfloat16().float()), "finer than bfloat16"
 
 
-@of("lora", "DDP", "FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")
+@of(lora=("DDP", *SHARDING))
 def test_lora_and_routers_equal_one_process_and_reload(runs, parts, tmp_path, engine, kind):
     run, name = runs / folder_of(engine, kind), "adapter/adapter_model.safetensors"
     tiny_tuning.tune(parts, tmp_path / "alone", **LORA)
@@ -150,7 +151,7 @@ def test_lora_and_routers_equal_one_process_and_reload(runs, parts, tmp_path, en
     assert len(trained) > 3 and all(torch.equal(state[key], value) for key, value in trained.items())
 
 
-@of("budget-attn_token", "DDP", "FSDP2", "DeepSpeed ZeRO-2")
+@of(budget__attn_token=("DDP", "FSDP2", "DeepSpeed ZeRO-2"), budget__attn_sequence=("DDP",))
 def test_two_processes_reach_a_budget_as_one_does(runs, parts, tmp_path, engine, kind):
     ours, theirs = runs / folder_of(engine, kind), tmp_path / "alone"
     tiny_tuning.tune(parts, theirs, **KINDS[kind])
@@ -158,11 +159,6 @@ def test_two_processes_reach_a_budget_as_one_does(runs, parts, tmp_path, engine,
     records = [json.loads((folder / "run.json").read_text()) for folder in (ours, theirs)]
     assert [record["world_size"] for record in records] == [2, 1]
     assert records[0]["reached_capacity"] == pytest.approx(records[1]["reached_capacity"], abs=1e-3)
-
-
-@of("budget-attn_sequence", "DDP")
-def test_so_they_do_where_whole_sequences_are_decided_on(runs, parts, tmp_path, engine, kind):
-    test_two_processes_reach_a_budget_as_one_does(runs, parts, tmp_path, engine, kind)
 
 
 def test_the_log_of_all_runs_is_short(runs):

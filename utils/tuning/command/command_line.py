@@ -164,7 +164,9 @@ def _tried(typed: Mapping[str, Any], given: set[str]) -> TuningArguments:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         names = sorted({RENAMED.get(name, name) for name in given} & typed.keys() - _SECRETS)
         told = " ".join(f"--{name} {typed[name]}" for name in names)
-        raise UserError(f"the Trainer of transformers refuses one of {told}: {reason}") from None
+        raise UserError(
+            f"the Trainer of transformers refuses {'one of ' * (len(names) > 1)}{told}: {reason}"
+        ) from None
 
 
 def _names(argv: Sequence[str]) -> set[str]:
