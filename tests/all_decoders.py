@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
-from tiny_models import random_batch  # noqa: E402
+from tiny_models import random_batch, randomised  # noqa: E402
 from tiny_routed import KINDS, with_reference  # noqa: E402
 
 from router_tuning.model import record_routing  # noqa: E402
@@ -109,11 +109,8 @@ def tiny_decoder(family: str):
         size = AutoModelForCausalLM.from_config(config).num_parameters()
     if size > 20_000_000:
         raise ValueError(f"{size:,} parameters: it has sizes that SIZES does not name")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(std=0.15)
         ids, _ = random_batch()
         whole, first = model(ids, use_cache=False).logits, model(ids[:, :9], use_cache=True)
         if getattr(first, "past_key_values", None) is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from raw_data import read_jsonl, sample_rows, write_rows
+from raw_data import raw_sets, read_jsonl
 
 from router_tuning.data.formats import FORMATS
 
@@ -28,15 +28,9 @@ def run(command, capsys) -> Callable[..., str]:
     return call
 
 
-def raw_sets(folder: Path, *names: str) -> Path:
-    for name in names:
-        write_rows(folder / name / "rows", sample_rows(name, 20), ".jsonl")
-    return folder
-
-
 def test_published_command_lines_from_another_folder(tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    raw_sets(tmp_path / "data" / "raw", *FORMATS)
+    raw_sets(tmp_path / "data" / "raw", 20, *FORMATS)
     options = ("--raw_data_root", "./data/raw", "--save_path", "./data/reformatted")
     told = run("reformat_datasets.py", *options)
     assert all(f"{name:<18}         20         20" in told for name in FORMATS)
@@ -49,7 +43,8 @@ def test_published_command_lines_from_another_folder(tmp_path: Path, run, monkey
 
 
 def test_absent_sets_are_named(tmp_path: Path, run):
-    raw = raw_sets(tmp_path / "raw", "alpaca", "slim_orca")
+    raw = tmp_path / "raw"
+    raw_sets(raw, 20, "alpaca", "slim_orca")
     options = ("--raw_data_root", raw, "--save_path", tmp_path / "out")
     told = run("reformat_datasets.py", *options)
     assert "not converted: vicuna_sharegpt, evol_instruct, meta_math_qa, evol_code_alpaca" in told
@@ -62,7 +57,8 @@ def test_absent_sets_are_named(tmp_path: Path, run):
 
 
 def test_bad_arguments(tmp_path: Path, run):
-    raw = raw_sets(tmp_path / "raw", "alpaca")
+    raw = tmp_path / "raw"
+    raw_sets(raw, 20, "alpaca")
     out = ("--save_path", tmp_path / "out")
     cases = [
         (("--raw_data_root", tmp_path / "none", *out), "none"),
@@ -79,9 +75,8 @@ def test_bad_arguments(tmp_path: Path, run):
 
 
 def test_too_many_rejects_exit_1(tmp_path: Path, run):
-    raw = raw_sets(tmp_path / "raw", "slim_orca")
-    path = write_rows(raw / "alpaca" / "rows", sample_rows("alpaca", 20), ".jsonl")
-    with path.open("a") as file:
+    raw = tmp_path / "raw"
+    with raw_sets(raw, 20, "slim_orca", "alpaca")["alpaca"].open("a") as file:
         file.write('{"instruction": "cut he')
     options = ("--raw_data_root", raw, "--save_path", tmp_path / "out")
     assert "1 of 21 rows" in run("reformat_datasets.py", *options, code=1)

@@ -32,25 +32,19 @@ def refusal(name: str, row: dict) -> str:
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize(("human", "gpt"), [("human", "gpt"), ("user", "chatgpt")])
-def test_senders_become_roles(name: str, human: str, gpt: str):
-    made = messages(name, talk((human, "q"), (gpt, "a"), (human, " q2 "), (gpt, "b"), weight=1.0))
+def test_senders_become_roles(name: str):
+    turns = [("human", "q"), ("gpt", "a"), ("user", " q2 "), ("chatgpt", "b")]
+    made = messages(name, talk(*turns, weight=1.0))
     assert [turn["role"] for turn in made] == ["user", "assistant"] * 2
-    assert [turn["content"] for turn in made] == ["q", "a", " q2 ", "b"]
-
-
-@pytest.mark.parametrize(
-    ("sender", "roles"),
-    [
-        ("bard", {"vicuna_sharegpt": "assistant", "evol_instruct": "unknown_sender", "slim_orca": "unknown_sender"}),
-        ("system", {"vicuna_sharegpt": "system", "evol_instruct": "system_turn", "slim_orca": "system"}),
-        ("bing", {"vicuna_sharegpt": "bing_sender", "evol_instruct": "bing_sender", "slim_orca": "unknown_sender"}),
-    ],
-)
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_senders_of_one_set_only(name: str, sender: str, roles: dict[str, str]):
-    row, wanted = talk(("human", "q"), (sender, "s"), ("gpt", "a")), roles[name]
-    assert wanted == (refusal(name, row) if "_" in wanted else messages(name, row)[1]["role"])
+    assert [turn["content"] for turn in made] == [text for _, text in turns]
+    roles = {
+        "vicuna_sharegpt": {"bard": "assistant", "system": "system", "bing": "bing_sender"},
+        "evol_instruct": {"bard": "unknown_sender", "system": "system_turn", "bing": "bing_sender"},
+        "slim_orca": {"bard": "unknown_sender", "system": "system", "bing": "unknown_sender"},
+    }
+    for sender, wanted in roles[name].items():
+        row = talk(("human", "q"), (sender, "s"), ("gpt", "a"))
+        assert wanted == (refusal(name, row) if "_" in wanted else messages(name, row)[1]["role"])
 
 
 @pytest.mark.parametrize(
@@ -73,34 +67,21 @@ def test_blank_system_turns_are_left_out_and_the_row_kept():
     assert [turn["role"] for turn in made] == ["user", "assistant", "system"]
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        (talk(("human", "q"), ("gpt", "")), "empty_turn"),
-        (talk(("human", " \t\n\u2003"), ("gpt", "a")), "empty_turn"),
-        (talk(("human", "q")), "no_assistant"),
-        (talk(("system", "s")), "no_assistant"),
-        (talk(("system", " ")), "no_assistant"),
-        (talk(), "empty_conversation"),
-        (talk(("human", "q"), ("martian", "a")), "unknown_sender"),
-        (talk(("human", "q"), (5, "a")), "wrong_type"),
-        (talk(("human", "q"), (None, "a")), "wrong_type"),
-        (talk(("human", "q"), (["gpt"], "a")), "wrong_type"),
-        (talk(("human", "q"), ("gpt", 5)), "wrong_type"),
-        (talk(("human", "q"), ("gpt", None)), "wrong_type"),
-        (talk(("human", "q"), ("gpt", ["a"])), "wrong_type"),
-        ({}, "missing_field"),
-        ({"conversations": None}, "wrong_type"),
-        ({"conversations": "human: q"}, "wrong_type"),
-        ({"conversations": {}}, "wrong_type"),
-        ({"conversations": 1.5}, "wrong_type"),
-        ({"conversations": ["q", "a"]}, "wrong_type"),
-        ({"conversations": [None]}, "wrong_type"),
-        ({"conversations": [[]]}, "wrong_type"),
-        ({"conversations": [{"value": "q"}]}, "missing_field"),
-        ({"conversations": [{"from": "gpt"}]}, "missing_field"),
+LEFT_OUT = {
+    "empty_turn": [talk(("human", "q"), ("gpt", "")), talk(("human", " \t\n\u2003"), ("gpt", "a"))],
+    "no_assistant": [talk(("human", "q")), talk(("system", "s")), talk(("system", " "))],
+    "empty_conversation": [talk()],
+    "unknown_sender": [talk(("human", "q"), ("martian", "a"))],
+    "wrong_type": [
+        *[talk(("human", "q"), (sender, "a")) for sender in (5, None, ["gpt"])],
+        *[talk(("human", "q"), ("gpt", text)) for text in (5, None, ["a"])],
+        *[{"conversations": odd} for odd in (None, "human: q", {}, 1.5, ["q", "a"], [None], [[]])],
     ],
-)
+    "missing_field": [{}, {"conversations": [{"value": "q"}]}, {"conversations": [{"from": "gpt"}]}],
+}
+
+
+@pytest.mark.parametrize(("reason", "row"), [(reason, row) for reason, rows in LEFT_OUT.items() for row in rows])
 def test_conversations_that_are_left_out(row: dict, reason: str):
     assert refusal("vicuna_sharegpt", row) == reason
 
@@ -137,11 +118,9 @@ def test_plain_text_goes_without_a_prompt():
     assert refusal("c4", {"text": 1}) == "wrong_type"
 
 
-def source_rows(path) -> list[dict]:
-    text = path.read_text(encoding="utf-8")
-    return (
-        json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.split("\n") if line]
-    )
+def source_rows(path: Path) -> list[dict]:
+    text = path.read_text(encoding="utf-8").strip()
+    return json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line]
 
 
 REAL = [SHARED / "raw" / name for name in SIX] + [SHARED / "raw_alt" / "meta_math_qa_gsm8k_train"]

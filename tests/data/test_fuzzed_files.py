@@ -12,19 +12,7 @@ from raw_data import NO_LIMIT, SIX, published, read_jsonl, sample_rows
 from router_tuning.data.formats import FORMATS
 
 ROWS = 2000
-TEXTS = [
-    "",
-    " ",
-    "\n\u2003",
-    "plain",
-    'a "quoted"\n\ttext',
-    "\\",
-    "é世界🙂\u2028",
-    "},{",
-    '"id":',
-    "\x00\x7f",
-    "\ud83d",
-]
+TEXTS = ["", " ", "\n\u2003", "plain", 'a "quoted"\n\ttext', "\\", "é世界🙂\u2028", "},{", '"id":', "\0\x7f", "\ud83d"]
 THINGS = [None, True, False, 0, -7, 1.5, float("nan"), 10**30, [], {}, ["x"], {"from": "gpt"}, [[[]]], "text"]
 SENDERS = ["human", "gpt", "user", "chatgpt", "system", "bard", "bing", "robot", "", "Human"]
 FIELDS = ["conversations", "query", "response", "instruction", "input", "output"]
@@ -49,26 +37,24 @@ def changed(row: object, draw: random.Random) -> object:
         return draw.choice(THINGS)
     turns = row.get("conversations")
     if isinstance(turns, list) and turns and draw.random() < 0.8:
-        turns = [dict(turn) if isinstance(turn, dict) else turn for turn in turns]
-        row = {**row, "conversations": turns}
-        at = draw.randrange(len(turns))
-        kind = draw.randrange(6)
+        at, kind, turns = draw.randrange(len(turns)), draw.randrange(5), list(turns)
         if kind == 0 or not isinstance(turns[at], dict):
             turns[at] = draw.choice(THINGS)
         elif kind == 1:
             turns.insert(at, {"from": draw.choice(SENDERS), "value": draw.choice(TEXTS)})
         elif kind == 2:
             del turns[at]
-        elif kind == 3:
-            turns[at].pop(draw.choice(["from", "value", "weight"]), None)
         else:
-            key = draw.choice(["from", "value", "extra"])
-            turns[at][key] = draw.choice(SENDERS if key == "from" and kind == 4 else TEXTS + THINGS)
-        return row
-    key = draw.choice([*row, *FIELDS, "extra"])
+            turns[at] = changed_field(turns[at], ["from", "value", "extra"], draw)
+        return {**row, "conversations": turns}
+    return changed_field(row, [*row, *FIELDS, "extra"], draw)
+
+
+def changed_field(row: dict, keys: list[str], draw: random.Random) -> dict:
+    key = draw.choice(keys)
     if draw.random() < 0.2:
         return {other: value for other, value in row.items() if other != key}
-    return {**row, key: draw.choice(TEXTS + THINGS)}
+    return {**row, key: draw.choice(SENDERS if key == "from" and draw.random() < 0.7 else TEXTS + THINGS)}
 
 
 def slow_result(name: str, number: int, line: bytes) -> dict | None:

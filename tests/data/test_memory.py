@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import runpy
 import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from raw_data import GOOD, read_jsonl
+from raw_data import GOOD, read_jsonl, write_rows
 
 ROWS = 66_000
 OTHERS = ("vicuna_sharegpt=0", "evol_instruct=0", "slim_orca=0", "evol_code_alpaca=0")
@@ -32,44 +27,14 @@ def many_rows() -> Iterator[dict]:
     return ({"query": f"{number} why? " * 60, "response": "because " * 120} for number in range(ROWS))
 
 
-def opened(path: Path) -> TextIO:
-    if path.suffix == ".zst":
-        return io.TextIOWrapper(pa.CompressedOutputStream(str(path), "zstd"))
-    return gzip.open(path, "wt", 1) if path.suffix == ".gz" else path.open("w")
+OFTEN, SELDOM = (".jsonl", ".parquet"), (".json", ".jsonl.gz", ".jsonl.zst", ".arrow")
 
 
-def write_many(path: Path) -> None:
-    """Without ever holding them; a table gets them in one row group or batch, as some writers do."""
-    path.parent.mkdir(parents=True)
-    if path.suffix in (".parquet", ".arrow"):
-        table = pa.Table.from_pylist(list(many_rows()))
-        if path.suffix == ".parquet":
-            pq.write_table(table, path, row_group_size=ROWS)
-        else:
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table)
-        return
-    rows = (json.dumps(row) for row in many_rows())
-    with opened(path) as file:
-        if path.suffix == ".json":
-            file.write(f"[{next(rows)}")
-            file.writelines(f", {row}" for row in rows)
-            file.write("]")
-        else:
-            file.writelines(f"{row}\n" for row in rows)
-
-
-@pytest.mark.parametrize(
-    "ending",
-    [
-        ".jsonl",
-        ".parquet",
-        *(pytest.param(e, marks=pytest.mark.full) for e in (".json", ".jsonl.gz", ".jsonl.zst", ".arrow")),
-    ],
-)
+@pytest.mark.parametrize("ending", [*OFTEN, *(pytest.param(e, marks=pytest.mark.full) for e in SELDOM)])
 def test_memory_does_not_depend_on_the_size(ending: str, tmp_path: Path, root: Path):
     """100 MB of rows; pyarrow, which tables and zstandard need, is 60 MB itself. The mix is made in as little."""
-    write_many(tmp_path / "raw" / "meta_math_qa" / f"rows{ending}")
+    # A table gets them in one row group or batch, as some writers do.
+    write_rows(tmp_path / "raw" / "meta_math_qa" / "rows", list(many_rows()), ending, batch=ROWS)
     options = ("--raw_data_root", tmp_path / "raw", "--workers", "1", "--save_path", tmp_path / "out")
     memory = peak_memory(root, "reformat_datasets.py", *options)
     assert memory < {".parquet": 250e6, ".arrow": 120e6, ".jsonl.zst": 150e6}.get(ending, 60e6)

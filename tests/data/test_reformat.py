@@ -13,15 +13,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from raw_data import GOOD, NO_LIMIT, PUBLISHED, contents, files_in, outcome_of, read_jsonl, sample_rows, write_rows
+from raw_data import (
+    GOOD,
+    NO_LIMIT,
+    PUBLISHED,
+    contents,
+    files_in,
+    outcome_of,
+    raw_sets,
+    read_jsonl,
+    sample_rows,
+    write_rows,
+)
 
 from router_tuning.data import reformat as module
 from router_tuning.data.formats import FORMATS
 from router_tuning.data.reformat import Settings, reformat
-
-
-def raw_sets(folder: Path, count: int, *names: str) -> dict[str, Path]:
-    return {name: write_rows(folder / name / "rows", sample_rows(name, count), ".jsonl") for name in names}
 
 
 @pytest.mark.parametrize("workers", [1, 7])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import datasets
 from raw_data import read_jsonl, sample_rows, write_rows
+from refused import refused
 
 from router_tuning.data.sources import locate, source_of
 from router_tuning.errors import UserError
@@ -45,26 +46,26 @@ def test_published_name_wins_and_doubtful_folders_are_refused(tmp_path: Path):
     exact = write_rows(folder / "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry", rows, ".json.gz")
     assert source_of("vicuna_sharegpt", folder).files == (exact,)
     write_rows(folder / "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry", rows, ".json")
-    with pytest.raises(UserError, match="same data twice"):
+    with refused("same data twice", UserError):
         source_of("vicuna_sharegpt", folder)
     mixed = tmp_path / "mixed"
     write_rows(mixed / "a", rows, ".json")
     write_rows(mixed / "a", rows, ".parquet")
-    with pytest.raises(UserError, match="json and parquet"):
+    with refused("json and parquet", UserError):
         source_of("slim_orca", mixed)
 
 
 def test_places_without_data(tmp_path: Path):
+    write_rows(tmp_path / "held" / "test", sample_rows("alpaca", 1), ".jsonl")
+    (tmp_path / "none").mkdir()
     for place, message in (
-        (tmp_path, "no data file"),
+        (tmp_path / "none", "no data file"),
         (tmp_path / "absent", "no file, no folder"),
         ("a/b/c", "no hub id"),
+        (tmp_path / "held", "only test or validation"),
     ):
-        with pytest.raises(UserError, match=message):
+        with refused(message, UserError):
             source_of("alpaca", place)
-    write_rows(tmp_path / "held" / "test", sample_rows("alpaca", 1), ".jsonl")
-    with pytest.raises(UserError, match="only test or validation"):
-        source_of("alpaca", tmp_path / "held")
 
 
 def test_files_and_folders_under_the_root(tmp_path: Path):
@@ -80,17 +81,15 @@ def test_files_and_folders_under_the_root(tmp_path: Path):
 
 def test_hub_ids_go_through_datasets(tmp_path: Path, monkeypatch, convert):
     """A local folder stands for the hub, which ``load_dataset`` reads in the same way."""
-    import datasets
-
     rows = sample_rows("meta_math_qa", 20)
     write_rows(tmp_path / "meta-math" / "MetaMathQA" / "MetaMathQA-395K", rows, ".json")
     load = datasets.load_dataset
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda hub_id, split: load(str(tmp_path / hub_id), split=split, cache_dir=str(tmp_path / "cache")),
-    )
+
+    def local(hub_id: str, split: str):
+        return load(str(tmp_path / hub_id), split=split, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
     folder = convert("meta_math_qa", "meta-math/MetaMathQA")
     assert [row["messages"][0]["content"] for row in read_jsonl(folder / "data.jsonl")] == [r["query"] for r in rows]
-    with pytest.raises(UserError, match="nobody/nothing cannot be loaded from the hub"):
+    with refused("nobody/nothing cannot be loaded from the hub", UserError):
         source_of("meta_math_qa", "nobody/nothing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import io
 import json
@@ -41,17 +40,8 @@ def solve_lookup(item: Item) -> str:
     return next(entry for entry in data(item).split(", ") if entry.startswith(asked))
 
 
-def solve_count(item: Item) -> str:
-    return str(data(item).count("A"))
-
-
 def solve_max(item: Item) -> str:
-    numbers = [int(number) for number in data(item).split(", ")]
-    return str(max(numbers) if "largest" in prompt(item) else min(numbers))
-
-
-def solve_add(item: Item) -> str:
-    return str(sum(map(int, re.findall(r"\d+", prompt(item)))))
+    return str((max if "largest" in prompt(item) else min)(map(int, data(item).split(", "))))
 
 
 def solve_fact(item: Item) -> str:
@@ -68,18 +58,14 @@ def solve_compare(item: Item) -> str:
 
 
 def solve_math(item: Item) -> str:
-    numbers = list(map(int, re.findall(r"\d+", prompt(item))))
-    return str(
-        numbers[0] * numbers[1] + numbers[2] if "boxes" in prompt(item) else numbers[0] + numbers[1] - numbers[2]
-    )
+    first, second, third = map(int, re.findall(r"\d+", prompt(item)))
+    return str(first * second + third if "boxes" in prompt(item) else first + second - third)
 
 
 def solve_code(item: Item) -> str:
     if prompt(item).startswith("What does"):
-        program = prompt(item).partition("\n")[2]
-        ast.parse(program)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(program, {})
+            exec(prompt(item).partition("\n")[2], {})
         return printed.getvalue().strip()
     factor, verb, second = re.fullmatch(r".*multiplies x by (\d+) and (\w+) (\d+)\.", prompt(item)).groups()
     names: dict = {}
@@ -107,9 +93,9 @@ SOLVERS = {
     "reverse": lambda item: data(item)[::-1],
     "sort": lambda item: "".join(sorted(data(item))),
     "lookup": solve_lookup,
-    "count": solve_count,
+    "count": lambda item: str(data(item).count("A")),
     "max": solve_max,
-    "add": solve_add,
+    "add": lambda item: str(sum(map(int, re.findall(r"\d+", prompt(item))))),
     "fact": solve_fact,
     "compare": solve_compare,
     "math": solve_math,
@@ -130,15 +116,6 @@ def test_answers_are_right(task: str, split: str):
         item = generate(task, seed, split)
         assert item.answer == SOLVERS[task](item), item
         assert item.messages[-1]["content"].rpartition("The answer is:")[2].strip() == item.answer
-
-
-def test_earlier_turns_of_a_ledger_are_right():
-    ledgers = [item for item in (generate("dialogue", seed, "train") for seed in range(60)) if len(item.messages) == 6]
-    ledgers = [item for item in ledgers if item.messages[0]["content"].startswith("I have")]
-    assert ledgers
-    for item in ledgers:
-        numbers = [int(re.search(r"\d+", turn["content"])[0]) for turn in item.messages]
-        assert numbers[1] == numbers[0] and numbers[3] == numbers[0] + numbers[2]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -7,29 +7,21 @@ import json
 
 import pytest
 import torch
+from refused import refused
 from tiny_checkpoint import write_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from router_tuning.errors import UserError
-from router_tuning.model import load_routers, record_routing
+from router_tuning.model import record_routing
 from router_tuning.model.flops import flops_share
 from router_tuning.viewer.chatting import Answer, answer
 
 TALK = [{"role": "user", "content": "Add 3 and 9."}]
 
 
-@pytest.fixture(scope="module")
-def model(base, run):
-    return load_routers(AutoModelForCausalLM.from_pretrained(base), run).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    return AutoTokenizer.from_pretrained(base)
-
-
 @torch.no_grad()
-def test_answer_is_that_of_generate(model, tokenizer):
+def test_answer_is_that_of_generate(routed, tokenizer):
+    model = routed
     found = answer(model, tokenizer, TALK, max_new_tokens=5, compare=True)
     ids = tokenizer("<|user|>\nAdd 3 and 9.\n<|assistant|>\n", return_tensors="pt")["input_ids"]
     with record_routing(model) as log:
@@ -41,11 +33,11 @@ def test_answer_is_that_of_generate(model, tokenizer):
     assert found.tokens == output.shape[1] - ids.shape[1] and found.seconds > 0 and found.seconds_dense > 0
 
 
-def test_what_cannot_be_answered_is_refused_in_one_line(model, tokenizer):
-    with pytest.raises(UserError, match="512"):
-        answer(model, tokenizer, [{"role": "user", "content": "A1 " * 300}])
-    with pytest.raises(UserError, match="^the chat template refuses this conversation: unknown role tool[^\n]*$"):
-        answer(model, tokenizer, [{"role": "tool", "content": "5"}])
+def test_what_cannot_be_answered_is_refused_in_one_line(routed, tokenizer):
+    with refused("512", UserError):
+        answer(routed, tokenizer, [{"role": "user", "content": "A1 " * 300}])
+    with refused("^the chat template refuses this conversation: unknown role tool", UserError):
+        answer(routed, tokenizer, [{"role": "tool", "content": "5"}])
 
 
 def test_summary_line():

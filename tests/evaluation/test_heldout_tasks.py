@@ -14,31 +14,21 @@ from router_tuning.evaluation.tasks import TASK_CONFIGS
 HELDOUT = TASK_CONFIGS / "heldout"
 
 
-def load_module():
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("heldout_under_test", HELDOUT / "heldout.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CONVERSATION = [
-    {"role": "system", "content": " Be brief. "},
-    {"role": "user", "content": "Hi\nthere"},
-    {"role": "assistant", "content": "Yes."},
-    {"role": "user", "content": "And?"},
-    {"role": "assistant", "content": "No."},
-]
+TEXTS = {"system": " Be brief. ", "user": "Hi\nthere", "assistant": "Yes."}
+CONVERSATION = [{"role": role, "content": text} for role, text in TEXTS.items()]
+CONVERSATION += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]
 PROMPT = "<|system|>\nBe brief.\n<|user|>\nHi\nthere\n<|assistant|>\nYes.</s>\n<|user|>\nAnd?\n<|assistant|>\n"
 
 
-def test_documents_of_a_file(tmp_path, base):
+def test_documents_of_a_file(tmp_path, base, task_code):
+    heldout = task_code("heldout/heldout.py")
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "toy.jsonl")):
+        heldout.load("toy", heldout_dir=str(tmp_path))
     row = {"messages": CONVERSATION, "answer": "No.", "choices": ["So.", "No."], "gold": 1}
     (tmp_path / "toy.jsonl").write_text(json.dumps(row) + "\n\n")
 
     def load(**metadata):
-        [doc] = load_module().load("toy", heldout_dir=str(tmp_path), version=1.0, **metadata)["test"]
+        [doc] = heldout.load("toy", heldout_dir=str(tmp_path), version=1.0, **metadata)["test"]
         return doc
 
     doc = load()
@@ -46,11 +36,6 @@ def test_documents_of_a_file(tmp_path, base):
     assert load(pretrained=str(base))["prompt"] == PROMPT, "stock lm-eval names the checkpoint"
     own = {"chat_template": "{{ bos_token }}{{ messages[3].content }}", "special_tokens": {"bos_token": "<s>"}}
     assert load(**own, pretrained=str(base))["prompt"] == "<s>And?", "our harness gives the run's own template"
-
-
-def test_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=str(tmp_path / "toy.jsonl")):
-        load_module().load("toy", heldout_dir=str(tmp_path))
 
 
 def test_every_task_has_its_forms():

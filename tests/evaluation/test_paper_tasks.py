@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -15,32 +14,20 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from paper_rows import write_rows
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from router_tuning.checkpoint.loading import load_dense
 from router_tuning.evaluation.tasks import TASK_CONFIGS, evaluate
 
 PAPER = TASK_CONFIGS / "paper"
-SHOTS = {
-    "arc_challenge": 25,
-    "boolq": 0,
-    "hellaswag": 10,
-    "mmlu": 5,
-    "openbookqa": 0,
-    "piqa": 0,
-    "rte": 0,
-    "winogrande": 5,
-    "gsm8k": 5,
-}
+SHOTS = dict.fromkeys(("boolq", "openbookqa", "piqa", "rte"), 0) | dict.fromkeys(("mmlu", "winogrande", "gsm8k"), 5)
+SHOTS |= {"arc_challenge": 25, "hellaswag": 10}
 ZERO_SHOT = {name: 0 for name in SHOTS if name != "gsm8k"}
 
 
-@pytest.fixture(scope="module")
-def sources():
-    spec = importlib.util.spec_from_file_location("sources_under_test", PAPER / "sources.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def sources(task_code):
+    return task_code("paper/sources.py")
 
 
 def mmlu_subjects():
@@ -66,7 +53,8 @@ def test_tasks_and_shots_are_those_of_the_paper(sources, group, shots):
     config = yaml.load((PAPER / f"{group}.yaml").read_text().replace("!function", ""), Loader=yaml.SafeLoader)
     found = {member.get("task", member.get("group")): member["num_fewshot"] for member in config["task"]}
     assert found == shots and set(sources.HUB) == set(SHOTS)
-    assert all(member["dataset_kwargs"]["name"] == name for name, member in zip(shots, config["task"], strict=True))
+    names = [member["dataset_kwargs"]["name"] for member in config["task"]]
+    assert names == [member.get("task", member.get("group")) for member in config["task"]]
 
 
 def test_local_rows_by_split_and_subject(sources, tmp_path):
@@ -93,10 +81,12 @@ def test_a_few_shot_row_is_never_scored(sources, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "group, shots", [("mod_zero_shot", ZERO_SHOT), pytest.param("mod_paper", SHOTS, marks=pytest.mark.full)]
 )
-def test_dense_scores_equal_stock_lm_eval_on_the_unrouted_base(base, eval_data, sources, monkeypatch, group, shots):
+def test_dense_scores_equal_stock_lm_eval_on_the_unrouted_base(
+    base, tokenizer, eval_data, sources, monkeypatch, group, shots
+):
     """The stock side asks for lm-eval's own tasks by their names, and gets the same rows where it asks the hub."""
     monkeypatch.setenv("MOD_EVAL_DATA", str(eval_data))
-    tokenizer, limit = AutoTokenizer.from_pretrained(base), int(os.environ.get("MOD_EVAL_LIMIT", 1))
+    limit = int(os.environ.get("MOD_EVAL_LIMIT", 1))
     found = evaluate(load_dense(base), tokenizer, [group], limit=limit)
     ours, asked = found["tasks"], []
 
@@ -111,9 +101,8 @@ def test_dense_scores_equal_stock_lm_eval_on_the_unrouted_base(base, eval_data, 
     loaded = manager.load([*shots])["tasks"]
     for name, task in loaded.items():
         task.set_config("num_fewshot", shots["mmlu" if name.startswith("mmlu_") else name])
-    stock = simple_evaluate(
-        model=lm, tasks=list(loaded.values()), limit=limit, task_manager=manager, bootstrap_iters=0
-    )
+    asked_for = dict(tasks=list(loaded.values()), limit=limit, task_manager=manager)
+    stock = simple_evaluate(model=lm, **asked_for, bootstrap_iters=0)
     assert set(asked) == set(shots) and set(ours) == set(loaded)
     for name in loaded:
         for key, value in ours[name]["scores"].items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_checkpoint import write_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from router_tuning.evaluation.documents import encoded
 from router_tuning.model import load_routers, record_routing
@@ -35,31 +35,20 @@ ROWS = [row("add", "What is 3+9?"), row("add", "What is 4+4?"), row("copy", "Cop
 
 
 @pytest.fixture(scope="module")
-def tokenizer(base):
-    return AutoTokenizer.from_pretrained(base)
-
-
-def routed(tmp_path_factory, base, granularity):
-    run = write_run(tmp_path_factory.mktemp("trace"), base, granularity)
+def token_model(tmp_path_factory, base):
+    run = write_run(tmp_path_factory.mktemp("trace"), base, "attn_token+mlp_token")
     return load_routers(AutoModelForCausalLM.from_pretrained(base), run).eval()
 
 
-@pytest.fixture(scope="module")
-def sequence_model(tmp_path_factory, base):
-    return routed(tmp_path_factory, base, "attn_sequence")
-
-
-@pytest.fixture(scope="module")
-def token_model(tmp_path_factory, base):
-    return routed(tmp_path_factory, base, "attn_token+mlp_token")
+def traced(model, tokenizer, new):
+    """The trace of a prompt that is padded, beside a longer one, and its ids."""
+    trace = trace_prompts(model, tokenizer, [ROWS[2], ROWS[0]], max_new_tokens=new)[1]
+    return trace, tokenizer(render_prompt(ROWS[0], tokenizer), return_tensors="pt")["input_ids"]
 
 
 @torch.no_grad()
 def test_token_level_trace_is_that_of_one_pass_over_the_answer(token_model, tokenizer):
-    trace = trace_prompts(token_model, tokenizer, [ROWS[2], ROWS[0]], max_new_tokens=6)[
-        1
-    ]  # padded, beside a longer one
-    ids = tokenizer(render_prompt(ROWS[0], tokenizer), return_tensors="pt")["input_ids"]
+    trace, ids = traced(token_model, tokenizer, 6)
     whole = token_model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6)[:, :-1]
     with record_routing(token_model) as log:
         token_model(whole, use_cache=False)
@@ -74,13 +63,10 @@ def test_token_level_trace_is_that_of_one_pass_over_the_answer(token_model, toke
 
 
 @torch.no_grad()
-def test_sequence_level_trace_is_the_decision_on_the_prompt(sequence_model, tokenizer):
-    trace = trace_prompts(sequence_model, tokenizer, [ROWS[2], ROWS[0]], max_new_tokens=3)[
-        1
-    ]  # padded, beside a longer one
-    ids = tokenizer(render_prompt(ROWS[0], tokenizer), return_tensors="pt")["input_ids"]
-    with record_routing(sequence_model) as log:
-        sequence_model(ids)
+def test_sequence_level_trace_is_the_decision_on_the_prompt(routed, tokenizer):
+    trace, ids = traced(routed, tokenizer, 3)
+    with record_routing(routed) as log:
+        routed(ids)
     for layer, keep in log.decisions.items():
         found = trace["routers"][f"{layer}.attn"]
         assert found == {"keep": int(keep), "score": pytest.approx(log.scores[layer].item(), abs=1e-4)}
@@ -99,8 +85,8 @@ def test_tokens_are_told_as_text_whatever_the_tokenizer_cuts():
     assert token_texts(tokenizer, cut)[0] == "x" and len(token_texts(tokenizer, cut)) == 3
 
 
-def test_collect_summarises_what_the_prompts_show(sequence_model, token_model, tokenizer):
-    found = collect(sequence_model, tokenizer, ROWS, max_new_tokens=2)
+def test_collect_summarises_what_the_prompts_show(routed, token_model, tokenizer):
+    found = collect(routed, tokenizer, ROWS, max_new_tokens=2)
     keeps = {name: [prompt["routers"][name]["keep"] for prompt in found["prompts"]] for name in found["routers"]}
     assert found["capacity"]["by_router"] == {name: pytest.approx(sum(keep) / 3) for name, keep in keeps.items()}
     assert found["capacity"]["by_task"]["add"]["1.attn"] == sum(keeps["1.attn"][:2]) / 2
@@ -117,12 +103,12 @@ def test_capacities_by_position_and_phase():
     assert found["by_phase"]["2.mlp"] == {"prompt": pytest.approx(2 / 3), "generated": 0.0}
 
 
-def test_dial_reaches_all_and_nothing_and_is_put_back(sequence_model, tokenizer):
+def test_dial_reaches_all_and_nothing_and_is_put_back(routed, tokenizer):
     documents = encoded(ROWS, tokenizer, 128)
-    before = sequence_model.config.mod_threshold
-    curve = dial_curve(sequence_model, documents, Collator(tokenizer), [("none", 1.0), ("all", 0.0), ("own", before)])
+    before = routed.config.mod_threshold
+    curve = dial_curve(routed, documents, Collator(tokenizer), [("none", 1.0), ("all", 0.0), ("own", before)])
     assert curve[0]["capacity"] == 0 and curve[-1] == {"label": "all", "capacity": 1.0, "loss": curve[-1]["loss"]}
-    assert sequence_model.config.mod_threshold == before and len({point["loss"] for point in curve}) == 3
+    assert routed.config.mod_threshold == before and len({point["loss"] for point in curve}) == 3
 
 
 def test_threshold_sweep_covers_the_scores():
@@ -131,8 +117,8 @@ def test_threshold_sweep_covers_the_scores():
     assert threshold_sweep([{"routers": {"1.expert": {"keep": [1.0], "score": None}}}]) == []
 
 
-def test_page_carries_its_data_and_nothing_from_elsewhere(sequence_model, tokenizer):
-    data = collect(sequence_model, tokenizer, ROWS, max_new_tokens=2)
+def test_page_carries_its_data_and_nothing_from_elsewhere(routed, tokenizer):
+    data = collect(routed, tokenizer, ROWS, max_new_tokens=2)
     data |= {"dial": [], "training": None, "metadata": {"run": "<b>"}}
     page = routing_page(data, "A <title> & more")
     assert "<title>A &lt;title&gt; &amp; more</title>" in page

@@ -16,20 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from router_tuning.errors import UserError
 from router_tuning.evaluation.routed_lm import RoutedLM
 from router_tuning.evaluation.tasks import TASK_CONFIGS, evaluate, main_score, requested_tokens
-from router_tuning.model import force_routing, load_routers, record_routing
+from router_tuning.model import force_routing, record_routing
 from router_tuning.model.recording import routed_base
 
 TASKS = ["mod_copy_gen", "mod_math_mc", "mod_dialogue_mc", "mod_story_text"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    return AutoTokenizer.from_pretrained(base)
-
-
-@pytest.fixture(scope="module")
-def routed(base, run):
-    return load_routers(AutoModelForCausalLM.from_pretrained(base), run)
 
 
 @pytest.fixture(scope="module")

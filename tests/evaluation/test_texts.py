@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
+from refused import refused
 from tiny_checkpoint import write_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from router_tuning.errors import UserError
 from router_tuning.evaluation.documents import CONTEXT, encoded, prompt_batches, read_documents, read_rows
@@ -20,28 +21,23 @@ from router_tuning.tuning.encoding import bos_of
 PROMPTS = ["<|user|>\nAdd 12 and 3.\n<|assistant|>\n", "<|user|>\nCopy.\nInput: ABC\n<|assistant|>\n", "Hi"]
 
 
-def files(root):
-    return (root / "data/sample/heldout/add.jsonl", 4), (root / "data/sample/heldout/code.jsonl", 3)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    return AutoTokenizer.from_pretrained(base)
+HELDOUT = {"add": 4, "code": 3}
 
 
 @pytest.fixture
 def documents(tokenizer, root):
-    folder = root / "data/sample/heldout"
-    return [
-        *read_documents(folder / "add.jsonl", tokenizer, 4, 200),
-        *read_documents(folder / "code.jsonl", tokenizer, 3, 200),
-    ]
+    files = {root / f"data/sample/heldout/{name}.jsonl": count for name, count in HELDOUT.items()}
+    return [document for file, count in files.items() for document in read_documents(file, tokenizer, count, 200)]
+
+
+@pytest.fixture(scope="module")
+def dense(base):
+    return AutoModelForCausalLM.from_pretrained(base).eval()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("granularity", ["attn_token+mlp_token", "attn_sequence"])
-def test_closeness_equals_one_row_at_a_time(base, tokenizer, documents, granularity, tmp_path):
-    dense = AutoModelForCausalLM.from_pretrained(base).eval()
+def test_closeness_equals_one_row_at_a_time(base, dense, tokenizer, documents, granularity, tmp_path):
     folder = write_run(tmp_path / "run", base, granularity, router_pooling="prompt")
     model = load_routers(AutoModelForCausalLM.from_pretrained(base), folder).eval()
     found = compare_texts(dense, model, documents, Collator(tokenizer))
@@ -64,22 +60,14 @@ def test_closeness_equals_one_row_at_a_time(base, tokenizer, documents, granular
     assert found["share"] == pytest.approx(flops_share(model, found["capacity"]), abs=1e-3) and found["share"] < 1
 
 
-def test_a_model_is_its_own_dense_self(base, tokenizer, documents):
-    dense = AutoModelForCausalLM.from_pretrained(base).eval()
+def test_a_model_is_its_own_dense_self_and_answer_loss_the_mean_over_answers(dense, tokenizer, root, documents):
     found = compare_texts(dense, dense, documents, Collator(tokenizer))
     assert found["kl"] == 0 and found["agreement"] == 1 and found["perplexity"] == found["dense_perplexity"]
     assert "share" not in found
-
-
-def test_answer_loss_is_the_mean_over_answer_tokens(base, tokenizer, root, documents):
-    dense = AutoModelForCausalLM.from_pretrained(base).eval()
-    rows = [
-        row
-        for name, count in (("add", 4), ("code", 3))
-        for row in read_rows(root / f"data/sample/heldout/{name}.jsonl")[:count]
-    ]
-    loss = math.log(compare_texts(dense, dense, documents, Collator(tokenizer))["perplexity"])
-    assert answer_loss(dense, encoded(rows, tokenizer, 200), Collator(tokenizer)) == pytest.approx(loss, rel=1e-5)
+    files = {root / f"data/sample/heldout/{name}.jsonl": count for name, count in HELDOUT.items()}
+    rows = [row for file, count in files.items() for row in read_rows(file)[:count]]
+    loss = answer_loss(dense, encoded(rows, tokenizer, 200), Collator(tokenizer))
+    assert loss == pytest.approx(math.log(found["perplexity"]), rel=1e-5)
 
 
 def test_plain_text_becomes_windows_first_ones_first(tokenizer, tmp_path):
@@ -98,34 +86,27 @@ def test_plain_text_becomes_windows_first_ones_first(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, message",
-    [("{", ":1: no JSON"), ('{"a": 1}', ":1: neither a list of 'messages'"), ("\n", "holds no rows")],
+    "content, message, read",
+    [
+        (None, "(?i)no such file", read_rows),
+        ("{", ":1: no JSON", read_rows),
+        ('{"a": 1}', ":1: neither a list of 'messages'", read_rows),
+        ("\n", "holds no rows", read_rows),
+        ('{"text": 3}\n', "need messages", lambda path, t: read_documents(path, t, 3, 64)),
+        ('{"text": "a"}\n', "no documents", lambda path, t: read_documents(path, t, 3, 64, 5)),
+    ],
 )
-def test_bad_rows_are_named(tmp_path, content, message):
+def test_rows_and_documents_that_are_not_there_are_named(tokenizer, tmp_path, content, message, read):
     path = tmp_path / "rows.jsonl"
-    with pytest.raises(UserError, match="(?i)no such file"):
-        read_rows(path)
-    path.write_text(content)
-    with pytest.raises(UserError, match=message):
-        read_rows(path)
-
-
-@pytest.mark.parametrize(
-    "first, content, message", [(0, '{"text": 3}', "need messages"), (5, '{"text": "a"}', "no documents")]
-)
-def test_documents_that_are_not_there_are_named(tokenizer, tmp_path, first, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content + "\n")
-    with pytest.raises(UserError, match=message):
-        read_documents(path, tokenizer, 3, 64, first)
+    if content is not None:
+        path.write_text(content)
+    with refused(message, UserError):
+        read(path) if read is read_rows else read(path, tokenizer)
 
 
 def test_prompts_are_left_padded_and_complete(tokenizer):
     batches = prompt_batches(PROMPTS, tokenizer, batch_size=2)
-    rows = [
-        row[mask.bool()].tolist()
-        for b in batches
-        for row, mask in zip(b["input_ids"], b["attention_mask"], strict=True)
-    ]
+    pairs = [pair for b in batches for pair in zip(b["input_ids"], b["attention_mask"], strict=True)]
+    rows = [row[mask.bool()].tolist() for row, mask in pairs]
     assert sorted(rows) == sorted(tokenizer(text)["input_ids"] for text in PROMPTS)
     assert all(bool(b["attention_mask"][:, -1].all()) for b in batches)

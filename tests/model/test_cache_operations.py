@@ -17,17 +17,12 @@ CASES = [*CACHED, ("attn_sequence+mlp_sequence", "keep"), ("attn_token+mlp_seque
 EXAMPLES = int(os.environ.get("CACHE_EXAMPLES", "6"))  # more of them for a longer search
 MAX_ROWS = 6
 
-FEEDS = st.tuples(st.just("feed"), st.integers(1, 5))
+SEED = st.integers(0, 10**6)
 OPERATIONS = st.one_of(
-    FEEDS,
-    FEEDS,
-    st.tuples(st.just("feed"), st.just(1)),
-    st.tuples(st.just("reorder"), st.integers(0, 10**6)),
-    st.tuples(st.just("select"), st.integers(0, 10**6)),
-    st.tuples(st.just("select_mask"), st.integers(0, 10**6)),
-    st.tuples(st.just("repeat"), st.integers(1, 3)),
-    st.tuples(st.just("crop"), st.integers(0, 8)),
-    st.tuples(st.just("reset"), st.just(0)),
+    *[st.tuples(st.just("feed"), st.integers(1, 5))] * 2,
+    *[st.tuples(st.just(name), SEED) for name in ("reorder", "select", "select_mask")],
+    *[st.tuples(st.just(name), st.integers(*range_)) for name, range_ in {"repeat": (1, 3), "crop": (0, 8)}.items()],
+    *[st.tuples(st.just(name), st.just(value)) for name, value in (("feed", 1), ("reset", 0))],
 )
 STARTS = st.tuples(st.integers(1, 3), st.integers(1, 9), st.sampled_from([None, "left"]))
 
@@ -84,16 +79,15 @@ class Conversation:
         self.cache.reorder_cache(indices)
         self.take_rows(indices)
 
-    def select(self, seed):
-        indices = self.random_rows(1 + seed % MAX_ROWS, seed)
-        self.cache.batch_select_indices(indices)
-        self.take_rows(indices)
+    def select(self, seed, by_mask=False):
+        chosen = self.random_rows(1 + seed % MAX_ROWS, seed)
+        if by_mask:
+            chosen = torch.zeros(len(self.ids), dtype=torch.bool).index_fill_(0, chosen, True)
+        self.cache.batch_select_indices(chosen)
+        self.take_rows(chosen)
 
     def select_mask(self, seed):
-        chosen = torch.rand(len(self.ids), generator=torch.Generator().manual_seed(seed)) < 0.6
-        chosen[seed % len(self.ids)] = True
-        self.cache.batch_select_indices(chosen)
-        self.take_rows(chosen.nonzero().flatten())
+        self.select(seed, by_mask=True)
 
     def repeat(self, times):
         times = min(times, max(1, MAX_ROWS // len(self.ids)))
@@ -124,13 +118,9 @@ class Conversation:
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 def test_any_sequence_of_operations_equals_recomputation(family, granularity, policy):
-    @settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        derandomize=EXAMPLES == 6,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    quiet = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+    @settings(max_examples=EXAMPLES, derandomize=EXAMPLES == 6, **quiet)
     @given(start=STARTS, operations=st.lists(OPERATIONS, min_size=1, max_size=7), seed=st.integers(0, 1000))
     def check(start, operations, seed):
         rows, tokens, padding = start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refused import refused
 from tiny_models import random_batch
 from tiny_routed import random_skip_paths, routed_model
 
@@ -23,13 +24,10 @@ def batches(count=3, rows=40, seed=5):
 @torch.no_grad()
 def reached(model, data):
     """Share of rows or tokens that run, by router, over all data."""
-    log_of = []
-    for batch in data:
-        with record_routing(model) as log:
+    with record_routing(model) as log:
+        for batch in data:
             model(**batch, use_cache=False)
-        log_of.append(log)
-    names = {module.mod_key: name for name, module in routed_modules(model).items()}
-    return {names[key]: sum(log.capacity()[key] for log in log_of) / len(log_of) for key in names}
+    return {name: log.capacity()[module.mod_key] for name, module in routed_modules(model).items()}
 
 
 def mean(shares):
@@ -38,31 +36,27 @@ def mean(shares):
 
 @pytest.mark.parametrize(
     ("granularity", "skip"),
-    [
-        ("attn_sequence", "low_rank"),
-        ("block_sequence", "zero"),
-        ("attn_token", "zero"),
-        ("attn_token+mlp_token", "low_rank"),
-    ],
+    [(g, "zero") for g in ("attn_token", "block_sequence")]
+    + [(g, "low_rank") for g in ("attn_sequence", "attn_token+mlp_token")],
 )
 def test_every_budget_is_reached_on_the_calibration_data(granularity, skip, tmp_path):
-    def fresh():
-        model = routed_model("llama", granularity, skip=skip, skip_rank=4)
-        random_skip_paths(model)
-        return model
+    def turned(**budget):
+        fresh = routed_model("llama", granularity, skip=skip, skip_rank=4)
+        return load_routers(fresh, tmp_path, **budget)
 
-    model, data = fresh(), batches()
+    model, data = routed_model("llama", granularity, skip=skip, skip_rank=4), batches()
+    random_skip_paths(model)
     dial = calibrate(model, data)
     save_routers(model, tmp_path, extra={"dial": dial})
-    least = mean(reached(load_routers(fresh(), tmp_path, capacity=0.0), data))
+    least = mean(reached(turned(capacity=0.0), data))
     for budget in (0.13, 0.5, 0.9, 1.0):
-        assert abs(mean(reached(load_routers(fresh(), tmp_path, capacity=budget), data)) - max(budget, least)) <= 0.02
+        assert abs(mean(reached(turned(capacity=budget), data)) - max(budget, least)) <= 0.02
         share = dial["flops"][0] + budget * (1 - dial["flops"][0])
-        turned = load_routers(fresh(), tmp_path, flops=share)
-        assert abs(flops_share(turned, reached(turned, data)) - share) <= 0.02 * (1 - dial["flops"][0])
+        model = turned(flops=share)
+        assert abs(flops_share(model, reached(model, data)) - share) <= 0.02 * (1 - dial["flops"][0])
     assert (least > 0) == (skip == "low_rank" and "token" in granularity), "first tokens always run"
-    with pytest.raises(UserError, match="out of reach"):
-        load_routers(fresh(), tmp_path, flops=dial["flops"][0] - 0.01)
+    with refused("out of reach", UserError):
+        turned(flops=dial["flops"][0] - 0.01)
 
 
 def test_budgets_hold_on_other_data():
@@ -105,5 +99,5 @@ def test_routers_that_tell_nothing_apart_are_named():
     model = routed_model("llama", "attn_token")
     for module in routed_modules(model).values():
         torch.nn.init.zeros_(module.mod_router.weight)
-    with pytest.raises(ValueError, match="same score"):
+    with refused("same score"):
         calibrate(model, batches(1))

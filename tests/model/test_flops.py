@@ -7,6 +7,8 @@ of the kept ones), which is what a dense kernel under a mask computes.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from counted_operations import counted
@@ -31,22 +33,15 @@ def whole_layer(rows=ROWS, tokens=TOKENS, keys=TOKENS):
 
 def expected_layer(granularity, policy, share, use_cache=True):
     """One routed layer in which ``share`` of the rows, or of every row's tokens, run."""
-    if share == 0 and not use_cache:
-        policy = "drop"  # nobody will ever read the keys
     part, level = granularity.split("_")
-    if level == "sequence":
-        everything, executed = ROWS * TOKENS, share * ROWS * TOKENS
-        if part == "attn":
-            return executed * (Q + KV + OUT + TOKENS * PAIR) + everything * MLP
-        if part == "mlp":
-            return everything * (Q + KV + OUT + TOKENS * PAIR) + executed * MLP
-        return executed * (Q + KV + OUT + MLP + TOKENS * PAIR)
+    if level == "token" and share == 0 and not use_cache:
+        policy = "drop"  # nobody will ever read the keys
     everything, executed = ROWS * TOKENS, share * ROWS * TOKENS
-    if part == "mlp":
-        return everything * (Q + KV + OUT + TOKENS * PAIR) + executed * MLP
-    keys = TOKENS if policy == "keep" else share * TOKENS
-    attention = executed * (Q + OUT + keys * PAIR) + (everything if policy == "keep" else executed) * KV
-    return attention + (everything if part == "attn" else executed) * MLP
+    attends, runs_mlp = (everything if part == "mlp" else executed), (everything if part == "attn" else executed)
+    keys, offered = TOKENS, attends
+    if level == "token" and part != "mlp":
+        keys, offered = (TOKENS, everything) if policy == "keep" else (share * TOKENS, executed)
+    return attends * (Q + OUT + keys * PAIR) + offered * KV + runs_mlp * MLP
 
 
 def masks(granularity, share):
@@ -105,14 +100,10 @@ def test_operations_of_a_decoding_step(granularity, policy, saved):
     dense, model = tiny_model(), route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
     costs = []
     for one, keep in ((dense, None), (model, True), (model, False)):
-        if keep is None:
+        prefill = keep or "sequence" not in granularity  # the prompt of a row that is skipped is skipped as well
+        with nullcontext() if keep is None else force_routing(one, prefill), torch.no_grad():
             cache = one(ids).past_key_values
-            costs.append(counted(one, input_ids=ids[:, :1], past_key_values=cache))
-            continue
-        sequence = "sequence" in granularity
-        with torch.no_grad(), force_routing(one, keep or not sequence):
-            cache = one(ids).past_key_values
-        with force_routing(one, keep):
+        with nullcontext() if keep is None else force_routing(one, keep):
             costs.append(counted(one, input_ids=ids[:, :1], past_key_values=cache))
     assert costs[1] == costs[0]
     assert costs[0] - costs[2] == pytest.approx(len(LAYERS) * ROWS * saved, rel=0.01)

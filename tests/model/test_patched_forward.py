@@ -19,16 +19,24 @@ PLACES = {"attn_token": "self_attn", "mlp_sequence": "mlp", "block_token": ""}
 
 def replace(module, _, plain):
     """As ``module.forward = …`` of a faster kernel: nothing of the old forward is called."""
-    module.forward = types.MethodType(lambda self, *args, **kwargs: plain(self, *args, **kwargs), module)
+    module.forward = types.MethodType(plain, module)
 
 
 def replace_in_dictionary(module, _, plain):
-    module.__dict__["forward"] = (lambda self, *args, **kwargs: plain(self, *args, **kwargs)).__get__(module)
+    module.__dict__["forward"] = types.MethodType(plain, module)
 
 
 def wrap(module, before, _):
     """As autocast: the old forward is called, wherever it was taken from."""
-    module.forward = lambda *args, **kwargs: before(*args, **kwargs)
+    module.forward = before
+
+
+def counted(function, ran):
+    def forward(*args, **kwargs):
+        ran.append(1)
+        return function(*args, **kwargs)
+
+    return forward
 
 
 @pytest.mark.parametrize("first", ["patch", "route"])
@@ -40,24 +48,14 @@ def wrap(module, before, _):
     ],
 )
 def test_a_patched_forward_runs_inside_the_routing(patch, granularity, first, where):
-    expected_model, model = routed_model("llama", granularity), tiny_model()
-    plain, ran = model.get_submodule(".".join(filter(None, ["model.layers.2", PLACES[granularity]]))), []
-    plain = {"module": plain, "decoder": model.model, "model": model}[where]
-    own = type(plain).forward
-
-    def counting(self, *args, **kwargs):
-        ran.append(1)
-        return own(self, *args, **kwargs)
+    expected_model, model, ran = routed_model("llama", granularity), tiny_model(), []
+    place = f"model.layers.2.{PLACES[granularity]}".rstrip(".")
+    plain = model.get_submodule({"module": place, "decoder": "model", "model": ""}[where])
 
     def apply():
-        before = plain.forward
+        patch(plain, counted(plain.forward, ran), own)
 
-        def counted(*args, **kwargs):
-            ran.append(1)
-            return before(*args, **kwargs)
-
-        patch(plain, counted, counting)
-
+    own = counted(type(plain).forward, ran)
     if first == "patch":
         apply()
     route(model, mod_layers=LAYERS, granularity=granularity)

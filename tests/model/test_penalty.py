@@ -28,8 +28,7 @@ def by_hand(model, ids, mask):
     """Task loss and penalty, from logits and decisions alone, on a model that adds nothing itself."""
     with record_routing(model) as log:
         logits = model(ids, attention_mask=mask).logits
-    target = labels_of(ids, mask)[:, 1:]
-    return cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), ignore_index=-100), log.penalty(TARGET)
+    return task_loss(logits, labels_of(ids, mask)), log.penalty(TARGET)
 
 
 def expected(family="llama", granularity="attn_sequence", rows=slice(None), **options):
@@ -58,26 +57,28 @@ def test_a_forward_that_gets_labels_adds_it_and_gives_it(family, granularity, po
     same(gradients(model), theirs, tolerance=1e-5)
 
 
+def task_loss(logits, labels):
+    return cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+
+
 def fused(model, ids, mask, labels):
     """A head of one's own on the decoder, as trl's: no logits, and no loss of the model's."""
-    hidden = model.base_model(ids, attention_mask=mask).last_hidden_state[:, :-1]
-    logits = hidden[labels[:, 1:] != -100] @ model.lm_head.weight.T
-    return cross_entropy(logits, labels[:, 1:][labels[:, 1:] != -100])
+    hidden = model.base_model(ids, attention_mask=mask).last_hidden_state
+    return task_loss(hidden @ model.lm_head.weight.T, labels)
 
 
 def logits_alone(model, ids, mask, labels):
-    return cross_entropy(model(ids, attention_mask=mask).logits[:, :-1].transpose(1, 2), labels[:, 1:])
+    return task_loss(model(ids, attention_mask=mask).logits, labels)
 
 
 def ignored_loss(model, ids, mask, labels):
     """The model has put the term into a loss that nobody uses."""
-    out = model(ids, attention_mask=mask, labels=labels)
-    return cross_entropy(out.logits[:, :-1].transpose(1, 2), labels[:, 1:])
+    return task_loss(model(ids, attention_mask=mask, labels=labels).logits, labels)
 
 
 def from_the_output(model, ids, mask, labels):
     out = model(ids, attention_mask=mask)
-    return cross_entropy(out.logits[:, :-1].transpose(1, 2), labels[:, 1:]) + SCALE * out.mod_penalty
+    return task_loss(out.logits, labels) + SCALE * out.mod_penalty
 
 
 def public(model, ids, mask, labels):
@@ -88,9 +89,7 @@ def in_a_tuple(model, ids, mask, labels):
     return model(ids, attention_mask=mask, labels=labels, return_dict=False)[0]
 
 
-@pytest.mark.parametrize(
-    "loss", [fused, logits_alone, ignored_loss, from_the_output, public, in_a_tuple], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("loss", [fused, logits_alone, ignored_loss, from_the_output, public, in_a_tuple])
 def test_whatever_computes_the_loss_it_counts_once(loss):
     ids, mask = random_batch(6, padding="right")
     model = regularised(granularity="attn_token+mlp_token")
@@ -100,13 +99,12 @@ def test_whatever_computes_the_loss_it_counts_once(loss):
 
 def test_micro_batches_weigh_as_their_tokens_do_where_the_trainer_counts_them():
     ids, mask = random_batch(6, padding="right")
-    labels, model = labels_of(ids, mask), regularised()
-    counts = [(labels[rows, 1:] != -100).sum() for rows in (slice(0, 2), slice(2, 6))]
-    for rows in (slice(0, 2), slice(2, 6)):
-        total = int(sum(counts))
-        model(ids[rows], attention_mask=mask[rows], labels=labels[rows], num_items_in_batch=total).loss.backward()
-    parts = [expected(rows=rows)[0] for rows in (slice(0, 2), slice(2, 6))]
-    share = counts[0] / sum(counts)
+    labels, model, halves = labels_of(ids, mask), regularised(), (slice(0, 2), slice(2, 6))
+    counts = [int((labels[rows, 1:] != -100).sum()) for rows in halves]
+    for rows in halves:
+        out = model(ids[rows], attention_mask=mask[rows], labels=labels[rows], num_items_in_batch=sum(counts))
+        out.loss.backward()
+    parts, share = [expected(rows=rows)[0] for rows in halves], counts[0] / sum(counts)
     same(gradients(model), {n: share * parts[0][n] + (1 - share) * parts[1][n] for n in parts[0]}, tolerance=1e-5)
 
 

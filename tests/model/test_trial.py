@@ -8,7 +8,7 @@ from types import MethodType
 import pytest
 import torch
 from refused import refused
-from tiny_models import COMMON, random_batch, state_of, tiny_model
+from tiny_models import COMMON, random_batch, randomised, state_of, tiny_model
 from tiny_routed import LAYERS, with_reference
 from torch import nn
 from torch.nn.functional import normalize
@@ -40,16 +40,10 @@ def test_a_missing_module_is_named_in_one_line(family, granularity, missing):
 
 
 GEMMA_3N = dict(
-    num_hidden_layers=6,
-    vocab_size_per_layer_input=61,
-    intermediate_size=[48] * 6,
-    activation_sparsity_pattern=[0.0] * 6,
-    layer_types=["sliding_attention", "full_attention"] * 3,
-    hidden_size_per_layer_input=8,
-    laurel_rank=4,
-    altup_num_inputs=2,
-    num_kv_shared_layers=0,
-)
+    num_hidden_layers=6, vocab_size_per_layer_input=61, intermediate_size=[48] * 6,
+    activation_sparsity_pattern=[0.0] * 6, layer_types=["sliding_attention", "full_attention"] * 3,
+    hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2, num_kv_shared_layers=0,
+)  # fmt: skip
 SHARED = {**GEMMA_3N, "num_kv_shared_layers": 2}
 # Modules of the right names that mean something else; found by trying every causal LM of transformers.
 ODD = [
@@ -107,12 +101,7 @@ def lookalike(family, **sizes):
     known = AutoConfig.for_model(family)
     config = AutoConfig.for_model(family, **{name: size for name, size in sizes.items() if hasattr(known, name)})
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(std=0.15)
-    return model
+    return randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
 
 
 def normed_keys(self, hidden_states, **kwargs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from refused import refused
 from tiny_models import tiny_model
 
 from router_tuning.errors import UserError
@@ -25,9 +26,8 @@ DIAL = {"capacity": [0.0, 1.0], "flops": [0.4, 1.0], "logit": {"1.mlp": [4.0, -4
 def test_what_cannot_be_served_is_refused_in_one_line(routing, overrides, message):
     config = route(tiny_model(), mod_layers=[1, 2], **routing).config
     config.update(overrides)
-    with pytest.raises(ValueError, match=message) as caught:
+    with refused(message):
         served_routing(config)
-    assert "\n" not in str(caught.value)
 
 
 def test_token_level_is_served():
@@ -52,6 +52,5 @@ def test_budgets_are_read_off_the_dial(budgets):
     ],
 )
 def test_budgets_out_of_reach_are_refused(budgets, config, message):
-    with pytest.raises((ValueError, UserError), match=message) as caught:
+    with refused(message, (ValueError, UserError)):
         threshold_at(budgets, config, "x")
-    assert "\n" not in str(caught.value)

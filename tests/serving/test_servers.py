@@ -61,15 +61,6 @@ def exported(base: Path, tmp_path: Path) -> Path:
     return tmp_path / "export"
 
 
-@pytest.fixture
-def frozen(base: Path, tmp_path: Path) -> Path:
-    """Without one of its layers, as a plain checkpoint."""
-    model = load_tuned(base, write_run(tmp_path / "run", base, "block_token"))
-    freeze(model, ["2.block"])
-    write_frozen(model, AutoTokenizer.from_pretrained(base), tmp_path / "frozen", "{}", "")
-    return tmp_path / "frozen"
-
-
 @contextmanager
 def serving(command: list[str], folder: Path) -> Iterator[str]:
     """The address of a server while it runs; its log lies in ``folder``."""
@@ -144,8 +135,13 @@ def test_vllm_on_an_export(exported, tmp_path, options):
     assert eager == (not options)
 
 
-def test_vllm_on_a_frozen_checkpoint(frozen, tmp_path):
-    with serving(vllm_server(vllm_python(), frozen), tmp_path) as address:
+def test_vllm_on_a_frozen_checkpoint(base, tmp_path):
+    """Without one of its layers, as a plain checkpoint."""
+    python, frozen = vllm_python(), tmp_path / "frozen"
+    model = load_tuned(base, write_run(tmp_path / "run", base, "block_token"))
+    freeze(model, ["2.block"])
+    write_frozen(model, AutoTokenizer.from_pretrained(base), frozen, "{}", "")
+    with serving(vllm_server(python, frozen), tmp_path) as address:
         check_answers(address, frozen)
 
 

@@ -53,16 +53,16 @@ def published_turns(name: str, turns: list[dict]) -> list[tuple[str, str]]:
     return messages
 
 
-def write_rows(path: Path, rows: list[dict], ending: str, indent: int | None = None) -> Path:
-    """A file ``path`` + ``ending`` with these rows; the ending says which container."""
+def write_rows(path: Path, rows: list[dict], ending: str, indent: int | None = None, batch: int = 5) -> Path:
+    """A file ``path`` + ``ending`` with these rows; the ending says which container (tables: so many at once)."""
     path = path.with_name(path.name + ending)
     path.parent.mkdir(parents=True, exist_ok=True)
     if ending == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=batch)
     elif ending == ".arrow":
         table = pa.Table.from_pylist(rows)
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(table, max_chunksize=5)
+            stream.write_table(table, max_chunksize=batch)
     else:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         text = json.dumps(rows, indent=indent) if ".json" in ending and ".jsonl" not in ending else lines
@@ -105,6 +105,11 @@ def sample_rows(name: str, count: int) -> list[dict]:
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}] * (1 + number % 3)
             rows.append({"id": f"r{number}", "conversations": turns})
     return rows
+
+
+def raw_sets(folder: Path, count: int, *names: str) -> dict[str, Path]:
+    """``<name>/rows.jsonl`` of some data sets, by name."""
+    return {name: write_rows(folder / name / "rows", sample_rows(name, count), ".jsonl") for name in names}
 
 
 SIX = [name for name in FORMATS if name != "c4"]

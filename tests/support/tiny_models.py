@@ -8,20 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 COMMON = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=5,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=61,
-    max_position_embeddings=128,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
+    hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=61, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     tie_word_embeddings=False,
-)
+)  # fmt: skip
 # Sliding windows are shorter than the test sequences, so that they matter.
 ALTERNATE = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 FAMILIES: dict[str, dict] = {
     "llama": {},
     "mistral": {"sliding_window": 6, "head_dim": 8},
@@ -37,14 +30,9 @@ FAMILIES: dict[str, dict] = {
     "cohere": {"use_qk_norm": True},
     "phi": {"qk_layernorm": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 0.4},
-    "qwen2_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 24,
-    },
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
+    "olmoe": {"clip_qkv": 0.4, **EXPERTS},
+    "qwen2_moe": {**dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24), **EXPERTS},
+    "qwen3_moe": {"moe_intermediate_size": 24, "head_dim": 8, **EXPERTS},
 }
 MOE = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
 
@@ -54,7 +42,11 @@ def tiny_model(family: str = "llama", attn: str = "sdpa", seed: int = 0, **overr
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **overrides})
     config._attn_implementation = attn
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn)
+    return randomised(AutoModelForCausalLM.from_config(config, attn_implementation=attn))
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """In evaluation mode, with matrices that give logits large enough to tell outputs apart."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

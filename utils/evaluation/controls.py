@@ -37,7 +37,7 @@ def random_masks(model: PreTrainedModel, rates: Mapping[str, float], seed: int) 
     return force_routing(model, draw)
 
 
-def removed(model: PreTrainedModel, order: Sequence[Removed], share: float, seed: int = 0) -> AbstractContextManager:
+def removed(model: PreTrainedModel, order: Sequence[Removed], share: float) -> AbstractContextManager:
     """Context without the first modules of ``order``, so that ``share`` of the decoder's operations is left.
 
     Each removed module leaves a step; of the last one needed only as many inputs, drawn at random, go without it that
@@ -54,7 +54,7 @@ def removed(model: PreTrainedModel, order: Sequence[Removed], share: float, seed
     before = order[count - 1].share if count else 1.0
     rate = (before - share) / (before - order[count].share)
     gone, last = {step.name for step in order[:count]}, order[count].name
-    generator, names = torch.Generator().manual_seed(seed), _names(model)
+    generator, names = torch.Generator().manual_seed(0), _names(model)
 
     def decide(layer: int, part: str, shape: torch.Size, past: int) -> bool | Tensor:
         name = names[layer, part]

@@ -214,15 +214,15 @@ def task_difference(ours: Group, other: Group, metric: str) -> tuple[float, floa
     return (statistics.fmean(means), math.sqrt(sum(squares)) / len(means)) if means else None
 
 
-def text_difference(ours: Group, other: Group, text: str, key: str = "kl") -> tuple[float, float] | None:
-    """Difference of the mean per token, and the standard error of this ratio of sums over documents."""
+def text_difference(ours: Group, other: Group, text: str) -> tuple[float, float] | None:
+    """Difference of the mean divergence per token, and the standard error of this ratio of sums over documents."""
     sides = []
     for group in (ours, other):
         found = group.texts(text, "documents")
         if not found:
             return None
         tokens = found[0]["tokens"]
-        sides.append([statistics.fmean(values) for values in zip(*(f[key] for f in found), strict=True)])
+        sides.append([statistics.fmean(values) for values in zip(*(f["kl"] for f in found), strict=True)])
     if len(sides[0]) != len(sides[1]) or len(tokens) < 2:
         return None
     gaps = [a - b for a, b in zip(*sides, strict=True)]

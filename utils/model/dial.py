@@ -9,8 +9,7 @@ of them is read off the scores that both have seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -106,7 +105,8 @@ def calibrate(
     modules, saved = routed_modules(model), saved_shares(model)
     whole = sum(saved.values())
     weight = {name: share / whole for name, share in saved.items()}
-    with _thresholds_kept(modules):
+    before = {name: module.mod_logit for name, module in modules.items()}
+    try:
         ends = []
         for outermost in (math.inf, -math.inf):
             _set(modules, dict.fromkeys(modules, outermost))
@@ -125,6 +125,8 @@ def calibrate(
             logits = router_logits(model, batches)
             share = min(max(line.share(logits, place), below.share), above.share)
             points.insert(widest + 1, _Point(place, share, logits))
+    finally:
+        _set(modules, before)
     return _table(line, points, grid, whole)
 
 
@@ -201,12 +203,3 @@ def _table(line: _Line, points: Sequence[_Point], grid: Sequence[float], whole: 
 def _set(modules: Mapping[str, Routed], logit: Mapping[str, float]) -> None:
     for name, module in modules.items():
         module.mod_logit = logit[name]
-
-
-@contextmanager
-def _thresholds_kept(modules: Mapping[str, Routed]) -> Iterator[None]:
-    before = {name: module.mod_logit for name, module in modules.items()}
-    try:
-        yield
-    finally:
-        _set(modules, before)

@@ -21,26 +21,17 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 def find_module(model: PreTrainedModel, layer: int, part: str, level: str) -> nn.Module:
     """The module that a part of a layer names; ValueError naming the missing module."""
-    module = decoder_of(model).layers[layer]
-    for name in WHERE[part]:
+    found = module = decoder_of(model).layers[layer]
+    what = f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}"
+    for name in WHERE[part] or ("self_attn",):  # of a block, which holds one
         if not isinstance(getattr(module, name, None), nn.Module):
-            raise ValueError(
-                f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: it has no {name!r}"
-            )
+            raise ValueError(f"{what}: it has no {name!r}")
         module = getattr(module, name)
     if part == "expert" and not isinstance(getattr(module, "num_experts", None), int):
-        raise ValueError(
-            f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: its experts have no 'num_experts'"
-        )
-    if part in ("attn", "block"):
-        attention = module if part == "attn" else getattr(module, "self_attn", None)
-        if attention is None:
-            raise ValueError(
-                f"layer {layer} of {type(model).__name__} cannot be routed as {part!r}: it has no 'self_attn'"
-            )
-        if level == "token":
-            check_packable(attention, layer)
-    return module
+        raise ValueError(f"{what}: its experts have no 'num_experts'")
+    if part in ("attn", "block") and level == "token":
+        check_packable(module, layer)
+    return module if WHERE[part] else found
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -20,7 +20,6 @@ class Record:
     keep: Tensor
     logits: Tensor | None
     real: Tensor | None
-    experts: Tensor | None = None
 
     def capacity(self) -> Tensor:
         """Executed share of real rows or tokens, a 0-d float32 tensor that carries the straight-through gradient."""
@@ -42,9 +41,9 @@ class RoutingLog:
     def __init__(self) -> None:
         self.records: dict[RouterKey, list[Record]] = {}
 
-    def add(self, key: RouterKey, keep: Tensor, logits: Tensor | None, real: Tensor | None, experts=None) -> None:
+    def add(self, key: RouterKey, keep: Tensor, logits: Tensor | None, real: Tensor | None) -> None:
         """Called by the routed modules."""
-        self.records.setdefault(key, []).append(Record(keep, logits, real, experts))
+        self.records.setdefault(key, []).append(Record(keep, logits, real))
 
     @property
     def decisions(self) -> dict[RouterKey, Tensor]:

@@ -30,24 +30,30 @@ from .packing import (
 from .routed import Routed, row_counts
 
 
-class RoutedAttending(Routed):
-    """Sequence- and token-level routing of a module that contains attention."""
+class RoutedAttention(Routed):
+    """An attention module that runs for kept sequences or tokens only; skipped ones get the skip path, if any."""
+
+    mod_part = "attn"
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
+        """``m·Attn(h) + (1−m)·P(h)`` for ``hidden_states [b, t, d]``; attention weights are not returned."""
+        return self.mod_forward(hidden_states, kwargs), None
 
     def mod_run(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The module itself, ``[r, q, d] → [r, q, d]``."""
-        raise NotImplementedError
+        return super(Routed, self).forward(hidden_states=hidden_states, **kwargs)[0]
 
     def mod_features(self, hidden_states: Tensor) -> Tensor:
         """Input of the router, and of the attention's projections."""
-        raise NotImplementedError
+        return hidden_states
 
     def mod_residual(self, hidden_states: Tensor) -> Tensor | None:
         """The residual stream, where the module's output contains it."""
-        raise NotImplementedError
+        return None
 
     def mod_attention(self):
         """The attention module."""
-        raise NotImplementedError
+        return self
 
     def mod_forward(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The routed module, ``[b, t, d] → [b, t, d]``."""
@@ -224,29 +230,7 @@ class RoutedAttending(Routed):
         return self.mod_attention().config._attn_implementation
 
 
-class RoutedAttention(RoutedAttending):
-    """An attention module that runs for kept sequences or tokens only; skipped ones get the skip path, if any."""
-
-    mod_part = "attn"
-
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
-        """``m·Attn(h) + (1−m)·P(h)`` for ``hidden_states [b, t, d]``; attention weights are not returned."""
-        return self.mod_forward(hidden_states, kwargs), None
-
-    def mod_run(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        return super(Routed, self).forward(hidden_states=hidden_states, **kwargs)[0]
-
-    def mod_features(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
-
-    def mod_residual(self, hidden_states: Tensor) -> None:
-        return None
-
-    def mod_attention(self):
-        return self
-
-
-class RoutedBlock(RoutedAttending):
+class RoutedBlock(RoutedAttention):
     """A decoder layer that runs for kept sequences or tokens only; to skipped ones it adds its skip path at most."""
 
     mod_part = "block"

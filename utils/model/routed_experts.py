@@ -34,7 +34,7 @@ class RoutedExperts(Routed):
             real = context.real.to(keep.device).flatten()[:, None].expand_as(keep)
             keep = keep & real
         if context.record is not None:
-            context.record(self.mod_key, keep, logits, real, experts=top_k_index)
+            context.record(self.mod_key, keep, logits, real)
         if self.mod_runs_all(Decision(keep, logits), context):
             gate = keep.to(top_k_weights.dtype)
             if logits is not None:

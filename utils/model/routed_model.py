@@ -193,12 +193,12 @@ def _decided(pool: Tensor | None, waiting: Tensor | None, cache: Any) -> tuple[T
     return decided, blank
 
 
-def _record(logs: list[RoutingLog], seen: set, key: RouterKey, *args, **kwargs) -> None:
+def _record(logs: list[RoutingLog], seen: set, key: RouterKey, *decision) -> None:
     """Hand a decision to all logs, once per pass: gradient checkpointing takes it again in the backward pass."""
     if key not in seen:
         seen.add(key)
         for log in logs:
-            log.add(key, *args, **kwargs)
+            log.add(key, *decision)
 
 
 class RoutedCausalLM(InitializesRouting, CarriesContext):
