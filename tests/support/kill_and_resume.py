@@ -1,6 +1,6 @@
 """Kills tuning runs of two processes at random moments with SIGKILL, resumes them, and compares the outcome.
 
-    python tests/kill_and_resume.py --kills 20 --seed 0 --output figures/kill_and_resume.json
+    python tests/support/kill_and_resume.py --kills 20 --seed 0 --output figures/kill_and_resume.json
 
 Half of the kills hit one rank (the launcher then ends the other, as torchrun does), half hit both. A resumed run may
 be killed again. The first checkpoint that a kill leaves, and every third, is cut short as well, as by a full disk; so
@@ -208,7 +208,7 @@ def main() -> None:
                 print(json.dumps(record), flush=True)
     same = sum(kill["same_bits_at_the_end"] for kill in kills)
     result = {
-        "command": f"python tests/kill_and_resume.py --kills {args.kills} --seed {args.seed} --epochs {args.epochs}",
+        "command": f"python tests/support/kill_and_resume.py --kills {args.kills} --seed {args.seed} --epochs {args.epochs}",
         **provenance(),
         "processes": WORLD,
         "steps": 3 * args.epochs,
