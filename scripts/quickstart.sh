@@ -27,15 +27,15 @@ cd "$ROOT"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 NAME=quickstart
 # Both recipes see the same rows as often and route the same parts; all else is each recipe's own default.
-TUNE=(FOLDER_NAME="$BASE" GRANULARITY="${GRANULARITY:-attn_token+mlp_token}" MICRO_BATCH_SIZE=16)
-ROWS=(MAX_TRAIN_SAMPLES=640 NUM_EPOCHS=3 TARGET_CAPACITY=0.7)
+TUNE=(NUM_EPOCHS=1 FOLDER_NAME="$BASE" GRANULARITY="${GRANULARITY:-attn_token+mlp_token}" MICRO_BATCH_SIZE=16)
+ROWS=(MAX_TRAIN_SAMPLES=640 TARGET_CAPACITY=0.7)
 OURS=()
 COMPARE=(--tasks mod_heldout_gen --limit 16 --prompts_per_file 4 --search_count 64 --repeats 3)
 STOCK=(--tasks mod_heldout_mc --limit 8)
 TIME="4 minutes"
 if [[ "$BASE" != tiny-llama-mod ]]; then
   TUNE+=(MAX_SEQ_LENGTH=256)
-  ROWS=(MAX_TRAIN_SAMPLES=480 NUM_EPOCHS=1 TARGET_CAPACITY=0.75)
+  ROWS=(MAX_TRAIN_SAMPLES=480 TARGET_CAPACITY=0.75)
   OURS=(MOD_LAYERS="${MOD_LAYERS:-auto}")
   # The tasks of the small base are none for a language model: it is held to its dense self on their answers.
   COMPARE=(--tasks --prompts_per_file 4 --search_count 32 --repeats 2)
@@ -44,7 +44,7 @@ if [[ "$BASE" != tiny-llama-mod ]]; then
 fi
 if [[ "${SMOKE:-0}" == 1 ]]; then
   NAME=quickstart-smoke
-  ROWS=(MAX_TRAIN_SAMPLES=128 NUM_EPOCHS=1 TARGET_CAPACITY=0.4)
+  ROWS=(MAX_TRAIN_SAMPLES=128 TARGET_CAPACITY=0.4)
   OURS=(GLOBAL_BATCH_SIZE=32 --label_tokens 4000 --calibration_tokens 4000)
   COMPARE=(--tasks mod_copy_gen --limit 8 --prompts_per_file 2 --search_count 16 --new_tokens 8 --repeats 1)
   STOCK=(--tasks mod_copy_gen,mod_copy_mc --limit 4)
