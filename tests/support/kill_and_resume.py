@@ -208,7 +208,8 @@ def main() -> None:
                 print(json.dumps(record), flush=True)
     same = sum(kill["same_bits_at_the_end"] for kill in kills)
     result = {
-        "command": f"python tests/support/kill_and_resume.py --kills {args.kills} --seed {args.seed} --epochs {args.epochs}",
+        "command": "python tests/support/kill_and_resume.py "
+        f"--kills {args.kills} --seed {args.seed} --epochs {args.epochs}",
         **provenance(),
         "processes": WORLD,
         "steps": 3 * args.epochs,
