@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from tiny_models import COMMON
+from tiny_models import COMMON, reset_empties
 from tiny_routed import CACHED, with_reference
 from transformers import DynamicCache
 
@@ -106,6 +106,8 @@ class Conversation:
             self.ids, self.mask = self.ids[:, :end], self.mask[:, :end]
 
     def reset(self, _):
+        if not reset_empties():
+            return
         self.cache.reset()
         self.restart(1 + self.ids.shape[0] % 3)
 

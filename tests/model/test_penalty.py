@@ -49,7 +49,7 @@ def test_a_forward_that_gets_labels_adds_it_and_gives_it(family, granularity, po
     theirs, task, penalty = expected(family, granularity, kv_policy=policy)
     model = regularised(family, granularity, kv_policy=policy)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     out = model(ids, attention_mask=mask, labels=labels_of(ids, mask))
     assert 0 < penalty and torch.allclose(out.mod_penalty, penalty)
     assert torch.allclose(out.loss, task + SCALE * penalty) and out["mod_penalty"] is out.mod_penalty

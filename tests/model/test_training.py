@@ -42,7 +42,7 @@ def test_only_routers_get_gradients_when_the_base_is_frozen(family, granularity,
 def test_autograd_records_nothing_below_the_first_routed_layer(checkpointing):
     model = freeze_base(routed_model("llama", mod_layers=[3]))
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     ids, _ = random_batch()
     output = model(ids, output_hidden_states=True, labels=ids)
     recorded = [hidden.requires_grad for hidden in output.hidden_states]
@@ -64,12 +64,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, granularity, po
     def run(checkpointing):
         model = tiny_model(family)
         if checkpointing and when == "before":
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model = routed_model(family, granularity, model=model, kv_policy=policy).train()
         if frozen:
             freeze_base(model)
         if checkpointing and when == "after":
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         with record_routing(model) as log:
             loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
         (loss + log.penalty(0.1)).backward()
@@ -87,11 +87,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(family, granularity, po
 def test_reentrant_checkpointing_is_refused(granularity):
     model = freeze_base(routed_model("llama", granularity))
     ids, _ = random_batch()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": True})
     with refused("use_reentrant"):
         model(ids, labels=ids)
     with torch.no_grad():
         model(ids)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model(ids, labels=ids).loss.backward()
     assert len(gradients(model)) == len(routed_modules(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 COMMON = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
@@ -35,6 +35,14 @@ FAMILIES: dict[str, dict] = {
     "qwen3_moe": {"moe_intermediate_size": 24, "head_dim": 8, **EXPERTS},
 }
 MOE = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+
+
+def reset_empties() -> bool:
+    """Whether ``reset`` empties a dynamic cache; in older versions of transformers it keeps its length."""
+    cache = DynamicCache()
+    cache.update(*torch.zeros(2, 1, 1, 1, 1), 0)
+    cache.reset()
+    return cache.get_seq_length() == 0
 
 
 def tiny_model(family: str = "llama", attn: str = "sdpa", seed: int = 0, **overrides) -> PreTrainedModel:
