@@ -126,6 +126,7 @@ def main() -> None:
         raise UserError(f"--gigabytes {args.gigabytes} is too little to measure")
     if args.repeats < 1:
         raise UserError(f"--repeats must be at least 1, not {args.repeats}")
+    args.scratch.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(args.scratch).free < 5 * size:
         raise UserError(f"--scratch {args.scratch} has less than {5 * args.gigabytes:g} GB free")
     result = {
