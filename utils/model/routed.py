@@ -126,12 +126,23 @@ class Routed:
             path = residual.index_select(0, skipped) + path
         return torch.empty_like(features if residual is None else residual).index_copy_(0, skipped, path)
 
-    def mod_skipped_tokens(self, features: Tensor, keep: Tensor, count: int, residual: Tensor | None = None) -> Tensor:
-        """:meth:`mod_skipped` where ``keep [b, t]``, ``count`` of them true, leaves tokens to skip, ``[b, t, d]``."""
+    def mod_skipped_tokens(
+        self,
+        features: Tensor,
+        keep: Tensor,
+        count: int,
+        residual: Tensor | None = None,
+        skipped: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`mod_skipped` where ``keep [b, t]``, ``count`` of them true, leaves tokens to skip, ``[b, t, d]``.
+
+        Args:
+            skipped: int64 ``[n]``, their places in the flattened batch, where the caller has them already.
+        """
         if self.mod_skip is None or keep.shape[1] == 1:
             return self.mod_skipped(features, residual)
         flat = None if residual is None else residual.flatten(0, 1)
-        skipped = true_places(~keep, keep.numel() - count)
+        skipped = true_places(~keep, keep.numel() - count) if skipped is None else skipped
         return self.mod_skipped(features.flatten(0, 1), flat, skipped).view_as(features)
 
     def mod_merge(

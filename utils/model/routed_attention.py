@@ -138,11 +138,12 @@ class RoutedAttention(Routed):
         packing = pack(keep, counts, hidden_states)
         packed, mask = select_tokens(kwargs, packing), kwargs.get("attention_mask")
         spread = self._implementation() == "sdpa" and SpreadQueries.pays(attention, keep)
-        keys = packed["past_key_values"] = self._merged_keys(features, keep, packing, kwargs, spread)
+        skipped = true_places(~keep, keep.numel() - sum(counts))
+        keys = packed["past_key_values"] = self._merged_keys(features, keep.shape, skipped, packing, kwargs, spread)
         packed["attention_mask"] = None if spread else self._packed_mask(mask, packing, keep.shape[1], hidden_states)
         with SpreadQueries(packing, mask, keys) if spread else nullcontext():
             ran = self.mod_run(packing.take(hidden_states), packed)
-        output = self.mod_skipped_tokens(features, keep, sum(counts), self.mod_residual(hidden_states))
+        output = self.mod_skipped_tokens(features, keep, sum(counts), self.mod_residual(hidden_states), skipped)
         packing.put_(ran, output)
         return output
 
@@ -167,15 +168,14 @@ class RoutedAttention(Routed):
         return ChunkedMask.of(mask, packing, tokens) if chunked else mask
 
     def _merged_keys(
-        self, features: Tensor, keep: Tensor, packing: Packing, kwargs: dict, all_rows: bool
+        self, features: Tensor, shape: torch.Size, skipped: Tensor, packing: Packing, kwargs: dict, all_rows: bool
     ) -> MergedKeys:
         """Keys and values of all tokens: the module projects those that are packed, the rest is projected here."""
-        skipped = true_places(~keep, keep.numel() - sum(packing.counts))
         places = evened(skipped, features)
         chosen = features.flatten(0, 1).index_select(0, places)[None]
-        positions = flat_positions(kwargs["position_embeddings"], places, keep.shape[1])
+        positions = flat_positions(kwargs["position_embeddings"], places, shape[1])
         keys, values = (part[0, :, : len(skipped)] for part in project_kv(self.mod_attention(), chosen, positions))
-        return MergedKeys(kwargs.get("past_key_values"), packing, keep.shape, skipped, keys, values, all_rows)
+        return MergedKeys(kwargs.get("past_key_values"), packing, shape, skipped, keys, values, all_rows)
 
     def _run_ragged(
         self, hidden_states: Tensor, features: Tensor, keep: Tensor, counts: list[int] | None, kwargs: dict, context
