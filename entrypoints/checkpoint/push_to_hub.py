@@ -61,10 +61,11 @@ def main() -> None:
         print("\n".join(f"{size:>15,}  {name}" for name, size in files.items()))
         print(f"{sum(files.values()):>15,}  bytes to {args.repo_id}, {'public' if args.public else 'private'} if new")
         return
+    api = HfApi()
     try:
-        HfApi().create_repo(args.repo_id, private=not args.public, exist_ok=True)
+        api.create_repo(args.repo_id, private=not args.public, exist_ok=True)
         options = {"folder_path": str(args.folder), "commit_message": args.message}
-        print(HfApi().upload_folder(repo_id=args.repo_id, **options).commit_url)
+        print(api.upload_folder(repo_id=args.repo_id, **options).commit_url)
     except (OSError, ValueError, RuntimeError) as error:  # the hub's answers among them
         raise UserError(f"{args.repo_id} was not uploaded: {' '.join(str(error).split())}") from None
 
