@@ -5,7 +5,6 @@ python entrypoints/data/preview_data.py --data_file data/mixed/data.jsonl --toke
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from router_tuning.errors import UserError, cli, parser_of
@@ -19,28 +18,13 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="folder or hub id")
     parser.add_argument("--preview", type=int, default=3, metavar="N", help="rows to show (default 3)")
     parser.add_argument("--max_seq_length", type=int, default=2048)
-    parser.add_argument(
-        "--chat_template",
-        nargs="?",
-        const="own",
-        default="auto",
-        choices=("auto", "own", "published"),
-        help="the rendering; auto: the tokenizer's own template if it has one",
-    )
-    parser.add_argument("--measured_rows", type=int, default=10_000, help="rows to measure; 0: all (default 10,000)")
+    parser.add_argument("--chat_template", default="auto", choices=("auto", "own", "published"))
     args = parser.parse_args()
-    for name in ("preview", "measured_rows"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} must be at least 0")
-    if args.max_seq_length < 1:
-        raise UserError(f"--max_seq_length must be at least 1, not {args.max_seq_length}")
+    if args.preview < 0 or args.max_seq_length < 1:
+        raise UserError("--preview must be at least 0, --max_seq_length at least 1")
     from router_tuning.tuning.preview import report  # brings transformers, seconds that --help does not need
 
-    measured = args.measured_rows or None
-    colour = sys.stdout.isatty()
-    print(
-        report(args.data_file, args.tokenizer, args.preview, args.max_seq_length, args.chat_template, measured, colour)
-    )
+    print(report(args.data_file, args.tokenizer, args.preview, args.max_seq_length, args.chat_template))
 
 
 if __name__ == "__main__":

@@ -14,19 +14,13 @@ from router_tuning.errors import UserError
 from router_tuning.tuning.encoding import IGNORE_INDEX, load_tokenizer
 from router_tuning.tuning.tuning_data import count_faults, encoded_or_fault
 
-TRAINED = "⟦", "⟧"
-COLOURS = "\033[32m⟦", "⟧\033[0m"
 
-
-def masked_text(
-    labelled: Mapping[str, Sequence[int]], tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str] = TRAINED
-) -> str:
-    """Text of an encoded row with marks around what carries loss."""
+def masked_text(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text of encoded tokens, with ⟦ ⟧ around what carries loss."""
     parts = []
-    pairs = zip(labelled["input_ids"], labelled["labels"], strict=True)
-    for trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
+    for trained, run in groupby(zip(ids, labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX):
         text = tokenizer.decode([token for token, _ in run])
-        parts.append(text.join(marks) if trained else text)
+        parts.append(f"⟦{text}⟧" if trained else text)
     return "".join(parts)
 
 
@@ -36,34 +30,35 @@ def report(
     count: int,
     max_length: int = 2048,
     chat_template: str = "auto",
-    measured: int | None = 10_000,
-    colour: bool = False,
+    measured: int = 10_000,
 ) -> str:
-    """The first ``count`` rows of a file as they train, and token lengths of the first ``measured`` (None: of all).
+    """The first ``count`` rows of a file as they train, and token lengths of the first ``measured``.
+
+    Args:
+        max_length: tokens of a row at most, the rest is cut.
 
     Raises:
         UserError: for a file or a tokenizer that cannot be read, or where no row can be rendered.
     """
     loaded = load_tokenizer(tokenizer, chat_template)
-    told, found, trained, faults, longest = [], [], 0, [], max(count, measured or count)
-    for number, line in islice(lines_of(path), longest if measured else None):
+    told, lengths, trained, faults = [], [], 0, []
+    for number, line in islice(lines_of(path), max(count, measured)):
         row = checked_row(line, f"{path}:{number}")
         encoded, fault = encoded_or_fault(row, loaded, max_length)
         if len(faults) < count:
-            told.append(_shown(row, encoded, fault, loaded, max_length, COLOURS if colour else TRAINED))
+            told.append(_shown(row, encoded, fault, loaded, max_length))
         faults.append(fault)
-        if labels := encoded["labels"]:
-            found.append(len(labels))
-            trained += sum(label != IGNORE_INDEX for label in labels)
+        if encoded["labels"]:
+            lengths.append(len(encoded["labels"]))
+            trained += sum(label != IGNORE_INDEX for label in encoded["labels"])
     left_out = count_faults(faults)
-    if not found:
+    if not lengths:
         raise UserError(f"no row to measure ({left_out or 'the file holds none'})")
-    tokens = np.array(found)
-    quantiles = {f"p{share}": np.percentile(tokens, share) for share in (10, 50, 90, 99)}
-    numbers = "  ".join(f"{name} {value:,.0f}" for name, value in {"mean": tokens.mean(), **quantiles}.items())
+    tokens = np.array(lengths)
+    quantiles = "  ".join(f"p{share} {np.percentile(tokens, share):,.0f}" for share in (10, 50, 90, 99))
     longer = int((tokens > max_length).sum())
     told += [
-        f"tokens a row:  {numbers}  max {tokens.max():,}",
+        f"tokens a row:  mean {tokens.mean():,.0f}  {quantiles}  max {tokens.max():,}",
         f"rows {len(tokens):,}, with loss on {trained / tokens.sum():.1%} of their tokens",
         f"longer than {max_length:,} tokens, so cut: {longer:,} ({longer / len(tokens):.1%})",
         f"nothing to learn: {left_out or 0}",
@@ -71,14 +66,11 @@ def report(
     return "\n".join(told)
 
 
-def _shown(
-    row: Mapping, encoded: Mapping, fault: str, tokenizer: PreTrainedTokenizerBase, most: int, marks: tuple[str, str]
-) -> str:
+def _shown(row: Mapping, encoded: Mapping, fault: str, tokenizer: PreTrainedTokenizerBase, most: int) -> str:
     """A row under a line that says where it is from and how much of it is trained."""
-    title = f"{row.get('dataset', 'row')} {row.get('id', '')}".strip()
-    shown = {name: ids[:most] for name, ids in encoded.items()}
-    tokens, trained = len(shown["input_ids"]), sum(label != IGNORE_INDEX for label in shown["labels"])
-    if not tokens:
-        return f"── {title}: {fault}\n"
-    cut = f", cut at {most}" if len(encoded["input_ids"]) > most else ""
-    return f"── {title}: {trained} of {tokens} tokens carry loss, in ⟦…⟧{cut}\n{masked_text(shown, tokenizer, marks)}"
+    title = f"── {row.get('dataset', 'row')} {row.get('id', '')}".rstrip()
+    ids, labels = encoded["input_ids"][:most], encoded["labels"][:most]
+    if not ids:
+        return f"{title}: {fault}\n"
+    trained = sum(label != IGNORE_INDEX for label in labels)
+    return f"{title}: {trained} of {len(ids)} tokens carry loss, in ⟦…⟧\n{masked_text(ids, labels, tokenizer)}"
