@@ -2,14 +2,13 @@
 
     python entrypoints/analysis/routing_report.py --run trained_models/tiny-llama-mod/... --prompts data/sample/heldout
     python entrypoints/analysis/routing_report.py --model exports/tiny --prompts prompts.jsonl --output report.html
-PROMPTS are JSONL files with messages, or a folder of them; per file a seeded sample is shown. With --picture FILE.png
-Chromium takes a picture of the page.
+PROMPTS are JSONL files with messages, or a folder of them; per file a seeded sample is shown. A picture of the page:
+    chromium --headless --window-size=1200,1480 --screenshot=report.png "file:///…/routing_report.html#prompt=0"
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from transformers import PreTrainedModel
 from router_tuning.checkpoint.loading import add_arguments, opened
 from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.documents import encoded, read_rows, rendered
-from router_tuning.files import write_json, write_text
+from router_tuning.files import read_json, write_json, write_text
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.provenance import provenance
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.run_folder import data_of, read_run
-from router_tuning.viewer.routing_page import PROGRAM, routing_page, take_picture
-from router_tuning.viewer.routing_trace import collect, dial_curve, threshold_sweep
+from router_tuning.viewer.routing_page import routing_page
+from router_tuning.viewer.routing_trace import collect, dial_curve
 
 DIAL = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
@@ -38,13 +37,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dial_rows", type=int, default=4, help="rows per file behind the dial curve, 0: no curve")
     parser.add_argument("--max_new_tokens", type=int, default=32)
     parser.add_argument("--output", type=Path, help="HTML file (default: routing_report.html in the run or model)")
-    parser.add_argument("--picture", type=Path, help="PNG of the page")
-    parser.add_argument("--picture_prompt", type=int, default=1, help="number of the prompt on show in the picture")
     args = parser.parse_args()
     if args.per_file < 1 or args.max_new_tokens < 1:
         raise UserError("--per_file and --max_new_tokens must be at least 1")
-    if args.picture and (PROGRAM is None or args.picture.suffix != ".png"):
-        raise UserError("--picture needs a name that ends in .png, and Chromium (Debian: apt-get install chromium)")
     return args
 
 
@@ -74,31 +69,25 @@ def metadata(args: argparse.Namespace, model: PreTrainedModel) -> dict[str, str]
 
 def main() -> None:
     args = parse_args()
-    model, tokenizer, base, _ = opened(args)
+    model, tokenizer, base, routers = opened(args)
     name = (args.model or base).resolve().name
     files = jsonl_files(args.prompts)
     rows = [row for file in files for row in read_rows(file, args.per_file)]
     rows = [row for row, _ in rendered(rows, tokenizer)]
-    if args.picture and not 1 <= args.picture_prompt <= len(rows):
-        raise UserError(f"--picture_prompt {args.picture_prompt}: the page has prompts 1 to {len(rows)}")
     data = collect(model, tokenizer, rows, args.max_new_tokens)
-    data["dial"] = []
-    if args.dial_rows:
-        points: list = threshold_sweep(data["prompts"])
-        if args.run and (config := read_router_config(args.run)).get("dial"):
-            points = [(f"capacity {c:g}", thresholds_for(config, c, args.run)) for c in DIAL]
+    data["dial"], config = [], read_router_config(routers)
+    if args.dial_rows and config.get("dial"):
+        points = {f"capacity {share:g}": thresholds_for(config, share, routers) for share in DIAL}
         dial_rows = [row for file in files for row in read_rows(file, args.dial_rows, seed=7)]
         length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
         data["dial"] = dial_curve(model, encoded(dial_rows, tokenizer, length), Collator(tokenizer), points)
     history = args.run / "routing_history.json" if args.run else None
-    data["training"] = json.loads(history.read_text()) if history and history.is_file() else None
+    data["training"] = read_json(history) if history and history.is_file() else None
     data["metadata"] = metadata(args, model)
     output = args.output or (args.run or args.model) / "routing_report.html"
     write_text(output, routing_page(data, f"Routing of {name}, {model.config.mod_granularity}"))
     write_json(output.with_suffix(".json"), data)
     print(output)
-    if args.picture:
-        print(take_picture(output, args.picture, args.picture_prompt - 1))
 
 
 if __name__ == "__main__":

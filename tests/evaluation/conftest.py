@@ -34,12 +34,6 @@ def routed(base, run):
     return load_routers(AutoModelForCausalLM.from_pretrained(base), run).eval()
 
 
-@pytest.fixture(autouse=True)
-def _no_inventory(monkeypatch):
-    """lm-eval notes the machine with every score, for which it runs ``pip list``: seconds, and nobody reads it."""
-    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", str)
-
-
 @pytest.fixture
 def task_code():
     """The Python beside task files, which stock lm-eval loads by itself: a module by its path below them."""

@@ -20,7 +20,6 @@ from router_tuning.viewer.routing_trace import (
     collect,
     dial_curve,
     dynamics,
-    threshold_sweep,
     token_texts,
     trace_prompts,
 )
@@ -106,15 +105,9 @@ def test_capacities_by_position_and_phase():
 def test_dial_reaches_all_and_nothing_and_is_put_back(routed, tokenizer):
     documents = encoded(ROWS, tokenizer, 128)
     before = routed.config.mod_threshold
-    curve = dial_curve(routed, documents, Collator(tokenizer), [("none", 1.0), ("all", 0.0), ("own", before)])
+    curve = dial_curve(routed, documents, Collator(tokenizer), {"none": 1.0, "all": 0.0, "own": before})
     assert curve[0]["capacity"] == 0 and curve[-1] == {"label": "all", "capacity": 1.0, "loss": curve[-1]["loss"]}
     assert routed.config.mod_threshold == before and len({point["loss"] for point in curve}) == 3
-
-
-def test_threshold_sweep_covers_the_scores():
-    prompts = [{"routers": {"1.attn": {"keep": 1, "score": 0.2}, "2.attn": {"keep": 1, "score": [0.4, 0.8]}}}]
-    assert [value for _, value in threshold_sweep(prompts, 3)] == pytest.approx([0.2, 0.4, 0.8])
-    assert threshold_sweep([{"routers": {"1.expert": {"keep": [1.0], "score": None}}}]) == []
 
 
 def test_page_carries_its_data_and_nothing_from_elsewhere(routed, tokenizer):

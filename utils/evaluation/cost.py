@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from router_tuning.evaluation.texts import executed
+from router_tuning.evaluation.timing import in_turns, timed
 from router_tuning.model import kv_cache_bytes, record_routing
 
 Batch = dict[str, Tensor]
@@ -44,7 +43,10 @@ def measure_cost(
     dense.eval(), routed.eval()
     with under or nullcontext():
         with record_routing(routed) as log:
-            held = [sum(cache_bytes(model, batch) for batch in batches) for model in (dense, routed)]
+            held = [
+                sum(kv_cache_bytes(model(**batch, use_cache=True).past_key_values) for batch in batches)
+                for model in (dense, routed)
+            ]
         return {
             **executed(routed, log),
             "kv_bytes_dense": held[0],
@@ -59,11 +61,6 @@ def measure_cost(
         }
 
 
-def cache_bytes(model: PreTrainedModel, batch: Batch) -> int:
-    """Bytes of keys and values really held after the prompts of one batch."""
-    return kv_cache_bytes(model(**batch, use_cache=True).past_key_values)
-
-
 def interleaved_times(
     dense: PreTrainedModel, routed: PreTrainedModel, batches: Sequence[Batch], new_tokens: int, repeats: int
 ) -> dict[str, float]:
@@ -74,31 +71,15 @@ def interleaved_times(
     Args:
         new_tokens: 0 times the forward over the prompts, else generation of exactly that many tokens.
     """
-    rounds: list[tuple[float, float]] = []
-    for number in tqdm(range(repeats + 1), desc=f"time, {new_tokens} new tokens", leave=False):
-        pair = [0.0, 0.0]
-        order = (0, 1) if number % 2 else (1, 0)
+    options = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "pad_token_id": 0}
+
+    def run(model: PreTrainedModel) -> None:
         for batch in batches:
-            for side in order:
-                pair[side] += _seconds((dense, routed)[side], batch, new_tokens)
-        if number:
-            rounds.append((pair[0], pair[1]))
-    dense_time, routed_time = (statistics.median(side) for side in zip(*rounds, strict=True))
-    return {"seconds_dense": dense_time, "seconds_routed": routed_time, "time_ratio": routed_time / dense_time}
+            model.generate(**batch, **options) if new_tokens else model(**batch, use_cache=True)
 
-
-def _seconds(model: PreTrainedModel, batch: Batch, new_tokens: int) -> float:
-    _synchronize(model)
-    start = time.perf_counter()
-    if new_tokens:
-        options = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "pad_token_id": 0}
-        model.generate(**batch, **options)
-    else:
-        model(**batch, use_cache=True)
-    _synchronize(model)
-    return time.perf_counter() - start
-
-
-def _synchronize(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    models = {"dense": dense, "routed": routed}
+    runs = {name: lambda _, model=model: timed(lambda: run(model), model.device) for name, model in models.items()}
+    found = in_turns(runs, repeats + 1, f"time, {new_tokens} new tokens")
+    seconds = {name: statistics.median(values[1:]) for name, values in found.items()}
+    ratio = seconds["routed"] / seconds["dense"]
+    return {"seconds_dense": seconds["dense"], "seconds_routed": seconds["routed"], "time_ratio": ratio}

@@ -7,15 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from lm_eval import simple_evaluate
+import lm_eval
 from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from router_tuning.errors import UserError
 from router_tuning.evaluation.routed_lm import RoutedLM
 from router_tuning.places import SHIPPED
 
 TASK_CONFIGS = SHIPPED / "configs" / "lm_eval"
+STOCK = "paper"
+"""Folder of the groups whose tasks are lm-eval's own."""
+SEED = 1234
+"""As lm-eval has it: of the examples in prompts, and before a run."""
 HEADLINES = ("exact_match", "acc_norm", "acc", "word_perplexity", "bits_per_byte")
 """Metrics that a task may be judged by; the first that it reports counts."""
 
@@ -46,18 +50,10 @@ def evaluate(
     Raises:
         UserError: for a task that does not exist.
     """
-    manager = task_manager(tasks, tokenizer, metadata)
-    model.eval()
-    lm = RoutedLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, under=under)
-    found = simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        log_samples=True,
-        bootstrap_iters=1000,
-    )
+    loaded = load_tasks(tasks, tokenizer, num_fewshot, metadata)
+    lm = RoutedLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size, under=under)
+    set_seed(SEED)
+    found = lm_eval.evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=1000)
     costs = lm.gathered_costs()
     if found is None:
         return None
@@ -112,9 +108,7 @@ def requested_tokens(
 ) -> int:
     """Tokens that a model reads to be scored on tasks; what it generates is not among them."""
     total = 0
-    for task in task_manager(tasks, tokenizer, metadata).load(list(tasks))["tasks"].values() if tasks else ():
-        if num_fewshot is not None:
-            task.set_config("num_fewshot", num_fewshot)
+    for task in load_tasks(tasks, tokenizer, num_fewshot, metadata)["tasks"].values() if tasks else ():
         task.build_all_requests(limit=limit, rank=0, world_size=1)
         for request in task.instances:
             text = "".join(part for part in request.args if isinstance(part, str))
@@ -122,39 +116,32 @@ def requested_tokens(
     return total
 
 
-def task_manager(
-    tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase, metadata: Mapping[str, Any] | None = None
-) -> TaskManager:
-    """Index of our tasks, and of lm-eval's thousands only when one of those is asked for.
+def load_tasks(
+    tasks: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_fewshot: int | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Tasks and groups as lm-eval's ``evaluate`` takes them; its thousands are only indexed when one is asked for.
 
-    Tasks get the tokenizer's chat template, and what ``metadata`` says.
+    Tasks get the tokenizer's chat template and what ``metadata`` says, and ``num_fewshot`` unless their own is 0.
 
     Raises:
-        UserError: for a task that neither has.
+        UserError: for a task that neither we nor lm-eval have.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     told = {"chat_template": tokenizer.chat_template, "special_tokens": dict(tokenizer.special_tokens_map)}
     told |= metadata or {}
-    for defaults in (False, True):
-        manager = TaskManager(include_path=str(TASK_CONFIGS), include_defaults=defaults, metadata=told)
-        if not defaults:
-            ours = manager.all_tasks
-        missing = [task for task in tasks if task not in manager.task_index]
-        if not missing and (defaults or not _refers_to_stock(tasks, manager)):
-            return manager
-    if missing:
-        raise UserError(f"no lm-eval task named {', '.join(missing)}; ours are {', '.join(ours)}")
-    return manager
-
-
-def _refers_to_stock(tasks: Sequence[str], manager: TaskManager) -> bool:
-    """Whether one of the groups named holds a task that only lm-eval itself defines."""
-    for task in tasks:
-        members = (manager.task_index[task].cfg or {}).get("task")
-        if isinstance(members, list):
-            names = [
-                member if isinstance(member, str) else member.get("task", member.get("group")) for member in members
-            ]
-            if any(name not in manager.task_index for name in names) or _refers_to_stock(names, manager):
-                return True
-    return False
+    manager = TaskManager(include_path=str(TASK_CONFIGS), include_defaults=False, metadata=told)
+    ours = manager.task_index
+    if any(name not in ours or ours[name].yaml_path.parent.name == STOCK for name in tasks):
+        manager = TaskManager(include_path=str(TASK_CONFIGS), metadata=told)
+    if missing := [name for name in tasks if name not in manager.task_index]:
+        raise UserError(f"no lm-eval task named {', '.join(missing)}; ours are {', '.join(sorted(ours))}")
+    loaded = manager.load(list(tasks))
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (own and num_fewshot is not None):
+            task.set_config("num_fewshot", num_fewshot or 0)
+        task.set_fewshot_seed(seed=SEED)
+    return loaded

@@ -17,20 +17,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from router_tuning.model import (
-    ModConfig,
-    RoutingLog,
-    flops_share,
-    is_routed,
-    kv_cache_bytes,
-    record_routing,
-    route,
-    routed_modules,
-)
+from router_tuning.evaluation.timing import in_turns, spread, timed
+from router_tuning.model import ModConfig, flops_share, kv_cache_bytes, route, routed_modules
 from router_tuning.speed.cells import Row, free_memory
 from router_tuning.speed.ideal import reduced, shared_copy
-from router_tuning.speed.steps import profile_step
-from router_tuning.speed.timing import peak_bytes, spread, timed
+from router_tuning.speed.steps import peak_bytes, profile_step
 
 
 @dataclass(frozen=True)
@@ -39,7 +30,7 @@ class Setting:
 
     Args:
         routing: what is routed and how, with ``mod_layers``; its skip path is replaced by each of ``skips``.
-        capacities: shares that run, by masks drawn at random; None lets the routers decide.
+        capacities: shares that run, by masks drawn at random.
         repeats: timed rounds (at least 2), in decoding one token each. builds: how often the models are built anew.
         skips: skip paths, each with every capacity. profiled: whether a dense and a routed pass are profiled as well.
     """
@@ -48,11 +39,10 @@ class Setting:
     batch: int
     length: int
     routing: ModConfig
-    capacities: tuple[float | None, ...]
+    capacities: tuple[float, ...]
     repeats: int
     skips: tuple[str, ...] = ("zero",)
     builds: int = 1
-    seed: int = 0
     profiled: bool = False
 
     @property
@@ -72,7 +62,7 @@ def random_masks(setting: Setting, capacity: float) -> dict[tuple[int, str], Ten
     Token level: bool ``[batch, tokens]``, exact over each of ``exact_lengths``. Sequence level: bool ``[batch]``;
     rows are dealt out over the layers so that the share over all of them is exact to one prompt.
     """
-    generator = torch.Generator().manual_seed(setting.seed)
+    generator = torch.Generator().manual_seed(0)
     masks, carried, prompts = {}, 0.0, setting.batch // setting.copies
     for target in setting.routing.targets:
         if setting.routing.parts[target[1]] == "sequence":
@@ -112,10 +102,18 @@ def imposed(model: PreTrainedModel, masks: Mapping[tuple[int, str], Tensor]) -> 
 class Variant:
     """One model under test, with the masks that it runs under, timed in turns with the others."""
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, setting: Setting, masks=None) -> None:
+    def __init__(self, model: PreTrainedModel, ids: Tensor, setting: Setting, capacity: float | None = None) -> None:
         self.model, self.ids, self.setting = model, ids, setting
-        self.masks: Mapping[tuple[int, str], Tensor] = masks or {}
+        masks = {} if capacity is None else random_masks(setting, capacity)
+        self.masks = {target: mask.to(ids.device) for target, mask in masks.items()}
         self.decode, self.cache = setting.phase == "decode", None
+
+    @property
+    def capacity(self) -> float:
+        """The share that runs in what is timed, mean over modules."""
+        start = self.setting.length + 1 if self.decode else 0
+        timed_parts = [mask[:, start:] if mask.dim() == 2 else mask for mask in self.masks.values()]
+        return statistics.fmean(float(part.float().mean()) for part in timed_parts) if timed_parts else 1.0
 
     def imposed(self, columns: slice, rows: slice = slice(None)) -> AbstractContextManager[None]:
         """The masks of some tokens, cut out here: around what is timed, not within it."""
@@ -140,47 +138,30 @@ class Variant:
             self.cache.batch_repeat_interleave(self.setting.copies)
 
     def warm_up(self) -> Row:
-        """The first step, untimed: its peak memory, the keys and values held, the share that runs; room for times."""
-        routers = routed_modules(self.model).values() if is_routed(self.model) else ()
+        """The first step, untimed: its peak memory, and the keys and values held."""
         outputs: list[Any] = []
-        with record_routing(self.model) if routers else nullcontext(RoutingLog()) as log:
-            self.prepare()
-            with self.imposed(self.at(0)):
-                peak = peak_bytes(lambda: outputs.append(self.step(0)), self.ids.device)
-        held, shares = kv_cache_bytes(outputs.pop().past_key_values), log.capacity()
-        if self.decode and any(router.mod_level == "token" for router in routers):
-            steps = slice(self.setting.length + 1, None)  # all that are timed, at once: their tokens decide anew
-            with record_routing(self.model) as log, self.imposed(steps):
-                self.forward(self.ids[:, steps])
-            shares |= log.capacity()
-            self.prepare()
-            self.time(0)
-        del shares["total"]
-        capacity = statistics.fmean(shares.values()) if routers else 1.0
-        return {"kv_bytes": held, "peak_bytes": peak, "capacity": capacity, "times": []}
+        self.prepare()
+        with self.imposed(self.at(0)):
+            peak = peak_bytes(lambda: outputs.append(self.step(0)), self.ids.device)
+        return {"kv_bytes": kv_cache_bytes(outputs.pop().past_key_values), "peak_bytes": peak}
 
     def step(self, number: int) -> Any:
         """The pass over all tokens, or over one."""
         return self.forward(self.ids[:, self.at(number)])
 
     def time(self, number: int) -> float:
-        """Seconds of one step."""
-        with self.imposed(self.at(number)):
-            return timed(lambda: self.step(number), self.ids.device)
+        """Seconds of a step in a round, behind the one that warmed up."""
+        with self.imposed(self.at(number + 1)):
+            return timed(lambda: self.step(number + 1), self.ids.device)
 
 
-def variants(
-    dense: PreTrainedModel, setting: Setting, ids: Tensor, routed: PreTrainedModel | None = None
-) -> dict[Any, Variant]:
+def variants(dense: PreTrainedModel, setting: Setting, ids: Tensor) -> dict[Any, Variant]:
     """``dense``, its ``ideal``, and the routed model by (skip path, capacity); weights are shared."""
     found: dict[Any, Variant] = {"dense": Variant(dense, ids, setting)}
     found["ideal"] = Variant(reduced(dense, setting.routing), ids, setting)
     for skip in setting.skips:
-        model = routed or routed_copy(dense, replace(setting.routing, skip=skip))
-        for capacity in setting.capacities:
-            masks = {} if capacity is None else random_masks(setting, capacity)
-            masks = {target: mask.to(ids.device) for target, mask in masks.items()}
-            found[skip, capacity] = Variant(model, ids, setting, masks)
+        model = routed_copy(dense, replace(setting.routing, skip=skip))
+        found |= {(skip, capacity): Variant(model, ids, setting, capacity) for capacity in setting.capacities}
     return found
 
 
@@ -194,34 +175,37 @@ def routed_copy(dense: PreTrainedModel, routing: ModConfig) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def benchmark(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel | None = None) -> list[Row]:
+def benchmark(dense: PreTrainedModel, setting: Setting) -> list[Row]:
     """Time one setting at all its capacities, with each skip path.
 
     Every round runs each variant once, in an order that turns from round to round; medians over the rounds are
     reported with their quartiles, ratios are medians of per-round ratios. The variants are built ``builds`` times:
     where its objects happen to lie makes one of two equal models up to a percent faster than the other.
 
-    Args:
-        routed: a model that decides for itself, instead of random masks.
-
     Returns one dict per skip path and capacity; ``capacity`` is the share executed in what was timed, ``share`` what
     that leaves of the decoder's operations, ratios are routed / dense, and ``skip_efficiency`` is the share of the
     ideal saving that is reached (None where there is next to nothing to save).
     """
-    generator = torch.Generator().manual_seed(setting.seed)
+    generator = torch.Generator().manual_seed(0)
     shape = (setting.batch, sum(setting.exact_lengths))
     ids = torch.randint(3, dense.config.vocab_size, shape, generator=generator).to(dense.device)
     measured: dict[Any, Row] = {}
     for _ in range(setting.builds):
         free_memory()
-        found = variants(dense, setting, ids, routed)
-        for name, one in _timed_rounds(found, setting.repeats).items():
-            measured.setdefault(name, {**one, "times": []})["times"] += one["times"]
+        found = variants(dense, setting, ids)
+        for name, variant in found.items():
+            measured[name] = {"times": [], **measured.get(name, {}), **variant.warm_up()}
+        for name, times in in_turns({name: v.time for name, v in found.items()}, setting.repeats).items():
+            measured[name]["times"] += times
     bounds = measured.pop("dense"), measured.pop("ideal")
+    about = {name: getattr(setting, name) for name in ("phase", "batch", "length", "repeats", "builds")}
+    about |= {name: getattr(setting.routing, name) for name in ("granularity", "kv_policy", "mod_layers")}
     rows = []
     for (skip, asked), one in measured.items():
-        share = flops_share(found[skip, asked].model, one["capacity"], setting.length)
-        rows.append({**_about(setting, skip, asked), "share": share, **_row(*bounds, one)})
+        variant = found[skip, asked]
+        share = flops_share(variant.model, variant.capacity, setting.length)
+        row = {**about, "skip": skip, "decisions": asked, "share": share, "capacity": variant.capacity}
+        rows.append(row | _compared(*bounds, one, variant.capacity))
     if setting.profiled:
         for name, variant in (("dense", found["dense"]), ("routed", found[next(iter(measured))])):
             with variant.imposed(variant.at(0)):
@@ -229,30 +213,13 @@ def benchmark(dense: PreTrainedModel, setting: Setting, routed: PreTrainedModel 
     return rows
 
 
-def _timed_rounds(found: dict[Any, Variant], rounds: int) -> dict[Any, Row]:
-    measured = {name: variant.warm_up() for name, variant in found.items()}
-    names = list(found)
-    for number in range(1, rounds + 1):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            measured[name]["times"].append(found[name].time(number))
-    return measured
-
-
-def _about(setting: Setting, skip: str, asked: float | None) -> Row:
-    about = {name: getattr(setting, name) for name in ("phase", "batch", "length", "repeats", "builds")}
-    about |= {name: getattr(setting.routing, name) for name in ("granularity", "kv_policy", "mod_layers")}
-    return about | {"skip": skip, "decisions": "own" if asked is None else asked}
-
-
-def _row(dense: Row, ideal: Row, routed: Row) -> Row:
+def _compared(dense: Row, ideal: Row, routed: Row, capacity: float) -> Row:
     ratios, floors = (
         [mine / its for mine, its in zip(one["times"], dense["times"], strict=True)] for one in (routed, ideal)
     )
     ratio = statistics.median(ratios)
-    possible = (1 - routed["capacity"]) * (1 - statistics.median(floors))
+    possible = (1 - capacity) * (1 - statistics.median(floors))
     row = {
-        "capacity": routed["capacity"],
         "seconds_dense": spread(dense["times"]),
         "seconds_routed": spread(routed["times"]),
         "time_ratio": ratio,

@@ -27,8 +27,8 @@ def shape_config(shape: str) -> PretrainedConfig:
     return SMALL[shape] if shape in SMALL else dense_config(CKPT / f"{shape}-mod")
 
 
-def random_model(shape: str, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """A dense model with random weights, made on its device, in evaluation mode."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with device:
         return AutoModelForCausalLM.from_config(shape_config(shape), dtype=dtype).eval()

@@ -10,9 +10,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
+from router_tuning.evaluation.timing import spread, timed
 from router_tuning.model import record_routing
 from router_tuning.speed.cells import Row, free_memory
-from router_tuning.speed.timing import peak_bytes, spread, timed
 
 GROUPS = {
     "launches": ("LaunchKernel",),
@@ -35,18 +35,14 @@ def training_step(model: PreTrainedModel, batch: int, length: int, rounds: int, 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(everything or "mod_router" in name)
     ids = torch.randint(3, model.config.vocab_size, (batch, length), device=model.device)
-    rows = batch
-    while True:
+    for rows in (batch >> halvings for halvings in range(batch.bit_length())):
         try:
-            found = _measured_step(model.train(), ids[:rows], rounds)
-            return {"micro_batch": rows, **found}
+            return {"micro_batch": rows, **_measured_step(model.train(), ids[:rows], rounds)}
         except torch.OutOfMemoryError:
-            if rows == 1:
-                raise
+            free_memory()
         finally:
             model.zero_grad()
-        free_memory()
-        rows //= 2
+    raise torch.OutOfMemoryError(f"not even one sequence of {length} tokens fits")
 
 
 def _measured_step(model: PreTrainedModel, ids: torch.Tensor, rounds: int) -> Row:
@@ -61,6 +57,17 @@ def _measured_step(model: PreTrainedModel, ids: torch.Tensor, rounds: int) -> Ro
 
     peak = peak_bytes(run, ids.device)
     return {"peak_bytes": peak, "seconds": spread([timed(run, ids.device) for _ in range(rounds)])}
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Peak memory of one run over what was held before it, as CUDA's allocator knows it; None elsewhere."""
+    if device.type != "cuda":
+        run()
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 @torch.no_grad()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from router_tuning.errors import UserError
 from router_tuning.evaluation.texts import executed
+from router_tuning.evaluation.timing import timed
 from router_tuning.model import force_routing, record_routing
 from router_tuning.tuning.encoding import encode_text, render_prompt
 
@@ -65,22 +66,18 @@ def answer(
         "max_new_tokens": min(max_new_tokens, room),
         "pad_token_id": tokenizer.pad_token_id,
     }
+    outputs: list[torch.Tensor] = []
+
+    def generate(**more: Any) -> None:
+        outputs.append(model.generate(ids, **{**options, **more}))
+
     with record_routing(model) as log:
-        output, seconds = _timed(model, ids, streamer=streamer, **options)
-    new = output[0, ids.shape[1] :]
-    seconds_dense = None
+        seconds = timed(lambda: generate(streamer=streamer), model.device)
+    new, seconds_dense = outputs[0][0, ids.shape[1] :], None
     if compare:
         with force_routing(model, True):
-            same = {**options, "max_new_tokens": len(new), "min_new_tokens": len(new)}
-            _, seconds_dense = _timed(model, ids, **same)
+            length = {"max_new_tokens": len(new), "min_new_tokens": len(new)}
+            seconds_dense = timed(lambda: generate(**length), model.device)
     ran = executed(model, log)
     text = tokenizer.decode(new, skip_special_tokens=True).strip()
     return Answer(text, len(new), ran["capacity"], ran["share"], seconds, seconds_dense)
-
-
-def _timed(model: PreTrainedModel, ids: torch.Tensor, **options) -> tuple[torch.Tensor, float]:
-    start = time.perf_counter()
-    output = model.generate(ids, **options)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return output, time.perf_counter() - start

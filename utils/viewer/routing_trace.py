@@ -210,15 +210,15 @@ def dial_curve(
     model: PreTrainedModel,
     documents: Sequence[Document],
     collate: Collator,
-    points: Sequence[tuple[str, float | dict[str, float]]],
+    points: Mapping[str, float | dict[str, float]],
 ) -> list[dict[str, Any]]:
     """Capacity reached and answer loss (nats per token) at every setting of the thresholds.
 
-    ``points`` are ``(label, thresholds)`` as ``set_thresholds`` takes them; the model's own are restored afterwards.
+    ``points`` are thresholds by label, as ``set_thresholds`` takes them; the model's own are restored afterwards.
     """
     before, curve = model.config.mod_threshold, []
     try:
-        for label, thresholds in tqdm(points, desc="budget dial", unit="setting"):
+        for label, thresholds in tqdm(points.items(), desc="budget dial", unit="setting"):
             set_thresholds(model, thresholds)
             with record_routing(model) as log:
                 loss = answer_loss(model, documents, collate)
@@ -226,20 +226,6 @@ def dial_curve(
     finally:
         set_thresholds(model, before)
     return sorted(curve, key=lambda point: point["capacity"])
-
-
-def threshold_sweep(prompts: Sequence[Mapping[str, Any]], count: int = 9) -> list[tuple[str, float]]:
-    """One threshold for all routers at ``count`` quantiles of the scores seen: a dial for routers without one."""
-    scores = [score for prompt in prompts for trace in prompt["routers"].values() for score in _scores(trace)]
-    if not scores:
-        return []
-    quantiles = torch.tensor(scores).quantile(torch.linspace(0, 1, count)).tolist()
-    return [(f"τ = {value:.3f}", min(max(value, 0.0), 1.0)) for value in dict.fromkeys(quantiles)]
-
-
-def _scores(trace: Mapping[str, Any]) -> list[float]:
-    score = trace["score"]
-    return [] if score is None else score if isinstance(score, list) else [score]
 
 
 def _by_position(prompts: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
