@@ -3,8 +3,8 @@
     python entrypoints/checkpoint/train_tiny_base.py                    # train, write ckpt/tiny-llama-mod
     OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 entrypoints/checkpoint/train_tiny_base.py    # two CPU cores
     python entrypoints/checkpoint/train_tiny_base.py --num_experts 4    # a small mixture of experts, its own folder
-An interrupted run continues from its last HF checkpoint in --work_dir; --fresh starts again. On busy CPU cores two
-processes of one thread are much faster than one process of two: threads that spin at a barrier wait for each other.
+An interrupted run continues from its last checkpoint in --work_dir. On busy CPU cores two processes of one thread are
+much faster than one process of two: threads that spin at a barrier wait for each other.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaForCausalLM,
     MixtralForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     get_wsd_schedule,
@@ -44,6 +42,8 @@ from router_tuning.tuning.batching import Collator
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 MATRICES, OTHERS = 4e-3, 2e-3
 """Learning rates: of matrices (Muon), and of embeddings and norms (AdamW)."""
+DECAY = 0.8
+"""Last share of the steps, with falling rate."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -53,55 +53,42 @@ def parse_args() -> argparse.Namespace:
         "--output_dir", type=Path, help="default: ckpt/tiny-llama-mod, experts: trained_models/tiny-moe"
     )
     parser.add_argument("--work_dir", type=Path, help="default: trained_models/tiny-llama-base or tiny-moe-base")
-    parser.add_argument("--num_experts", type=int, default=0, help="per MLP, Mixtral's architecture; 0: a dense Llama")
-    parser.add_argument("--experts_per_token", type=int, default=2)
+    parser.add_argument("--num_experts", type=int, default=0, help="per MLP, two of them per token; 0: a dense Llama")
     parser.add_argument("--curriculum_at", type=int, default=CURRICULUM[1][0], help="step of its second half")
     parser.add_argument("--max_steps", type=int, default=7500)
     parser.add_argument("--batch_size", type=int, default=32, help="items per step, over all processes")
-    parser.add_argument("--decay_share", type=float, default=0.8, help="last share of the steps, with falling rate")
     parser.add_argument("--save_steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fresh", action="store_true", help="ignore checkpoints in --work_dir")
     args = parser.parse_args()
     for name in ("max_steps", "batch_size", "save_steps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.batch_size % WORLD:
         raise UserError(f"--batch_size {args.batch_size} cannot be split over {WORLD} processes")
-    if not 0 <= args.decay_share < 1:
-        raise UserError(f"--decay_share must be in [0, 1), not {args.decay_share}")
-    if args.num_experts and not 1 <= args.experts_per_token <= args.num_experts:
-        raise UserError(
-            f"--experts_per_token {args.experts_per_token} must lie in 1 to --num_experts {args.num_experts}"
-        )
-    name = "tiny-moe" if args.num_experts else "tiny-llama"
-    args.output_dir = args.output_dir or ROOT / (
-        "trained_models/tiny-moe" if args.num_experts else "ckpt/tiny-llama-mod"
-    )
-    args.work_dir = args.work_dir or ROOT / f"trained_models/{name}-base"
+    if args.num_experts == 1 or args.num_experts < 0:
+        raise UserError(f"--num_experts must be 0 (a dense Llama) or at least 2, not {args.num_experts}")
+    kind, place = ("moe", "trained_models/tiny-moe") if args.num_experts else ("llama", "ckpt/tiny-llama-mod")
+    args.output_dir = args.output_dir or ROOT / place
+    args.work_dir = args.work_dir or ROOT / f"trained_models/tiny-{kind}-base"
     return args
 
 
-def new_model(args: argparse.Namespace, vocabulary: int) -> PreTrainedModel:
-    """Untrained, of the architecture that is asked for."""
-    if args.num_experts:
-        return MixtralForCausalLM(tiny_moe_config(vocabulary, args.num_experts, args.experts_per_token))
-    return LlamaForCausalLM(tiny_config(vocabulary))
-
-
-def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[dict]]:
-    """Train from scratch, or from the last checkpoint; returns the model, its tokenizer and the Trainer's log.
+def train(args: argparse.Namespace) -> tuple[PreTrainedModel, list[dict]]:
+    """Train from scratch, or from the last checkpoint; returns the model and the Trainer's log.
 
     Every process reads the whole stream and keeps its own part of each batch.
     """
-    last = None if args.fresh or not args.work_dir.is_dir() else get_last_checkpoint(str(args.work_dir))
-    start = int(last.rsplit("-", 1)[1]) if last else 0
-    tokenizer = AutoTokenizer.from_pretrained(last) if last else build_tokenizer()
+    last = get_last_checkpoint(str(args.work_dir)) if args.work_dir.is_dir() else None
+    tokenizer = build_tokenizer()
     set_seed(args.seed)
-    # The Trainer reads a checkpoint under its file's names, which for experts are not those of the module.
-    model = AutoModelForCausalLM.from_pretrained(last) if last else new_model(args, len(tokenizer))
+    if last:  # the Trainer reads a checkpoint under its file's names, which for experts are not those of the module
+        model = AutoModelForCausalLM.from_pretrained(last)
+    elif args.num_experts:
+        model = MixtralForCausalLM(tiny_moe_config(len(tokenizer), args.num_experts))
+    else:
+        model = LlamaForCausalLM(tiny_config(len(tokenizer)))
     optimizer = MuonWithAdamW(model.named_parameters(), MATRICES, OTHERS)
-    decay = int(args.max_steps * args.decay_share)
+    decay = int(args.max_steps * DECAY)
     schedule = get_wsd_schedule(
         optimizer,
         num_warmup_steps=min(100, args.max_steps - decay),
@@ -117,16 +104,14 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
         logging_steps=50,
         save_steps=args.save_steps,
         save_total_limit=2,
-        max_grad_norm=1.0,
         seed=args.seed,
-        ignore_data_skip=True,
         remove_unused_columns=False,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         accelerator_config={"dispatch_batches": False},
     )
-    pad, halves = Collator(tokenizer), (CURRICULUM[0], (args.curriculum_at, CURRICULUM[1][1]))
+    pad, curriculum = Collator(tokenizer), (CURRICULUM[0], (args.curriculum_at, CURRICULUM[1][1]))
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return {name: values for name, values in pad(rows).items() if name != "prompt_length"}  # of routed models
@@ -134,20 +119,20 @@ def train(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenize
     trainer = Trainer(
         model=model,
         args=settings,
-        train_dataset=SampleStream(tokenizer, halves, args.batch_size, args.seed, start),
+        train_dataset=SampleStream(tokenizer, curriculum, args.batch_size, args.seed),
         data_collator=collate,
-        processing_class=tokenizer,
         optimizers=(optimizer, schedule),
     )
     trainer.train(resume_from_checkpoint=last)
-    return model, tokenizer, trainer.state.log_history
+    return model, trainer.state.log_history
 
 
 def main() -> None:
     args = parse_args()
-    model, tokenizer, log = train(args)
+    model, log = train(args)
     if not int(os.environ.get("RANK", "0")):
-        write_checkpoint(args.output_dir, model.cpu(), tokenizer, log, {**vars(args), "world_size": WORLD})
+        facts = {name: value for name, value in vars(args).items() if isinstance(value, int)}
+        write_checkpoint(args.output_dir, model.cpu(), log, facts | {"world_size": WORLD})
         print(f"output: {args.output_dir}; evaluate_mod.py --base scores it")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -74,17 +75,17 @@ def tiny_config(vocab_size: int) -> LlamaConfig:
     return LlamaConfig(vocab_size=vocab_size, num_hidden_layers=12, intermediate_size=384, **_SHAPE)
 
 
-def tiny_moe_config(vocab_size: int, experts: int, experts_per_token: int) -> MixtralConfig:
-    """Eight layers as narrow; the experts that a token meets are together as wide as the dense MLP.
+def tiny_moe_config(vocab_size: int, experts: int) -> MixtralConfig:
+    """Eight layers as narrow; the two experts that a token meets are together as wide as the dense MLP.
 
-    Four experts, two per token: 2.8 M parameters, 1.7 M of them active. With the usual loss that balances the experts.
+    Of four experts: 2.8 M parameters, 1.7 M of them active. With the usual loss that balances the experts.
     """
     return MixtralConfig(
         vocab_size=vocab_size,
         num_hidden_layers=8,
-        intermediate_size=384 // experts_per_token,
+        intermediate_size=192,
         num_local_experts=experts,
-        num_experts_per_tok=experts_per_token,
+        num_experts_per_tok=2,
         output_router_logits=True,
         router_aux_loss_coef=0.01,
         sliding_window=None,
@@ -95,8 +96,8 @@ def tiny_moe_config(vocab_size: int, experts: int, experts_per_token: int) -> Mi
 class SampleStream(IterableDataset):
     """Endless training items, new ones at every step, ordered so that a batch holds items of like length.
 
-    ``curriculum`` gives the share of each task from a batch on, in steps of ``window`` batches; ``start`` skips that
-    many batches (to resume); the stream is a pure function of ``seed``. Yields ``{"input_ids": [t], "labels": [t]}``.
+    ``curriculum`` gives the share of each task from a batch on, in steps of ``window`` batches; the stream is a pure
+    function of ``seed``. Yields ``{"input_ids": [t], "labels": [t]}``.
     """
 
     def __init__(
@@ -105,29 +106,20 @@ class SampleStream(IterableDataset):
         curriculum: Sequence[tuple[int, Mapping[str, float]]],
         batch_size: int,
         seed: int,
-        start: int = 0,
         window: int = 32,
-    ):
+    ) -> None:
         self.tokenizer, self.curriculum, self.batch_size = tokenizer, curriculum, batch_size
-        self.seed, self.start, self.window = seed, start, window
+        self.seed, self.window = seed, window
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        block, skip = divmod(self.start, self.window)
-        while True:
-            batches = self._window(block)
-            for batch in batches[skip:]:
-                yield from batch
-            block, skip = block + 1, 0
-
-    def _window(self, block: int) -> list[list[dict[str, list[int]]]]:
-        rng = random.Random(f"{self.seed}/{block}")
-        weights = [shares for first, shares in self.curriculum if first <= block * self.window][-1]
-        tasks = rng.choices(list(weights), list(weights.values()), k=self.window * self.batch_size)
-        rows = [self._encode(task, rng) for task in tasks]
-        rows.sort(key=lambda row: len(row["input_ids"]))
-        batches = [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
-        rng.shuffle(batches)
-        return batches
+        for first_batch in itertools.count(step=self.window):
+            rng = random.Random(f"{self.seed}/{first_batch // self.window}")
+            weights = [shares for first, shares in self.curriculum if first <= first_batch][-1]
+            tasks = rng.choices(list(weights), list(weights.values()), k=self.window * self.batch_size)
+            rows = sorted((self._encode(task, rng) for task in tasks), key=lambda row: len(row["input_ids"]))
+            batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+            rng.shuffle(batches)
+            yield from itertools.chain.from_iterable(batches)
 
     def _encode(self, task: str, rng: random.Random) -> dict[str, list[int]]:
         item = generate(task, rng.getrandbits(40), "train")

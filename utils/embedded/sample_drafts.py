@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 LETTERS = "ABCDEFGHIJKL"
 COLOURS = ("red", "blue", "green", "black", "white", "pink", "gold", "grey")
@@ -26,6 +26,9 @@ PLACES = ("lake", "hill", "barn", "well", "mill", "cave", "road", "tree")
 MOODS = ("happy", "tired", "proud", "glad")
 WEATHER = ("sun", "rain", "snow", "wind", "fog")
 HERO = {"name": PEOPLE, "colour": COLOURS, "animal": ANIMALS, "thing": TREASURES}
+
+
+Maker = Callable[[random.Random], "Draft"]
 
 
 @dataclass(frozen=True)
@@ -77,26 +80,14 @@ def _instruct(
     return Draft(about + data, talk(prompt, answer), wrong())
 
 
-def copy(rng: random.Random) -> Draft:
-    """Say the letters again."""
-    word = letters(rng, 3, 6)
-    asked = ("Copy the text.", "Repeat the input.", "Write the same letters.")
-    return _instruct(rng, asked, word, word, lambda: misspelt(rng, word))
+def _on_letters(asked: Sequence[str], low: int, high: int, solve: Callable[[str], str]) -> Maker:
+    """Tasks that make other letters of ``low`` to ``high`` different ones."""
 
+    def make(rng: random.Random) -> Draft:
+        word = letters(rng, low, high)
+        return _instruct(rng, asked, word, solve(word), lambda: [word, *misspelt(rng, solve(word))])
 
-def reverse(rng: random.Random) -> Draft:
-    """Say the letters backwards."""
-    word = letters(rng, 3, 5)
-    asked = ("Reverse the text.", "Write the letters backwards.")
-    return _instruct(rng, asked, word, word[::-1], lambda: [word, *misspelt(rng, word[::-1])])
-
-
-def sort(rng: random.Random) -> Draft:
-    """Sort letters by the alphabet."""
-    word = letters(rng, 3, 5)
-    answer = "".join(sorted(word))
-    asked = ("Sort the letters.", "Put the letters in order.")
-    return _instruct(rng, asked, word, answer, lambda: [word, *misspelt(rng, answer)])
+    return make
 
 
 def lookup(rng: random.Random) -> Draft:
@@ -264,12 +255,11 @@ def dialogue(rng: random.Random) -> Draft:
     return rng.choice((_recall, _code_word, _ledger))(rng)
 
 
-def _told(hero: dict[str, str], rest: dict[str, str]) -> str:
-    return (
-        "{name} was a {colour} {animal}. One day {name} lost a {thing}. There was {weather} near the {place}, but "
-        '{name} met a {helper}. The {helper} said: "Your {thing} is in the {where}." So {name} went to the {where} '
-        "and found the {thing}. {name} and the {helper} were {mood}."
-    ).format(**hero, **rest)
+_STORY = (
+    "{name} was a {colour} {animal}. One day {name} lost a {thing}. There was {weather} near the {place}, but "
+    '{name} met a {helper}. The {helper} said: "Your {thing} is in the {where}." So {name} went to the {where} '
+    "and found the {thing}. {name} and the {helper} were {mood}."
+)
 
 
 def story(rng: random.Random) -> Draft:
@@ -277,16 +267,27 @@ def story(rng: random.Random) -> Draft:
     hero = {part: rng.choice(pool) for part, pool in HERO.items()}
     place, where = rng.sample(PLACES, 2)
     helper = rng.choice([animal for animal in ANIMALS if animal != hero["animal"]])
-    rest = {
-        "place": place,
-        "where": where,
-        "helper": helper,
-        "mood": rng.choice(MOODS),
-        "weather": rng.choice(WEATHER),
-    }
+    mood, weather = rng.choice(MOODS), rng.choice(WEATHER)
+    told = partial(_STORY.format, place=place, where=where, helper=helper, mood=mood, weather=weather)
     prompt = "Write a story about {name}, a {colour} {animal}, and a {thing}.".format(**hero)
-    wrong = []
-    for part, pool in HERO.items():
-        other = rng.choice([word for word in pool if word not in (hero[part], helper)])
-        wrong.append(_told({**hero, part: other}, rest))
-    return Draft("/".join(hero.values()), talk(prompt, _told(hero, rest)), wrong)
+    others = {part: [word for word in pool if word not in (hero[part], helper)] for part, pool in HERO.items()}
+    wrong = [told(**{**hero, part: rng.choice(pool)}) for part, pool in others.items()]
+    return Draft("/".join(hero.values()), talk(prompt, told(**hero)), wrong)
+
+
+MAKERS: dict[str, Maker] = {
+    "copy": _on_letters(("Copy the text.", "Repeat the input.", "Write the same letters."), 3, 6, str),
+    "reverse": _on_letters(("Reverse the text.", "Write the letters backwards."), 3, 5, lambda word: word[::-1]),
+    "sort": _on_letters(("Sort the letters.", "Put the letters in order."), 3, 5, lambda word: "".join(sorted(word))),
+    "lookup": lookup,
+    "count": count,
+    "max": extreme,
+    "add": add,
+    "fact": fact,
+    "compare": compare,
+    "math": math,
+    "code": code,
+    "dialogue": dialogue,
+    "story": story,
+}
+"""Per task, what draws a question of it."""

@@ -8,47 +8,20 @@ facts are the exception: a fact belongs to both splits, its *phrasing* to one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-from router_tuning.embedded import sample_drafts as drafts
-from router_tuning.embedded.sample_drafts import Draft
+from router_tuning.embedded.sample_drafts import MAKERS, Draft
 from router_tuning.errors import UserError
 
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 8
 """One content in this many is held out."""
-
-MAKERS: dict[str, Callable[[random.Random], Draft]] = {
-    "copy": drafts.copy,
-    "reverse": drafts.reverse,
-    "sort": drafts.sort,
-    "lookup": drafts.lookup,
-    "count": drafts.count,
-    "max": drafts.extreme,
-    "add": drafts.add,
-    "fact": drafts.fact,
-    "compare": drafts.compare,
-    "math": drafts.math,
-    "code": drafts.code,
-    "dialogue": drafts.dialogue,
-    "story": drafts.story,
-}
 TASKS = tuple(MAKERS)
-
-ALPACA = "alpaca"
-FORMAT_OF_TASK = {
-    "dialogue": "vicuna_sharegpt",
-    "story": "evol_instruct",
-    "compare": "slim_orca",
-    "math": "meta_math_qa",
-    "code": "evol_code_alpaca",
-}
-"""Raw format in which a task is published in ``data/sample/raw``; every other task is in :data:`ALPACA`."""
-
 INPUT = "\nInput: "
 """What the Alpaca converter puts between an instruction and its input."""
 FREE_TASKS = ("story",)
@@ -102,12 +75,12 @@ def _finish(task: str, draft: Draft, rng: random.Random) -> Item:
     return Item(task, draft.messages, draft.answer or right, choices, choices.index(right))
 
 
-def _turns(item: Item, **extra: object) -> list[dict[str, object]]:
+def _turns(item: Item) -> list[dict[str, object]]:
     senders = {"system": "system", "user": "human", "assistant": "gpt"}
-    return [{"from": senders[turn["role"]], "value": turn["content"], **extra} for turn in item.messages]
+    return [{"from": senders[turn["role"]], "value": turn["content"]} for turn in item.messages]
 
 
-def _weighted(item: Item) -> dict[str, object]:
+def _weighted(item: Item, _: int) -> dict[str, object]:
     weights = {"system": None, "human": 0.0, "gpt": 1.0}
     return {"conversations": [{**turn, "weight": weights[str(turn["from"])]} for turn in _turns(item)]}
 
@@ -117,28 +90,27 @@ def _alpaca(item: Item, _: int) -> dict[str, object]:
     return {"instruction": instruction, "input": data, "output": item.messages[-1]["content"]}
 
 
+def _conversation(number_key: str) -> Callable[[Item, int], dict[str, object]]:
+    return lambda item, number: {number_key: f"sample_{number}", "conversations": _turns(item)}
+
+
 def _pair(question: str, answer: str) -> Callable[[Item, int], dict[str, object]]:
     return lambda item, _: {question: item.messages[0]["content"], answer: item.messages[-1]["content"]}
 
 
-RAW_FILES: dict[str, tuple[str, Callable[[Item, int], dict[str, object]]]] = {
-    "vicuna_sharegpt": (
-        "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
-        lambda item, number: {"id": f"sample_{number}", "conversations": _turns(item)},
+RAW_FILES: dict[str, tuple[Sequence[str], int, Callable[[Item, int], dict[str, object]]]] = {
+    "vicuna_sharegpt/ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json": (
+        ("dialogue",),
+        800,
+        _conversation("id"),
     ),
-    "evol_instruct": (
-        "evol_instruct.jsonl",
-        lambda item, number: {"idx": f"sample_{number}", "conversations": _turns(item)},
-    ),
-    "slim_orca": ("oo-labeled_correct.gpt4.sharegpt.jsonl", lambda item, _: _weighted(item)),
-    "meta_math_qa": ("MetaMathQA-395K.jsonl", _pair("query", "response")),
-    "evol_code_alpaca": ("train.jsonl", _pair("instruction", "output")),
-    ALPACA: ("alpaca_data.json", _alpaca),
+    "evol_instruct/evol_instruct.jsonl": (("story",), 400, _conversation("idx")),
+    "slim_orca/oo-labeled_correct.gpt4.sharegpt.jsonl": (("compare",), 400, _weighted),
+    "meta_math_qa/MetaMathQA-395K.jsonl": (("math",), 400, _pair("query", "response")),
+    "evol_code_alpaca/train.jsonl": (("code",), 400, _pair("instruction", "output")),
+    "alpaca/alpaca_data.json": (TASKS[:8], 1600, _alpaca),
 }
-"""Per raw data set: its published file name, and how an item becomes a row of it."""
-
-RAW_ROWS = {"vicuna_sharegpt": 800, ALPACA: 1600}
-RAW_ROWS_ELSE = 400
+"""Per file of ``data/sample/raw``: the tasks that are published in it, its rows, and how an item becomes one."""
 
 
 def distinct_items(task: str, split: str, count: int, first_seed: int = 0) -> list[Item]:
@@ -152,15 +124,13 @@ def distinct_items(task: str, split: str, count: int, first_seed: int = 0) -> li
     return list(items.values())
 
 
-def raw_text(name: str) -> str:
+def raw_text(file: str) -> str:
     """Text of a raw data set; a file ``*.json`` is one array, a file ``*.jsonl`` a row per line."""
-    tasks = [task for task in TASKS if FORMAT_OF_TASK.get(task, ALPACA) == name]
-    share = RAW_ROWS.get(name, RAW_ROWS_ELSE) // len(tasks)
-    by_task = [distinct_items(task, "train", share) for task in tasks]
-    items = [item for row in zip(*by_task, strict=True) for item in row]
-    file_name, to_row = RAW_FILES[name]
-    rows = [json.dumps(to_row(item, number)) for number, item in enumerate(items)]
-    return "[\n" + ",\n".join(rows) + "\n]\n" if file_name.endswith(".json") else _lines(rows)
+    tasks, rows, to_row = RAW_FILES[file]
+    by_task = [distinct_items(task, "train", rows // len(tasks)) for task in tasks]
+    items = itertools.chain.from_iterable(zip(*by_task, strict=True))
+    texts = [json.dumps(to_row(item, number)) for number, item in enumerate(items)]
+    return "[\n" + ",\n".join(texts) + "\n]\n" if file.endswith(".json") else _lines(texts)
 
 
 def heldout_text(task: str, count: int, first_seed: int = 0) -> str:
@@ -174,6 +144,6 @@ def _lines(rows: Iterable[str]) -> str:
 
 def sample_files(heldout_items: int, first_seed: int = 0) -> dict[str, Callable[[], str]]:
     """Every file of the sample data: its path under the root, and the function that makes its text."""
-    files = {f"raw/{name}/{file}": partial(raw_text, name) for name, (file, _) in RAW_FILES.items()}
+    files = {f"raw/{file}": partial(raw_text, file) for file in RAW_FILES}
     held_out = {f"heldout/{task}.jsonl": partial(heldout_text, task, heldout_items, first_seed) for task in TASKS}
     return files | held_out
