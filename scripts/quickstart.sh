@@ -103,7 +103,7 @@ step "6/6 stock lm_eval on the export, outside this repository"
 )
 
 echo
-echo "done in $((SECONDS - START)) s: $RUN/report.md, $RUN/capacity_by_layer.png, $RUN/quality_against_compute.png"
+echo "done in $((SECONDS - START)) s: $RUN/report.md"
 if [[ "$RECIPE" == paper ]]; then
   echo "RECIPE=budget, the default, holds the share asked for and shows this recipe beside it"
 fi

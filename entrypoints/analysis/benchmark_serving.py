@@ -1,6 +1,6 @@
 """An export in vLLM: the same tokens as in transformers, and the throughput beside the dense base.
 
-    python entrypoints/analysis/benchmark_serving.py --export exports/budget --base ckpt/NAME --output serving.json
+    python entrypoints/analysis/benchmark_serving.py --export exports/budget --base ckpt/NAME --output serving.jsonl
 Runs where vLLM and this package are installed. On a CPU, seconds are those that the processor spent.
 """
 
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from router_tuning.errors import UserError, cli, parser_of
-from router_tuning.files import write_json
+from router_tuning.files import append_json
 from router_tuning.model.class_swap import plain_class
 from router_tuning.provenance import provenance
-from router_tuning.serving import throughput as measuring
+from router_tuning.speed.served import SETTINGS, engine, equality, our_tokens, throughput
 
 QUESTIONS = (
     "What is the capital of France?",
@@ -49,9 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--output", type=Path, required=True, help="JSON; in the row of this export, what is measured is replaced"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines, to which what is measured is added")
     args = parser.parse_args()
     if min(*args.batches, args.new_tokens, args.repeats) < 1:
         raise UserError("--batches, --new_tokens and --repeats must be 1 or more")
@@ -62,29 +60,29 @@ def compare(args: argparse.Namespace, prompts: list[list[int]], note: Callable[.
     """Tokens of vLLM in each of its settings beside ours."""
     llm = None
     for dtype in args.dtypes:
-        expected = measuring.our_tokens(measuring.our_model(args.export, dtype), prompts, args.new_tokens)
-        for name, settings in measuring.SETTINGS.items():
+        expected = our_tokens(our_model(args.export, dtype), prompts, args.new_tokens)
+        for name, settings in SETTINGS.items():
             llm = None  # an engine that ends takes along what those share that its process has then
             gc.collect()
-            llm = measuring.engine(args.export, dtype, **settings)
-            note(dtype=dtype, setting=name, **measuring.equality(llm, prompts, expected))
+            llm = engine(args.export, dtype, **settings)
+            note(dtype=dtype, setting=name, **equality(llm, prompts, expected))
 
 
-def clock(args: argparse.Namespace, prompts: list[list[int]], note: Callable[..., None]) -> None:
+def time_budgets(args: argparse.Namespace, prompts: list[list[int]], note: Callable[..., None]) -> None:
     """Tokens per second of vLLM, with routers at each budget and on the dense base."""
     gc.collect()
-    model = measuring.our_model(args.export, args.timed_dtype)
+    dtype, model = args.timed_dtype, our_model(args.export, args.timed_dtype)
     plain = {"architectures": [plain_class(model).__name__]}
-    llms = {
-        "routed": measuring.engine(args.export, args.timed_dtype),
-        "dense": measuring.engine(args.base, args.timed_dtype, hf_overrides=plain),
-    }
+    llms = {"routed": engine(args.export, dtype), "dense": engine(args.base, dtype, hf_overrides=plain)}
     for batch in args.batches:
         timed = (prompts * batch)[:batch]
-        for found in measuring.throughput(llms, args.export, args.budgets, timed, args.new_tokens, args.repeats):
-            kept = found.pop("kept")
-            share = measuring.flops_left(model, kept) if kept else 1.0
-            note(dtype=args.timed_dtype, batch=batch, flops_share=share, **found)
+        for found in throughput(llms, model, args.export, args.budgets, timed, args.new_tokens, args.repeats):
+            note(dtype=dtype, batch=batch, **found)
+
+
+def our_model(export: Path, dtype: str) -> PreTrainedModel:
+    """The export in transformers."""
+    return AutoModelForCausalLM.from_pretrained(export, dtype=dtype, trust_remote_code=True).eval()
 
 
 def main() -> None:
@@ -95,22 +93,16 @@ def main() -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"]
         for text in texts
     ]
-    rows = json.loads(args.output.read_text(encoding="utf-8")) if args.output.is_file() else []
-    row = next((row for row in rows if row["export"] == args.export.name), None)
-    if row is None:
-        row = {"export": args.export.name, "about": {}, "equality": [], "throughput": []}
-        rows.append(row)
-    for kind, measure, asked in (("equality", compare, args.dtypes), ("throughput", clock, args.budgets)):
-        if not asked:
-            continue
-        row[kind], row["about"][kind] = [], provenance()
 
-        def note(kind: str = kind, **found: Any) -> None:
-            row[kind].append({"new_tokens": args.new_tokens, **found})
-            write_json(args.output, rows)
-            print(json.dumps(found), flush=True)
+    def note(**found: Any) -> None:
+        append_json(args.output, {"export": args.export.name, "new_tokens": args.new_tokens, **found})
+        print(json.dumps(found), flush=True)
 
-        measure(args, prompts, note)
+    append_json(args.output, {"run": provenance()})
+    if args.dtypes:
+        compare(args, prompts, note)
+    if args.budgets:
+        time_budgets(args, prompts, note)
 
 
 if __name__ == "__main__":

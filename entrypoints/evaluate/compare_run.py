@@ -3,7 +3,7 @@
     python entrypoints/evaluate/compare_run.py --run trained_models/tiny-llama-mod/mixed/...
     python entrypoints/evaluate/compare_run.py --run OURS --flops 0.75 --beside PUBLISHED
 A run of another recipe is turned to what the first one leaves of the operations; one without a dial is calibrated.
-Writes evaluation/comparison.jsonl, report.md, capacity_by_layer.png and quality_against_compute.png under the run.
+Writes evaluation/comparison.jsonl and report.md under the run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.comparison import comparison_table, legend, reading
 from router_tuning.evaluation.controls import random_masks, removal_order, removed
 from router_tuning.evaluation.documents import encoded, prompt_batches, read_rows, rendered
-from router_tuning.evaluation.figures import capacity_figure, quality_figure
-from router_tuning.evaluation.records import COMPARISON, all_tables
+from router_tuning.evaluation.records import COMPARISON, difference_table, task_table
 from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.files import write_text
 from router_tuning.model import set_thresholds
@@ -29,7 +28,7 @@ from router_tuning.model.dial import Batch, calibrate
 from router_tuning.model.saving import thresholds_for
 from router_tuning.places import ROOT
 from router_tuning.tuning.batching import Collator, inputs_to_calibrate_on, is_sequence_level
-from router_tuning.tuning.run_folder import data_of, read_run, training_log
+from router_tuning.tuning.run_folder import data_of, read_run
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,16 +106,11 @@ def main() -> None:
         records.append(score(benchmark, dense, tuned, tokenizer, {"policy": policy, **cell}, under, timed))
     records[-1]["removed"] = order
     write_text(args.run / COMPARISON, "".join(json.dumps(record) + "\n" for record in records))
-    figures = [quality_figure(records, args.run / "quality_against_compute.png").name]
-    if log := training_log(args.run):
-        target = read_run(args.run).get("arguments", {}).get("target_capacity")
-        figures.insert(0, capacity_figure(log, args.run / "capacity_by_layer.png", target).name)
-    shown = [comparison_table(records), *all_tables(records)]
-    words = f"{reading(records)}\n\n{legend(records)}"
-    parts = [f"# {base.name}: {args.run.name}", shown[0].markdown(), words, *(table.markdown() for table in shown[1:])]
-    write_text(args.run / "report.md", "\n\n".join([*parts, *(f"![{name}]({name})" for name in figures)]) + "\n")
-    print(f"{shown[0].text()}\n\n{words}")
-    print(f"\nreport: {args.run / 'report.md'}\nfigures: {', '.join(str(args.run / name) for name in figures)}")
+    table, words = comparison_table(records), f"{reading(records)}\n\n{legend(records)}"
+    others = [other for other in (difference_table(records), task_table(records)) if other is not None]
+    parts = [f"# {base.name}: {args.run.name}", table.markdown(), words, *(other.markdown() for other in others)]
+    report = write_text(args.run / "report.md", "\n\n".join(parts) + "\n")
+    print(f"{table.text()}\n\n{words}\n\nreport: {report}")
 
 
 def recipe_of(run: Path) -> str:

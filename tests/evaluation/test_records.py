@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
 from router_tuning.errors import UserError
-from router_tuning.evaluation.figures import capacity_figure, quality_figure
+from router_tuning.evaluation.figures import quality_figure
 from router_tuning.evaluation.records import (
     all_tables,
-    closeness_table,
     control_table,
     difference_table,
     read_records,
@@ -76,16 +74,12 @@ def test_summary_has_a_row_per_policy_and_budget(records):
 
 
 def test_controls_stand_beside_the_policy_that_they_are_of(records):
-    [dense, ours] = rows_of(control_table(records))
-    assert (ours["choices"], ours["random"], ours["static zero"]) == ("0.625 ± 0.177", "0.250", "0.250")
-    assert dense["policy"] == "dense" and dense["static zero"] is None
-
-
-def test_closeness_has_a_row_per_text_and_policy(records):
-    [ours] = rows_of(closeness_table(records))
-    assert (ours["text"], ours["asked"], ours["FLOPs"]) == ("wiki", 0.7, "0.700 ± 0.000")
-    assert (ours["KL"], ours["random"], ours["static zero"]) == ("1.250 ± 0.354", "2.000", "2.500")
-    assert ours["perplexity"] == "1.500 ± 0.000"
+    tasks, text = rows_of(control_table(records))
+    assert (tasks["score"], tasks["ours"], tasks["dense"]) == ("choices", "0.625 ± 0.177", "1.000")
+    assert tasks["random"] == tasks["static zero"] == "0.250", "of the same run and budget"
+    assert (text["score"], text["budget"], text["FLOPs"], text["capacity"]) == ("KL, wiki", 0.7, "0.700 ± 0.000", None)
+    assert (text["ours"], text["random"], text["static zero"]) == ("1.250 ± 0.354", "2.000", "2.500")
+    assert text["perplexity"] == "1.500 ± 0.000"
 
 
 def test_differences_are_paired_by_document(records):
@@ -107,17 +101,10 @@ def test_tasks_are_a_table_too(records):
     assert tasks.rows[0] == ["t", "acc", "0.750 ± 0.010", "1.000 ± 0.010"] and tasks.header[2:] == ["fit 0.7", "dense"]
 
 
-def test_figures_are_written_whole(records, tmp_path):
-    log = [{"step": s, "capacity": 0.5, "capacity_layer_03": 0.4, "capacity_layer_04": 0.6} for s in (1, 2)]
-    for path in (
-        capacity_figure([{"step": 0, "loss": 1.0}, *log], tmp_path / "capacity.png", target=0.5),
-        quality_figure(records, tmp_path / "quality.svg"),
-    ):
-        assert path.stat().st_size > 3000
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["capacity.png", "quality.svg"]
-    with pytest.raises(ValueError, match="capacity_layer_"):
-        capacity_figure([{"step": 0, "loss": 1.0}], tmp_path / "x.png")
+def test_a_figure_is_written_whole(records, tmp_path):
+    assert quality_figure(records, tmp_path / "quality.svg").stat().st_size > 3000
     assert quality_figure(records[-1:], tmp_path / "none.svg") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["quality.svg"]
 
 
 def append(path, number):
@@ -150,4 +137,5 @@ def test_three_notations_of_a_table():
     assert r"a\_b" in table.latex() and r"50\% & - \\" in table.latex()
     with pytest.raises(ValueError, match="1 cells"):
         Table(["a", "b"], [["x"]])
-    assert with_error(0.5, None) == "0.500" and json.dumps(with_error(0.5, 0.01, 2)) == '"0.50 \\u00b1 0.01"'
+    table = Table.of([{"a": 1, "b": None}, {"c": 2.0}])
+    assert list(table.header) == ["a", "c"] and table.rows == [[1, None], [None, 2.0]]

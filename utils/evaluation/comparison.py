@@ -6,26 +6,24 @@ import statistics
 from collections.abc import Sequence
 
 from router_tuning.evaluation.records import METRICS, Group, Record, grouped
-from router_tuning.evaluation.tables import Cell, Table
+from router_tuning.evaluation.tables import Table
 
-NAMES = {"dense": "dense model", "static": "modules removed for good", "random": "decisions at random"}
+NAMES = {"dense": "dense model", "published": "published recipe"}
+NAMES |= {"static": "modules removed for good", "random": "decisions at random"}
 ORDER = ("dense", "routed", "published", "static", "random")
 
 
 def comparison_table(records: Sequence[Record]) -> Table:
     """A row per policy: what is left of the operations, quality, and time and cache as shares of the dense model's."""
-    groups, metric = _by_kind(records), _metric(records)
-    titles = ["", "FLOPs", metric or "score", "KL", "time, prompts", "time, answers", "KV cache"]
-    columns: dict[str, list[Cell]] = {title: [] for title in titles}
-    for kind, group in groups.items():
-        values = [group.averages(metric) if metric else [], group.texts("answers", "kl")]
-        costs = [("prefill", "time_ratio"), ("generate", "time_ratio"), ("kv_share",)]
-        values += [[1.0] if kind == "dense" else group.costs(*keys) for keys in costs]
-        share = statistics.fmean(record["share"] for record in group.records)
-        row = [_name(kind, group), share, *(statistics.fmean(found) if found else None for found in values)]
-        for column, cell in zip(columns.values(), row, strict=True):
-            column.append(cell)
-    return Table.of_columns(columns)
+    metric, rows = _metric(records), []
+    for kind, group in _by_kind(records).items():
+        row = {"": NAMES.get(kind) or f"routers, recipe {group.cell.get('recipe')}", "FLOPs": group.values("share")}
+        row |= {metric or "score": group.averages(metric) if metric else [], "KL": group.texts("answers", "kl")}
+        costs = {"time, prompts": ("prefill", "time_ratio"), "time, answers": ("generate", "time_ratio")}
+        for name, keys in {**costs, "KV cache": ("kv_share",)}.items():
+            row[name] = [1.0] if kind == "dense" else group.costs(*keys)
+        rows.append({name: statistics.fmean(v) if isinstance(v, list) and v else v or None for name, v in row.items()})
+    return Table.of(rows)
 
 
 def legend(records: Sequence[Record]) -> str:
@@ -72,13 +70,6 @@ def _by_kind(records: Sequence[Record]) -> dict[str, Group]:
         published = policy == "routed" and group.cell.get("recipe") == "paper" and "routed" in found
         found["published" if published else policy] = group
     return {kind: found[kind] for kind in ORDER if kind in found}
-
-
-def _name(kind: str, group: Group) -> str:
-    if kind in NAMES:
-        return NAMES[kind]
-    recipe = group.cell.get("recipe")
-    return "published recipe" if recipe == "paper" else f"routers, recipe {recipe}"
 
 
 def _metric(records: Sequence[Record]) -> str | None:

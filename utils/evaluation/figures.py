@@ -1,11 +1,10 @@
-"""Figures: capacity by layer over training, and quality against operations."""
+"""Quality against operations, drawn."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -15,36 +14,8 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from router_tuning.evaluation.records import METRICS, Record, grouped  # noqa: E402
 from router_tuning.files import publish  # noqa: E402
-from router_tuning.tuning.trainer.routing_statistics import CAPACITY  # noqa: E402
 
-LAYER = f"{CAPACITY}_layer_"
 _LINES = {"routed": "o-", "static": "s--", "random": "x:"}
-
-
-def capacity_figure(log: Sequence[Mapping[str, Any]], path: Path, target: float | None = None) -> Path:
-    """Capacity of every router, and of all, over the training steps.
-
-    Args:
-        log: dicts with ``step``, ``capacity`` and ``capacity_layer_<router>`` entries; others are ignored.
-
-    Raises:
-        ValueError: if no entry has them.
-    """
-    rows = [row for row in log if "step" in row and any(key.startswith(LAYER) for key in row)]
-    if not rows:
-        raise ValueError(f"the training log holds no {LAYER}… entries")
-    routers = sorted(key for key in rows[0] if key.startswith(LAYER))
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
-    steps = [row["step"] for row in rows]
-    for place, router in enumerate(routers):
-        colour = matplotlib.colormaps["viridis"](0.9 * place / max(len(routers) - 1, 1))
-        axes.plot(steps, [row.get(router) for row in rows], color=colour, label=f"layer {router.removeprefix(LAYER)}")
-    axes.plot(steps, [row.get(CAPACITY) for row in rows], color="black", linewidth=2, label="all")
-    if target is not None:
-        axes.axhline(target, color="grey", linestyle=":", label=f"target {target:g}")
-    axes.set(xlabel="optimizer step", ylabel="capacity (share run)", ylim=(-0.03, 1.03))
-    axes.legend(fontsize=7, ncols=2)
-    return save_figure(figure, path)
 
 
 def quality_figure(records: Sequence[Record], path: Path) -> Path | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from router_tuning.errors import UserError
-from router_tuning.evaluation.tables import Cell, Table, with_error
+from router_tuning.evaluation.tables import Cell, Table, with_deviation, with_error
 from router_tuning.files import read_json_lines
 
 Record = Mapping[str, Any]
@@ -69,6 +69,14 @@ class Group:
                 known.extend(map(float, values))
         return found
 
+    def values(self, key: str) -> list[float]:
+        """A value of the records themselves, one per seed."""
+        return [record[key] for record in self.records if key in record]
+
+    def mean(self, key: str) -> Cell:
+        """Its mean, and deviation."""
+        return with_deviation(self.values(key))
+
     def averages(self, metric: str) -> list[float]:
         """Mean over the tasks that are judged by a metric, one per seed; seeds without such a task are left out."""
         found = []
@@ -112,63 +120,52 @@ def summary_table(records: Sequence[Record]) -> Table:
 
     Times and bytes of keys and values are shares of the dense base's.
     """
-    groups = grouped(records)
-    columns: dict[str, list[Cell]] = {
-        "policy": [group.label for group in groups],
-        "granularity": [group.cell.get("granularity") for group in groups],
-        "budget": [group.cell.get("budget") for group in groups],
-        "FLOPs": [_mean([r["share"] for r in group.records if "share" in r]) for group in groups],
-        "capacity": [_mean([r["capacity"] for r in group.records]) for group in groups],
-    }
-    for metric in dict.fromkeys(METRICS.values()):
-        columns[metric] = [_mean(group.averages(metric)) for group in groups]
-    for text in _text_names(records):
-        columns[f"KL, {text}"] = [_mean(group.texts(text, "kl")) for group in groups]
-        columns[f"ppl, {text}"] = [_mean(group.texts(text, "perplexity")) for group in groups]
-    for phase in ("prefill", "generate"):
-        columns[f"time, {phase}"] = [_mean(group.costs(phase, "time_ratio")) for group in groups]
-    columns["KV bytes"] = [_mean(group.costs("kv_share")) for group in groups]
-    return Table.of_columns(columns)
+    rows = []
+    for group in grouped(records):
+        row = {
+            "policy": group.label,
+            **_place(group),
+            "FLOPs": group.mean("share"),
+            "capacity": group.mean("capacity"),
+        }
+        row |= {metric: with_deviation(group.averages(metric)) for metric in METRICS.values()}
+        for text in _text_names(records):
+            row[f"KL, {text}"] = with_deviation(group.texts(text, "kl"))
+            row[f"ppl, {text}"] = with_deviation(group.texts(text, "perplexity"))
+        for phase in ("prefill", "generate"):
+            row[f"time, {phase}"] = with_deviation(group.costs(phase, "time_ratio"))
+        rows.append({**row, "KV bytes": with_deviation(group.costs("kv_share"))})
+    return Table.of(rows)
 
 
 def control_table(records: Sequence[Record]) -> Table:
-    """The first metric of each routed policy beside its controls: dense, random, every kind of static removal.
+    """A row per score, routed policy and budget: the policy beside its controls.
 
-    Those at a budget for which no control was scored are left out.
+    Scores are the mean over the tasks of the first metric, beside the dense base's; then on each text the divergence
+    from the dense base. ``FLOPs`` is what was left of the decoder's operations there, ``perplexity`` a multiple of the
+    dense base's. Budgets for which no control was scored are left out.
     """
-    groups = grouped(records)
-    metric = next(m for m in dict.fromkeys(METRICS.values()) if any(group.averages(m) for group in groups))
-    names = dict.fromkeys(g.cell["policy"] for g in groups if g.cell["policy"] not in ("dense", "routed"))
-    rows: list[list[Cell]] = []
-    for ours in (group for group in groups if group.cell["policy"] in ("routed", "dense")):
-        found = {g.cell["policy"]: _mean(g.averages(metric)) for g in groups if _is_control(g.cell, ours.cell)}
-        if ours.cell.get("budget") is None or set(names) & set(found):
-            name = [ours.label, ours.cell.get("granularity"), ours.cell.get("budget")]
-            spent = [_mean([r[key] for r in ours.records if key in r]) for key in ("share", "capacity")]
-            rows.append([*name, *spent, _mean(ours.averages(metric)), *(found.get(name) for name in names)])
-    titles = [name.replace("_", " ", 1) for name in names]
-    return Table(["policy", "granularity", "budget", "FLOPs", "capacity", metric, *titles], rows)
+    groups, rows = grouped(records), []
+    controls = [name for name in dict.fromkeys(g.cell["policy"] for g in groups) if name != "routed"]
+    for score in [*_metrics(groups)[:1], *_text_names(records)]:
+        of_text = score in _text_names(records)
 
+        def values(group: Group, score: str = score, of_text: bool = of_text) -> list[float]:
+            return group.texts(score, "kl") if of_text else group.averages(score)
 
-def closeness_table(records: Sequence[Record]) -> Table:
-    """A row per text, routed policy and budget: divergence from the dense model beside the controls' at equal FLOPs.
-
-    ``FLOPs`` is what was left of the decoder's operations on that text, ``perplexity`` a multiple of the dense base's.
-    """
-    groups = grouped(records)
-    names = dict.fromkeys(g.cell["policy"] for g in groups if g.cell["policy"] not in ("dense", "routed"))
-    rows: list[list[Cell]] = []
-    for text in _text_names(records):
-        for ours in (group for group in groups if group.cell["policy"] == "routed" and group.texts(text, "kl")):
-            found = {g.cell["policy"]: _mean(g.texts(text, "kl")) for g in groups if _is_control(g.cell, ours.cell)}
-            pairs = zip(ours.texts(text, "perplexity"), ours.texts(text, "dense_perplexity"), strict=True)
-            name = [text, ours.label, ours.cell.get("granularity"), ours.cell.get("budget")]
-            closeness = [_mean(ours.texts(text, "share")), _mean(ours.texts(text, "kl"))]
-            likeness = [_mean(ours.texts(text, "agreement")), _mean([a / b for a, b in pairs])]
-            rows.append([*name, *closeness, *(found.get(name) for name in names), *likeness])
-    controls = [name.replace("_", " ", 1) for name in names]
-    header = ["text", "policy", "granularity", "asked", "FLOPs", "KL", *controls, "agreement", "perplexity"]
-    return Table(header, rows)
+        for ours in (group for group in groups if group.cell["policy"] == "routed" and values(group)):
+            found = {g.cell["policy"]: with_deviation(values(g)) for g in groups if _is_control(g.cell, ours.cell)}
+            if len(found) < 2 and ours.cell.get("budget") is not None:
+                continue
+            row = {"score": f"KL, {score}" if of_text else score, "policy": ours.label, **_place(ours)}
+            spent = ours.texts(score, "share") if of_text else ours.values("share")
+            row |= {"FLOPs": with_deviation(spent), "capacity": None if of_text else ours.mean("capacity")}
+            row |= {"ours": with_deviation(values(ours))}
+            row |= {name.replace("_", " ", 1): found.get(name) for name in controls if name != "dense" or not of_text}
+            pairs = zip(ours.texts(score, "perplexity"), ours.texts(score, "dense_perplexity"), strict=True)
+            row |= {"agreement": with_deviation(ours.texts(score, "agreement"))}
+            rows.append({**row, "perplexity": with_deviation([a / b for a, b in pairs])})
+    return Table.of(rows)
 
 
 def difference_table(records: Sequence[Record]) -> Table | None:
@@ -176,20 +173,23 @@ def difference_table(records: Sequence[Record]) -> Table | None:
 
     Controls are those of the same run: random decisions at its rates, static removal at its operations.
     """
-    groups = grouped(records)
-    metrics = [m for m in dict.fromkeys(METRICS.values()) if any(group.averages(m) for group in groups)]
-    texts, rows = _text_names(records), []
+    groups, rows = grouped(records), []
     for ours in (group for group in groups if group.cell["policy"] == "routed"):
-        for other in groups:
-            if not _is_control(other.cell, ours.cell):
-                continue
-            cells = [task_difference(ours, other, metric) for metric in metrics]
-            cells += [text_difference(ours, other, text) for text in texts]
-            if any(cells):
-                name = [ours.label, ours.cell.get("granularity"), ours.cell.get("budget"), other.label]
-                rows.append([*name, *(cell and with_error(*cell, digits=4) for cell in cells)])
-    header = ["policy", "granularity", "budget", "less", *metrics, *(f"KL, {text}" for text in texts)]
-    return Table(header, rows) if rows else None
+        for other in (group for group in groups if _is_control(group.cell, ours.cell)):
+            found = {metric: task_difference(ours, other, metric) for metric in _metrics(groups)}
+            found |= {f"KL, {text}": text_difference(ours, other, text) for text in _text_names(records)}
+            if any(found.values()):
+                told = {name: gap and with_error(*gap, digits=4) for name, gap in found.items()}
+                rows.append({"policy": ours.label, **_place(ours), "less": other.label, **told})
+    return Table.of(rows) if rows else None
+
+
+def _place(group: Group) -> dict[str, Cell]:
+    return {name: group.cell.get(name) for name in ("granularity", "budget")}
+
+
+def _metrics(groups: Sequence[Group]) -> list[str]:
+    return [name for name in dict.fromkeys(METRICS.values()) if any(group.averages(name) for group in groups)]
 
 
 def _is_control(cell: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
@@ -233,17 +233,16 @@ def text_difference(ours: Group, other: Group, text: str) -> tuple[float, float]
 
 def task_table(records: Sequence[Record], errors: bool = True) -> Table:
     """A row per task, a column per record: the value of the metric that the task is judged by, ± standard error."""
-    names = list(dict.fromkeys(name for record in records for name in record.get("tasks", {})))
-    rows: list[list[Cell]] = []
-    for name in names:
-        found = [record.get("tasks", {}).get(name, {}) for record in records]
-        metric = next((task["metric"] for task in found if "metric" in task), None)
+    rows: list[dict[str, Cell]] = []
+    for name in dict.fromkeys(name for record in records for name in record.get("tasks", {})):
+        found = {_column(record): record.get("tasks", {}).get(name, {}) for record in records}
+        metric = next((task["metric"] for task in found.values() if "metric" in task), None)
         if metric is not None:
-            cells = ["value" in t and with_error(t["value"], t.get("stderr") if errors else None) for t in found]
-            rows.append([name, metric, *(cell or None for cell in cells)])
-    shares = [record["share"] if record.get("tasks") else None for record in records]
-    labels = [_column(record) for record in records]
-    return Table(["task", "metric", *labels], [*rows, ["all", "share of FLOPs", *shares]])
+            told = {label: with_error(t["value"], t.get("stderr") if errors else None) for label, t in found.items()
+                    if "value" in t}  # fmt: skip
+            rows.append({"task": name, "metric": metric, **told})
+    shares = {_column(record): record["share"] for record in records if record.get("tasks")}
+    return Table.of([*rows, {"task": "all", "metric": "share of FLOPs", **shares}])
 
 
 def _column(record: Record) -> str:
@@ -253,9 +252,3 @@ def _column(record: Record) -> str:
 
 def _text_names(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(name for record in records for name in record.get("texts", {})))
-
-
-def _mean(values: Sequence[float]) -> Cell:
-    if not values:
-        return None
-    return with_error(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)

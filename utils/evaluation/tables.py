@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 Cell = str | float | int | None
@@ -22,10 +23,12 @@ class Table:
                 raise ValueError(f"row {row!r} has {len(row)} cells, the header {len(self.header)}")
 
     @classmethod
-    def of_columns(cls, columns: Mapping[str, Sequence[Cell]]) -> Table:
-        """A table of columns, without those in which every cell is empty."""
-        kept = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
-        return cls(list(kept), [list(row) for row in zip(*kept.values(), strict=True)])
+    def of(cls, rows: Iterable[Mapping[str, Cell]], digits: int = 3) -> Table:
+        """A table of rows that name their cells; a column in which no row has anything is left out."""
+        found = list(rows)
+        names = dict.fromkeys(name for row in found for name in row)
+        kept = [name for name in names if any(row.get(name) is not None for row in found)]
+        return cls(kept, [[row.get(name) for name in kept] for row in found], digits)
 
     def text(self) -> str:
         """Aligned columns for a terminal."""
@@ -64,6 +67,13 @@ class Table:
 def with_error(value: float, error: float | None, digits: int = 3) -> str:
     """``0.873 ± 0.012``, or the value alone where no standard error is known."""
     return f"{value:.{digits}f}" if error is None else f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def with_deviation(values: Sequence[float]) -> str | None:
+    """The mean of some values, ± their standard deviation where there are several; None of none."""
+    if not values:
+        return None
+    return with_error(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 def _tex(cell: str) -> str:

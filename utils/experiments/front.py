@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from router_tuning.evaluation.figures import save_figure
 from router_tuning.evaluation.records import Group, Record, grouped
-from router_tuning.evaluation.tables import Cell, Table
+from router_tuning.evaluation.tables import Table
 
 GRANULARITY = "attn_token+mlp_token"
 LINES = {
@@ -61,28 +61,24 @@ def bases_table(bases: Iterable[tuple[str, Sequence[Record]]]) -> Table:
     Args:
         bases: name, and records of its experiment.
     """
-    rows: list[list[Cell]] = []
+    rows = []
     for name, records in bases:
         groups = grouped(records)
-        dense = next(group for group in groups if group.cell["policy"] == "dense")
+        [dense] = (group for group in groups if group.cell["policy"] == "dense")
         for ours in (g for g in groups if g.cell["policy"] == "routed" and g.cell.get("granularity") == GRANULARITY):
             if ours.cell.get("budget") is None:
                 continue
             same = [g for g in groups if all(g.cell.get(k) == ours.cell.get(k) for k in ("granularity", "budget"))]
             found = {group.cell["policy"]: group for group in same}
-            static, random = found.get("static_low_rank"), found.get("random")
-            rows.append(
-                [
-                    name,
-                    share_left(ours, "texts"),
-                    *(group and divergence(group) for group in (ours, static, random)),
-                    scored := share_left(ours, "tasks"),
-                    *(scored and group and _mean(group.averages("choices")) for group in (dense, ours, static)),
-                ]
-            )
-    titles = ["base", "FLOPs, texts", "KL: ours", "KL: removed", "KL: random", "FLOPs, tasks"]
-    titles += ["tasks: dense", "tasks: ours", "tasks: removed"]
-    return Table.of_columns(dict(zip(titles, zip(*rows, strict=True), strict=True)))
+            shown = {"ours": ours, "removed": found.get("static_low_rank"), "random": found.get("random")}
+            row = {"base": name, "FLOPs, texts": share_left(ours, "texts")}
+            row |= {f"KL: {policy}": group and divergence(group) for policy, group in shown.items()}
+            row |= {"FLOPs, tasks": (scored := share_left(ours, "tasks"))}
+            for policy, group in {"dense": dense, "ours": ours, "removed": shown["removed"]}.items():
+                values = group.averages("choices") if group and scored else []
+                row[f"tasks: {policy}"] = statistics.fmean(values) if values else None
+            rows.append(row)
+    return Table.of(rows)
 
 
 def _published(group: Group) -> bool:
@@ -93,7 +89,3 @@ def share_left(group: Group, of: str) -> float | None:
     """Share of the decoder's operations that was left, mean over the ``texts`` or ``tasks`` scored and over seeds."""
     parts = [part for record in group.records for part in record.get(of, {}).values()]
     return statistics.fmean(part.get("share", 1.0) for part in parts) if parts else None
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from router_tuning.evaluation.comparison import comparison_table
 from router_tuning.evaluation.records import Record, read_records
 from router_tuning.evaluation.tables import Table
 from router_tuning.experiments.front import bases_table, front_figure
-from router_tuning.files import read_json_lines
+from router_tuning.files import read_json, read_json_lines
 from router_tuning.places import ROOT
 from router_tuning.speed.cells import measured
 from router_tuning.speed.table import speed_tables
@@ -59,7 +58,7 @@ def draw_front() -> Path:
 
 def kills_block() -> str:
     """How often a killed run ended as an undisturbed one, by engine."""
-    found = json.loads((FIGURES / "kill_and_resume.json").read_text())
+    found = read_json(FIGURES / "kill_and_resume.json")
     engines = ", ".join(sorted({record["engine"] for record in found["records"]}))
     row = [engines, found["processes"], found["kills"], found["same_bits_at_the_end"]]
     return Table(["engines", "processes", "SIGKILLs", "same bits at the end"], [row]).markdown()
@@ -67,25 +66,34 @@ def kills_block() -> str:
 
 def serving_block() -> str:
     """vLLM beside the engine and beside the dense base, by export."""
-    found = json.loads((FIGURES / "serving.json").read_text())
+    rows = read_json_lines(FIGURES / "serving.jsonl")
     equal = [
-        [row["export"], cell["dtype"], cell["setting"], f"{cell['equal_in_batch']} of {cell['batch']}"]
-        + [f"{cell['equal_alone']} of {cell['alone']}", f"{cell['same_tokens']:.1%}"]
-        + [cell["preemptions"], cell["prefix_hits"]]
-        for row in found
-        for cell in row["equality"]
+        {
+            "export": row["export"],
+            "type": row["dtype"],
+            "vLLM": row["setting"],
+            "equal, in one batch": f"{row['equal_in_batch']} of {row['batch']}",
+            "equal, alone": f"{row['equal_alone']} of {row['alone']}",
+            "same tokens": f"{row['same_tokens']:.1%}",
+            "preemptions": row["preemptions"],
+            "tokens from the cache": row["prefix_hits"],
+        }
+        for row in rows
+        if "setting" in row
     ]
-    header = ["export", "type", "vLLM", "equal, in one batch", "equal, alone", "same tokens", "preemptions"]
-    header += ["tokens from the cache"]
     timed = [
-        [row["export"], cell["batch"], "dense" if cell["budget"] is None else f"budget {cell['budget']}"]
-        + [cell["tokens_per_second"], cell["ratio"], cell["flops_share"]]
-        for row in found
-        for cell in row["throughput"]
+        {
+            "export": row["export"],
+            "batch": row["batch"],
+            "model": "dense" if row["budget"] is None else f"budget {row['budget']}",
+            "tokens per second": row["tokens_per_second"],
+            "ratio to dense": row["ratio"],
+            "share of the FLOPs": row["flops_share"],
+        }
+        for row in rows
+        if "ratio" in row
     ]
-    columns = ["export", "batch", "model", "tokens per second", "ratio to dense", "share of the FLOPs"]
-    tables = [Table(header, equal).markdown()] + ([Table(columns, timed, digits=2).markdown()] if timed else [])
-    return "\n\n".join(tables)
+    return "\n\n".join(Table.of(found, digits=2).markdown() for found in (equal, timed) if found)
 
 
 BLOCKS: dict[str, Callable[..., str]] = {
@@ -94,7 +102,6 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "comparison": lambda path: records_block(comparison_table, path),
     "controls": lambda path: records_block(tables.control_table, path),
     "summary": lambda path: records_block(tables.summary_table, path),
-    "closeness": lambda path: records_block(tables.closeness_table, path),
     "differences": lambda path: records_block(tables.difference_table, path),
     "speed": speed_block,
     "kills": kills_block,

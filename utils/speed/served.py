@@ -10,16 +10,16 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from router_tuning.model.flops import saved_shares
+from router_tuning.evaluation.timing import in_turns
+from router_tuning.model import flops_share, record_routing, routed_modules, set_thresholds
 from router_tuning.model.saving import read_router_config, thresholds_for
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 Prompts = Sequence[list[int]]
-BLOCK = 32
 SETTINGS: dict[str, dict[str, Any]] = {
     "no prefix cache, chunks of 48, small cache": {
         "enable_prefix_caching": False,
@@ -29,12 +29,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix cache, whole prefill": {"enable_prefix_caching": True, "enable_chunked_prefill": False},
 }
 """Ways in which vLLM may split and repeat the same work; the first one preempts sequences."""
-
-
-def our_model(export: Path, dtype: str) -> PreTrainedModel:
-    """The export in transformers."""
-    model = AutoModelForCausalLM.from_pretrained(export, dtype=getattr(torch, dtype), trust_remote_code=True)
-    return model.eval()
+clock = time.perf_counter if torch.accelerator.is_available() else time.process_time
+"""Time of the processor where it does the work, free of what others do there; else time as it passes."""
 
 
 @torch.no_grad()
@@ -50,7 +46,7 @@ def engine(model: Path, dtype: str, **settings: Any) -> LLM:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
 
-    options = {"max_model_len": 512, "max_num_seqs": 16, "block_size": BLOCK, "disable_log_stats": False}
+    options = {"max_model_len": 512, "max_num_seqs": 16, "block_size": 32, "disable_log_stats": False}
     return LLM(str(model), dtype=dtype, enforce_eager=True, **{**options, **settings})
 
 
@@ -86,68 +82,53 @@ def equality(llm: LLM, prompts: Prompts, expected: Sequence[list[int]]) -> dict[
 
 
 def throughput(
-    llms: dict[str, LLM], export: Path, budgets: Sequence[float], prompts: Prompts, new_tokens: int, repeats: int
+    llms: dict[str, LLM],
+    model: PreTrainedModel,
+    export: Path,
+    budgets: Sequence[float],
+    prompts: Prompts,
+    new_tokens: int,
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """Tokens per second of the dense base and of the export at each budget, in turns; the median of the turns.
 
     Args:
-        llms: ``dense`` and ``routed``. budgets: shares of the decoder's operations.
+        llms: ``dense`` and ``routed``. model: the export in transformers, which says what share of the operations is
+            left. budgets: shares of the decoder's operations.
     """
-    clock, config = _clock(), read_router_config(export)
-    cases: list[tuple[str, float | None]] = [("dense", None), *[("routed", budget) for budget in budgets]]
-    seconds: dict[Any, list[float]] = {case: [] for case in cases}
-    shares: dict[Any, dict[str, float]] = {}
-    for turn in range(repeats + 1):
-        for name, budget in cases:
-            llms[name].reset_prefix_cache()
+    config = read_router_config(export)
+    settings = {budget: thresholds_for(config, budget, export, "flops") for budget in budgets}
+
+    def turn(budget: float | None) -> Callable[[int], float]:
+        llm = llms["dense" if budget is None else "routed"]
+
+        def seconds(_: int) -> float:
+            llm.reset_prefix_cache()
             if budget is not None:
-                thresholds = thresholds_for(config, budget, export, "flops")
-                llms[name].apply_model(lambda model, thresholds=thresholds: model.set_thresholds(thresholds))
-            if turn == 0:  # warms up, and counts
-                shares[name, budget] = _kept(llms[name], prompts, new_tokens)
-                continue
+                llm.apply_model(lambda served: served.set_thresholds(settings[budget]))
             started = clock()
-            vllm_tokens(llms[name], prompts, new_tokens)
-            seconds[name, budget].append(clock() - started)
-    rows = []
-    for case in cases:
-        rate = len(prompts) * new_tokens / median(seconds[case])
-        ratio = median(seconds[cases[0]]) / median(seconds[case])
-        rows.append({"budget": case[1], "tokens_per_second": rate, "ratio": ratio, "kept": shares[case]})
-    return rows
+            vllm_tokens(llm, prompts, new_tokens)
+            return clock() - started
+
+        return seconds
+
+    times = in_turns({budget: turn(budget) for budget in (None, *budgets)}, repeats + 1)
+    seconds = {budget: median(found[1:]) for budget, found in times.items()}
+    return [
+        {
+            "budget": budget,
+            "tokens_per_second": len(prompts) * new_tokens / taken,
+            "ratio": seconds[None] / taken,
+            "flops_share": 1.0 if budget is None else share_left(model, settings[budget], prompts, new_tokens),
+        }
+        for budget, taken in seconds.items()
+    ]
 
 
-def flops_left(model: PreTrainedModel, kept: dict[str, float]) -> float:
-    """Share of the decoder's operations that is left where each router keeps its share."""
-    return 1.0 - sum(saved * (1.0 - kept[name]) for name, saved in saved_shares(model).items())
-
-
-def _kept(llm: LLM, prompts: Prompts, new_tokens: int) -> dict[str, float]:
-    """Share of the tokens of a batch that each routed module keeps; empty for a dense model."""
-    counts: dict[str, list[int]] = {}
-
-    def watch(model: Any) -> None:
-        for name, module in getattr(model, "mod_modules", {}).items():
-            counts[name] = [0, 0]
-
-            def places(hidden: torch.Tensor, name: str = name, inner: Any = module.mod_places) -> Any:
-                kept = inner(hidden)
-                counts[name][0] += len(hidden) if kept is None else len(kept)
-                counts[name][1] += len(hidden)
-                return kept
-
-            module.mod_places = places
-
-    def unwatch(model: Any) -> None:
-        for module in getattr(model, "mod_modules", {}).values():
-            del module.mod_places
-
-    llm.apply_model(watch)
-    vllm_tokens(llm, prompts, new_tokens)
-    llm.apply_model(unwatch)
-    return {name: kept / seen for name, (kept, seen) in counts.items()}
-
-
-def _clock() -> Callable[[], float]:
-    """Time of the processor where it does the work, free of what others do there; else time as it passes."""
-    return time.perf_counter if torch.accelerator.is_available() else time.process_time
+def share_left(model: PreTrainedModel, thresholds: dict[str, float], prompts: Prompts, new_tokens: int) -> float:
+    """Share of the decoder's operations that is left while our engine continues the prompts."""
+    set_thresholds(model, thresholds)
+    with record_routing(model) as log:
+        our_tokens(model, prompts, new_tokens)
+    kept = log.capacity_tensors()
+    return flops_share(model, {name: float(kept[module.mod_key]) for name, module in routed_modules(model).items()})
