@@ -21,7 +21,7 @@ from router_tuning.files import read_json, write_json, write_text
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.provenance import provenance
 from router_tuning.tuning.batching import Collator
-from router_tuning.tuning.run_folder import data_of, read_run
+from router_tuning.tuning.run_folder import data_of, read_run, training_log
 from router_tuning.viewer.routing_page import routing_page
 from router_tuning.viewer.routing_trace import collect, dial_curve
 
@@ -81,8 +81,7 @@ def main() -> None:
         dial_rows = [row for file in files for row in read_rows(file, args.dial_rows, seed=7)]
         length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
         data["dial"] = dial_curve(model, encoded(dial_rows, tokenizer, length), Collator(tokenizer), points)
-    history = args.run / "routing_history.json" if args.run else None
-    data["training"] = read_json(history) if history and history.is_file() else None
+    data["training"] = training_log(args.run) if args.run else []
     data["metadata"] = metadata(args, model)
     output = args.output or (args.run or args.model) / "routing_report.html"
     write_text(output, routing_page(data, f"Routing of {name}, {model.config.mod_granularity}"))

@@ -40,7 +40,7 @@ def main() -> None:
     if command.training.check_inputs:
         return
     tuned = run_tuning(run)
-    if tuned.interrupted:
+    if stop.signal:
         logger.info(f"interrupted after step {tuned.trainer.state.global_step}; continue with RESUME=auto")
         raise SystemExit(128 + stop.signal)
     if RANK == 0:

@@ -47,7 +47,7 @@ DATA = {
         "routers": [{"kept": 0.5, "entropy": 1.0, "information": 0.2}] * 3,
     },
     "dial": [{"label": "a", "capacity": 0.2, "loss": 2.0}, {"label": "b", "capacity": 1.0, "loss": 1.0}],
-    "training": {"step": [1, 2], "total": [1.0, 0.5], "routers": {"04": [1.0, 0.4]}},
+    "training": [{"step": 1 + n, "capacity": 1 - n / 2, "capacity_layer_04": 1 - n} for n in range(2)],
     "metadata": {"model": "tiny", "commit": "abc"},
 }
 SESSION = """<iframe id="frame" width="1200" height="900" src="report.html"></iframe><pre id="found"></pre><script>

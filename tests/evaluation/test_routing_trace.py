@@ -112,7 +112,7 @@ def test_dial_reaches_all_and_nothing_and_is_put_back(routed, tokenizer):
 
 def test_page_carries_its_data_and_nothing_from_elsewhere(routed, tokenizer):
     data = collect(routed, tokenizer, ROWS, max_new_tokens=2)
-    data |= {"dial": [], "training": None, "metadata": {"run": "<b>"}}
+    data |= {"dial": [], "training": [], "metadata": {"run": "<b>"}}
     page = routing_page(data, "A <title> & more")
     assert "<title>A &lt;title&gt; &amp; more</title>" in page
     assert page.count("</script>") == 2 and "<!--" not in page, "data must not end the script element"

@@ -9,8 +9,10 @@ import pytest
 
 
 @contextmanager
-def refused(match: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError) -> Iterator[None]:
+def refused(
+    match: str, error: type[Exception] | tuple[type[Exception], ...] = ValueError
+) -> Iterator[pytest.ExceptionInfo]:
     """The block raises ``error`` with a message of one line in which ``match`` is found."""
     with pytest.raises(error, match=match) as caught:
-        yield
+        yield caught
     assert "\n" not in str(caught.value), caught.value

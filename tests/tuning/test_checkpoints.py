@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from router_tuning.errors import UserError
 from router_tuning.files import publish
-from router_tuning.tuning.command.arguments import DEFAULTS
 from router_tuning.tuning.run_folder import clear_folder
 from router_tuning.tuning.trainer import checkpoints
 
@@ -25,26 +25,14 @@ def write(run, step, settings=SETTINGS):
     return place
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-4])
+HARM = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-4]),
+    "corrupt": lambda path: path.write_bytes(b"\xff" + path.read_bytes()[1:]),
+    "gone": Path.unlink,
+}
 
 
-def corrupt(path):
-    path.write_bytes(b"\xff" + path.read_bytes()[1:])
-
-
-def delete(path):
-    path.unlink()
-
-
-def test_the_newest_is_found_by_number_not_by_name(tmp_path):
-    for step in (9, 10, 2):
-        write(tmp_path, step)
-    folder, notes = checkpoints.newest_complete(tmp_path)
-    assert folder.name == "checkpoint-10" and notes == []
-
-
-@pytest.mark.parametrize("harm", [truncate, corrupt, delete])
+@pytest.mark.parametrize("harm", HARM.values(), ids=HARM)
 @pytest.mark.parametrize("name", ["weights.bin", "global_step/shard.bin", "manifest.json"])
 def test_a_harmed_newest_one_is_skipped_with_a_message(tmp_path, harm, name):
     write(tmp_path, 1)
@@ -56,7 +44,7 @@ def test_a_harmed_newest_one_is_skipped_with_a_message(tmp_path, harm, name):
 
 def test_nothing_complete_means_a_fresh_start_with_auto_and_an_error_with_a_name(tmp_path):
     folder = write(tmp_path, 1)
-    truncate(folder / "weights.bin")
+    HARM["truncated"](folder / "weights.bin")
     found, notes = checkpoints.chosen("auto", tmp_path)
     assert found is None and "starting from the beginning" in notes[-1]
     with pytest.raises(UserError, match="is incomplete"):
@@ -66,20 +54,10 @@ def test_nothing_complete_means_a_fresh_start_with_auto_and_an_error_with_a_name
     assert checkpoints.chosen(None, tmp_path) == (None, [])
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("base", "other"), ("granularity", "attn_token"), ("mod_n", 2), ("seed", 3)]
-)
-def test_another_run_is_refused_and_the_difference_named(tmp_path, name, value):
-    folder = write(tmp_path, 1)
-    checkpoints.check_settings(folder, SETTINGS)
-    with pytest.raises(UserError) as caught:
-        checkpoints.check_settings(folder, {**SETTINGS, name: value})
-    assert f"{name} was {SETTINGS.get(name, DEFAULTS.get(name))!r} and is {value!r}" in str(caught.value)
-
-
-def test_rotation_keeps_the_newest(tmp_path):
-    for step in (1, 2, 10, 11):
+def test_the_newest_is_found_by_number_and_rotation_keeps_it(tmp_path):
+    for step in (9, 10, 11, 2):
         write(tmp_path, step)
+    assert checkpoints.newest_complete(tmp_path) == (tmp_path / "checkpoint-11", [])
     checkpoints.rotate(tmp_path, 2)
     assert [path.name for _, path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-11", "checkpoint-10"]
     checkpoints.rotate(tmp_path, None)
@@ -96,7 +74,7 @@ def test_writing_a_step_again_replaces_it(tmp_path):
 def test_a_damaged_newest_one_does_not_count_among_those_kept(tmp_path):
     """Saved out of turn on a signal, damaged, and newer than the next that the resumed run saves."""
     write(tmp_path, 10)
-    truncate(write(tmp_path, 17) / "weights.bin")
+    HARM["truncated"](write(tmp_path, 17) / "weights.bin")
     clear_folder(tmp_path, keep_checkpoints=True)
     write(tmp_path, 15)
     checkpoints.rotate(tmp_path, 1)

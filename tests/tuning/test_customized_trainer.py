@@ -86,15 +86,6 @@ def test_one_sgd_step_follows_the_gradient_of_that_loss(encoded, parts, tmp_path
         assert weight.grad.abs().max() > 1e-4
 
 
-def test_micro_batch_size_changes_the_penalty_alone(encoded, parts, tmp_path, finished):
-    tiny_tuning.tune(parts, tmp_path / "run", per_device_train_batch_size=4, max_steps=1)
-    other, line = tiny_tuning.history(tmp_path / "run")[0], tiny_tuning.history(finished)[0]
-    for name in ("task_loss", "capacity"):
-        assert other[name] == pytest.approx(line[name], abs=2e-5)
-    expected = by_hand(start_model(parts), micro_batches_of_step(encoded, parts, 0, size=4))
-    assert other["penalty"] == pytest.approx(expected[2], abs=1e-6)
-
-
 def test_routers_change_and_everything_else_stays_bit_equal(parts, tmp_path):
     tuned = tiny_tuning.tune(parts, tmp_path / "run", num_train_epochs=1)
     base, start = load_file(parts["base"] / "model.safetensors"), load_file(parts["start"] / "router.safetensors")

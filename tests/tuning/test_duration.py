@@ -26,7 +26,8 @@ def encoded_run(parts, folder, **settings) -> Run:
 
 @pytest.mark.parametrize("hours", [0.5, 3.0])
 def test_a_long_run_is_told_how_to_be_short(parts, tmp_path, monkeypatch, caplog, hours):
-    run = encoded_run(parts, tmp_path)
+    run, before = encoded_run(parts, tmp_path), torch.get_rng_state()
+    assert reading_rate(tiny_model(), 2, 32) > 0 and torch.equal(torch.get_rng_state(), before)
     monkeypatch.setattr(duration, "reading_rate", lambda *_: tokens_read(run) / (hours * LONG))
     caplog.set_level("INFO", logger="router_tuning")
     duration.tell_duration(run, tiny_model())
@@ -41,11 +42,6 @@ def test_few_rows_are_not_counted_as_the_many_that_were_asked_for(parts, tmp_pat
     assert there < run.command.budget.calibration_tokens < run.command.budget.label_tokens
     run.steps = 0
     assert tokens_read(run) == 4 * there + 8 * there
-
-
-def test_the_probe_reads_and_leaves_random_numbers_alone():
-    model, before = tiny_model().eval(), torch.get_rng_state()
-    assert reading_rate(model, rows=2, tokens=32) > 0 and torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "1 s"), (90, "90 s"), (600, "10 minutes"), (9000, "2.5 hours")])

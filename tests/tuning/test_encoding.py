@@ -4,10 +4,11 @@ of a tokenizer's own; what a template refuses or mangles; one beginning-of-seque
 from __future__ import annotations
 
 import random
-from functools import cache
+from collections.abc import Callable
+from functools import partial
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from router_tuning.errors import UserError
@@ -81,74 +82,22 @@ def unigram() -> PreTrainedTokenizerFast:
     return wrapped(tokenizer, unk_token="<unk>")
 
 
-def word_piece() -> PreTrainedTokenizerFast:
-    """As of BERT: lower-cased words and their parts, white space gone, a token before and one behind plain text."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    names = [EOS, "<unk>", "<cls>", "<sep>"]
-    letters = sorted({letter for line in corpus() for letter in line.lower() if not letter.isspace()})
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=names, initial_alphabet=letters)
-    tokenizer.train_from_iterator(corpus() + [f"a{letter}" for letter in letters], trainer)
-    ids = [(name, tokenizer.token_to_id(name)) for name in ("<cls>", "<sep>")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<cls> $A <sep>", special_tokens=ids)
-    return wrapped(tokenizer, unk_token="<unk>", cls_token="<cls>", sep_token="<sep>")
-
-
-@cache
-def byte_letters() -> dict[str, int]:
-    """The bytes that printable characters stand for in byte-level tokens, in the order of the standard."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def bytes_of(token: str) -> bytes:
-    """Bytes of a byte-level token."""
-    return bytes(byte_letters()[letter] for letter in token)
-
-
-def firsts(tokens: list[str], text: str, kind: str) -> list[int | None]:
-    """Index in ``text`` of the first character of each token, found without offsets; None for added tokens."""
-    position, found = 0, []
-    letters = [index for index, letter in enumerate(text) for _ in letter.encode()]
-    for token in tokens:
-        if token == "<s>":
-            found.append(None)
-            continue
-        if kind == "bytes":
-            found.append(letters[position])
-            position += len(EOS) if token == EOS else len(bytes_of(token))
-        elif kind == "pieces":
-            found.append(position)
-            position += len(token)
-        else:
-            while text[position].isspace():
-                position += 1
-            found.append(position)
-            part = token.removeprefix("##")
-            assert text[position : position + len(part)].lower() == part
-            position += len(part)
-    return found
-
-
-def slow_labels(messages: list[dict], ids: list[int], tokens: list[str], kind: str) -> list[int]:
-    """One flag per character of the rendered text, written down turn by turn; a token has that of its first one."""
-    text, flags = "", []
+def slow_labels(messages: list[dict], ids: list[int], tokens: list[str], by_bytes: bool) -> list[int]:
+    """One flag per character, or byte, of the text, written down turn by turn; a token has that of its first one."""
+    flags = []
     for message in messages:
-        header = f"<|{message['role']}|>\n"
-        body = message["content"].strip()
-        for part, flag in ((header, False), (body, message["role"] == "assistant")):
-            text += part
-            flags += [flag] * len(part)
-        ending = EOS + "\n" if message["role"] == "assistant" else "\n"
-        text += ending
-        flags += [True] * len(EOS) + [False] if message["role"] == "assistant" else [False]
-    assert text == written(messages)
-    places = firsts(tokens, text, kind)
-    return [
-        token if place is not None and flags[place] else IGNORE_INDEX for token, place in zip(ids, places, strict=True)
-    ]
+        answer = message["role"] == "assistant"
+        ending = [(EOS, True)] if answer else []
+        parts = [(f"<|{message['role']}|>\n", False), (message["content"].strip(), answer), *ending, ("\n", False)]
+        flags += [flag for text, flag in parts for _ in (text.encode() if by_bytes else text)]
+    labels, position = [], 0
+    for token, number in zip(tokens, ids, strict=True):
+        if token == "<s>":  # not of the text
+            labels.append(IGNORE_INDEX)
+            continue
+        labels.append(number if flags[position] else IGNORE_INDEX)
+        position += len(token)  # a character of a token is one of the text or, of byte-level ones, a byte
+    return labels
 
 
 def conversation(draw: random.Random) -> list[dict]:
@@ -159,17 +108,8 @@ def conversation(draw: random.Random) -> list[dict]:
     ]
 
 
-TOKENIZERS = {
-    "byte-level BPE": (lambda: byte_level(False), "bytes"),
-    "byte-level BPE, trimmed offsets": (lambda: byte_level(True), "bytes"),
-    "unigram": (unigram, "pieces"),
-    "WordPiece": (word_piece, "words"),
-}
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_mask_of_1000_random_conversations(name: str):
-    make, kind = TOKENIZERS[name]
+@pytest.mark.parametrize("make", [partial(byte_level, False), partial(byte_level, True), unigram])
+def test_mask_of_1000_random_conversations(make: Callable[[], PreTrainedTokenizerFast]):
     tokenizer, draw, learnt, cut = make(), random.Random(233), 0, 0
     for _ in range(1000):
         messages = conversation(draw)
@@ -177,7 +117,7 @@ def test_mask_of_1000_random_conversations(name: str):
         tokens = tokenizer.convert_ids_to_tokens(whole["input_ids"])
         assert "<unk>" not in tokens
         assert whole["input_ids"] == encode_text((tokenizer.bos_token or "") + written(messages), tokenizer)
-        assert whole["labels"] == slow_labels(messages, whole["input_ids"], tokens, kind)
+        assert whole["labels"] == slow_labels(messages, whole["input_ids"], tokens, make is not unigram)
         limit = draw.randint(3, len(tokens) + 3)
         short = encode_conversation(messages, tokenizer, limit)
         assert short == {name: values[:limit] for name, values in whole.items()}
@@ -206,10 +146,6 @@ def test_only_the_answer_and_its_end_carry_loss():
 
 def test_what_is_left_to_learn():
     assert learns([IGNORE_INDEX, 5]) and not learns([5, IGNORE_INDEX]) and not learns([5]) and not learns([])
-    tokenizer = byte_level(False)
-    messages = [{"role": "user", "content": "the fox " * 50}, {"role": "assistant", "content": "dog"}]
-    assert learns(encode_conversation(messages, tokenizer)["labels"])
-    assert not learns(encode_conversation(messages, tokenizer, 20)["labels"])
 
 
 @pytest.mark.parametrize(
@@ -271,9 +207,7 @@ def test_which_template_is_chosen():
 
 REFUSING = {
     "raises": "{{ raise_exception('roles must alternate') }}",
-    "index": "{{ messages[7]['content'] }}",
     "type": "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson }}{% endfor %}",
-    "divides": "{{ 1 / 0 }}",
     "syntax": "{% for m in messages %}",
     "depends on what follows": "{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}",
     "drops a role": "{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from tiny_models import random_batch, tiny_model
 from tiny_routed import LAYERS
 from tiny_training import dense_answers, freeze_base
@@ -17,19 +19,13 @@ trl = pytest.importorskip("trl")
 
 def mean_capacity(parts, folder, scale, peft, **settings):
     """Mean capacity of the last third of a run that starts from routers at zero, as the trainer sets it up itself."""
-    from datasets import Dataset
-
     tokenizer = AutoTokenizer.from_pretrained(parts["base"])
     model = tiny_model(vocab_size=len(tokenizer))
     ids, _ = random_batch(32, 12)
     rows = {"input_ids": ids.tolist(), "labels": dense_answers(model, ids).tolist()}
     route(model, mod_layers=LAYERS, gradient_scale=scale)
-    adapter = None
-    if peft:
-        from peft import LoraConfig
-
-        adapter = LoraConfig(r=2, target_modules=["down_proj"], modules_to_save=["mod_router"], task_type="CAUSAL_LM")
-    else:
+    adapter = LoraConfig(r=2, target_modules=["down_proj"], modules_to_save=["mod_router"], task_type="CAUSAL_LM")
+    if not peft:
         freeze_base(model)
     arguments = trl.SFTConfig(
         output_dir=str(folder), max_steps=36, learning_rate=0.02, lr_scheduler_type="constant", report_to="none",
@@ -38,7 +34,7 @@ def mean_capacity(parts, folder, scale, peft, **settings):
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model=model, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer,
-        peft_config=adapter,
+        peft_config=adapter if peft else None,
     )  # fmt: skip
     with record_routing(trainer.model) as log:
         trainer.train()
@@ -50,16 +46,16 @@ def mean_capacity(parts, folder, scale, peft, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"label_smoothing_factor": 0.1}, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}],
-    ids=lambda settings: next(iter(settings)),
+    ("peft", "settings"),
+    [
+        (False, {"label_smoothing_factor": 0.1}),
+        (False, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}),
+        (True, {}),
+    ],
+    ids=["smoothed", "accumulated", "adapter"],
 )
-def test_capacity_goes_to_the_target(parts, tmp_path, settings):
-    assert mean_capacity(parts, tmp_path, 1.0, peft=False, **settings) == pytest.approx(0.5, abs=0.15)
-
-
-def test_capacity_goes_to_the_target_with_an_adapter(parts, tmp_path):
-    assert mean_capacity(parts, tmp_path, 1.0, peft=True) == pytest.approx(0.5, abs=0.15)
+def test_capacity_goes_to_the_target(parts, tmp_path, peft, settings):
+    assert mean_capacity(parts, tmp_path, 1.0, peft, **settings) == pytest.approx(0.5, abs=0.15)
 
 
 def test_without_a_scale_the_routers_stay_open(parts, tmp_path):
@@ -67,8 +63,6 @@ def test_without_a_scale_the_routers_stay_open(parts, tmp_path):
 
 
 def test_dpo_trains_an_export_against_a_reference_of_the_same_folder(parts, tmp_path):
-    from datasets import Dataset
-
     export(parts["start"], parts["base"], tmp_path / "export")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True)
     before = {name: value.clone() for name, value in model.state_dict().items() if "mod_router" in name}

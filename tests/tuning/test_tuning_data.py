@@ -64,54 +64,36 @@ def test_rows_are_encoded_as_the_encoder_does_and_limited(tmp_path, parts, token
     assert data.largest_id == max(max(row["input_ids"]) for row in data.rows)
 
 
-def test_prompt_and_completion_rows_train_too(tmp_path, tokenizer):
-    path = write(tmp_path / "d.jsonl", {"prompt": "red", "completion": "blue"}, GOOD)
-    assert len(encode_file(check_file(path, 0), tokenizer, 64).rows) == 2
-
-
 def test_rows_that_teach_nothing_are_left_out_and_counted_by_reason(tmp_path, tokenizer):
     system = {"messages": [{"role": "system", "content": "red"}, *GOOD["messages"]]}
     long = {"messages": [{"role": "user", "content": "red " * 80}, *GOOD["messages"][1:]]}
-    path = write(tmp_path / "d.jsonl", QUESTION, GOOD, system, long, QUESTION)
+    path = write(tmp_path / "d.jsonl", QUESTION, GOOD, system, long, QUESTION, {"prompt": "red", "completion": "blue"})
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
     strict.chat_template += tokenizer.chat_template
     data = encode_file(check_file(path, 0), strict, 64)
-    assert len(data.rows) == 1
+    assert len(data.rows) == 2
     refused = "refused by the chat template: 1 (the chat template refuses this conversation: no system turn)"
     assert data.left_out == f"without assistant text: 2, {refused}, cut before their answer: 1"
     with pytest.raises(UserError, match="no row to learn from within 3 tokens .*cut before their answer: 2"):
         encode_file(check_file(path, 0), strict, 3)
 
 
-def test_a_changed_file_of_the_same_size_is_not_taken_from_the_cache(tmp_path, tokenizer):
-    path = write(tmp_path / "d.jsonl", GOOD)
-    before = encode_file(check_file(path, 0), tokenizer, 64)
-    write(path, json.loads(json.dumps(GOOD).replace("blue", "gold")))
-    after = encode_file(check_file(path, 0), tokenizer, 64)
-    assert before.raw.sha256 != after.raw.sha256
-    assert before.rows[0]["input_ids"] != after.rows[0]["input_ids"]
-
-
 def test_the_same_rows_are_encoded_once_wherever_they_are(tmp_path, tokenizer, monkeypatch):
-    """Per tokenizer, length and template; by content, not by name."""
-    calls = []
+    """By content, not by name or size; per tokenizer and length."""
+    counted = []
+    monkeypatch.setattr(tuning_data, "encode_row", lambda *given: counted.append(given) or encode_row(*given))
 
-    def counted(row, *arguments):
-        calls.append(row)
-        return encode_row(row, *arguments)
+    def encoded(name, tokenizer=tokenizer, length=64, limit=0):
+        return encode_file(check_file(tmp_path / name, limit), tokenizer, length).rows.to_list()
 
-    monkeypatch.setattr(tuning_data, "encode_row", counted)
     rows = [{**GOOD, "id": f"{tmp_path} {number}"} for number in range(2)]  # rows that no other test has
-    first = encode_file(check_file(write(tmp_path / "a.jsonl", *rows), 0), tokenizer, 64)
-    assert len(calls) == 2
-    again = encode_file(check_file(write(tmp_path / "b.jsonl", *rows), 0), tokenizer, 64)
-    assert len(calls) == 2 and again.rows.to_list() == first.rows.to_list()
-    encode_file(check_file(tmp_path / "b.jsonl", 0), tokenizer, 63)
-    assert len(calls) == 4
-    encode_file(check_file(tmp_path / "b.jsonl", 1), tokenizer, 64)
-    assert len(calls) == 5
+    write(tmp_path / "a.jsonl", *rows)
+    write(tmp_path / "b.jsonl", *rows)
+    assert encoded("a.jsonl") == encoded("b.jsonl") and len(counted) == 2
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["blue"])
-    encode_file(check_file(tmp_path / "b.jsonl", 0), other, 64)
-    assert len(calls) == 7
+    encoded("b.jsonl", length=63), encoded("b.jsonl", limit=1), encoded("b.jsonl", other)
+    assert len(counted) == 2 + 2 + 1 + 2
+    write(tmp_path / "b.jsonl", *json.loads(json.dumps(rows).replace("blue", "gold")))
+    assert encoded("b.jsonl") != encoded("a.jsonl")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -167,7 +167,7 @@ def variants(dense: PreTrainedModel, setting: Setting, ids: Tensor) -> dict[Any,
 
 def routed_copy(dense: PreTrainedModel, routing: ModConfig) -> PreTrainedModel:
     """A routed model on the weights of ``dense``; a skip path gets random ones."""
-    model = route(shared_copy(dense), **{field.name: getattr(routing, field.name) for field in fields(routing)})
+    model = route(shared_copy(dense), **vars(routing))
     for name, tensor in model.state_dict().items():
         if "mod_skip" in name:
             tensor.normal_(std=0.02)

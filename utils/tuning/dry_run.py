@@ -11,7 +11,7 @@ from router_tuning.model import route
 from router_tuning.tuning.command.command_line import Command
 from router_tuning.tuning.run import steps_of
 from router_tuning.tuning.tuning_data import check_file
-from router_tuning.tuning.tuning_model import locate_base, mark_trainable, routing_fields, routing_of
+from router_tuning.tuning.tuning_model import locate_base, mark_trainable, routing_of
 
 _PER_TRAINED = 12
 """Bytes that a float32 parameter takes beside itself where it trains: its gradient and AdamW's two moments."""
@@ -25,7 +25,7 @@ def dry_run(command: Command) -> str:
     routed = routing_of(config, routing)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, command.model.dtype))
-        model = mark_trainable(route(model, **routing_fields(routed)), routing)
+        model = mark_trainable(route(model, **vars(routed)), routing)
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = sum(parameter.nbytes for parameter in model.parameters())

@@ -33,7 +33,6 @@ from router_tuning.tuning.tuning_model import (
     load_base,
     locate_base,
     mark_trainable,
-    routing_fields,
     routing_of,
 )
 
@@ -165,8 +164,7 @@ class Run:
         if routing.mod_layers == "auto":
             batches = in_batches(self.rows(CHOICE_TOKENS), self.collator, size=8, tokens=1024)
             choose(model, routing, batches, self.training.seed)
-        config = routing_of(self.config, routing)
-        route(model, **routing_fields(config))
+        route(model, **vars(routing_of(self.config, routing)))
         if routing.router_dir:
             load_routers(model, routing.router_dir)
         elif routing.skip != "zero" and self.resume is None:
@@ -199,18 +197,14 @@ class TunedRun:
 
     Attributes:
         trainer: gives the trained weights (``gather_trained``), collective.
-        history: one dict per log line, with ``step``, losses and ``capacity*``.
-        measured: capacities of the final routers, as :meth:`RouterTrainer.measure_capacity` gives them.
-        interrupted: a signal ended it; the checkpoint is there, results are not.
         extra: entries for ``router_config.json`` (calibration).
+        measured: capacities of the final routers, as :meth:`RouterTrainer.measure_capacity` gives them.
         weights: all that was learnt, whole, by name.
     """
 
     trainer: Any
-    history: list[dict[str, Any]]
-    measured: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -13,13 +13,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
-from router_tuning.files import read_json, read_json_lines, scratch_folder, write_json, write_text
+from router_tuning.files import read_json, read_json_lines, scratch_folder, write_text
 from router_tuning.places import ROOT
 from router_tuning.tuning.command.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.tuning.recipes import recipe_defaults
 from router_tuning.tuning.trainer.checkpoints import NEUTRAL, checkpoints, find_fault, remove
-from router_tuning.tuning.trainer.routing_statistics import CAPACITY
 
 TEMPLATE = "chat_template.jinja"
 """The template that a run rendered its conversations in."""
@@ -34,7 +33,6 @@ RESULTS = (
     TEMPLATE,
     "run.json",
     "metrics.jsonl",
-    "routing_history.json",
     ADAPTER,
     MODEL,
     "tensorboard",
@@ -82,22 +80,9 @@ def clear_folder(folder: Path, keep_checkpoints: bool) -> None:
 
 
 def write_results(folder: Path, run: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
-    """Write ``metrics.jsonl``, ``routing_history.json`` and, last, ``run.json``: where it is, the run is complete."""
-    lines = [row for row in history if "loss" in row]
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
-    write_json(folder / "routing_history.json", routing_history(lines))
+    """Write ``metrics.jsonl`` and, last, ``run.json``: where it is, the run is complete."""
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     write_text(folder / "run.json", json.dumps(run, indent=1, default=str) + "\n")
-
-
-def routing_history(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Capacity by router over training: ``{"step": [s], "total": [s], "routers": {name: [s]}}``."""
-    prefix = f"{CAPACITY}_layer_"
-    names = [name for name in lines[0] if name.startswith(prefix)] if lines else []
-    return {
-        "step": [row["step"] for row in lines],
-        "total": [row[CAPACITY] for row in lines],
-        "routers": {name.removeprefix(prefix): [row[name] for row in lines] for name in names},
-    }
 
 
 # ---- what a run left behind

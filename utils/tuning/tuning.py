@@ -54,7 +54,7 @@ def run_tuning(run: Run) -> TunedRun:
     describe(run)
     recipe = load_recipe(run.routing.recipe)
     tuned = recipe.tune(run)
-    if tuned.interrupted:
+    if run.stop.signal:  # the checkpoint is there, results are not
         return tuned
     save_trained(run, tuned)
     try:
@@ -133,16 +133,21 @@ def save_measured(run: Run, tuned: TunedRun) -> None:
         if (config := run.output / "model" / "config.json").is_file():  # calibration has moved the thresholds
             threshold = {"mod_threshold": tuned.model.config.mod_threshold}
             write_json(config, read_json(config) | threshold)
-        write_results(run.output, record_of(run, tuned), tuned.history)
+        write_results(run.output, record_of(run, tuned), losses_of(tuned))
         reached, asked = tuned.measured.get(CAPACITY), run.routing
         if reached is not None and abs(reached - asked.target_capacity) > _TOLERANCE:
             logger.warning(missed_target(reached, asked.target_capacity, asked.recipe))
     tuned.trainer.accelerator.wait_for_everyone()
 
 
+def losses_of(tuned: TunedRun) -> list[dict[str, Any]]:
+    """Log lines of training, each with ``step``, losses and ``capacity*``."""
+    return [row for row in tuned.trainer.state.log_history if "loss" in row]
+
+
 def record_of(run: Run, tuned: TunedRun) -> dict[str, Any]:
     """What ``run.json`` says of a run; every path in it is absolute."""
-    losses = [row for row in tuned.history if "loss" in row]
+    losses = losses_of(tuned)
     return {
         "arguments": run.command.values(),
         **provenance(),

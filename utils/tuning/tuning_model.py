@@ -79,11 +79,6 @@ def routing_of(config: PretrainedConfig, routing: RoutingArguments) -> ModConfig
         raise UserError(f"--{error}") from None
 
 
-def routing_fields(config: ModConfig) -> dict[str, Any]:
-    """A routing as :func:`~router_tuning.model.route` takes it."""
-    return {name: value for name, value in vars(config).items() if value is not None}
-
-
 def load_base(folder: Path, arguments: ModelArguments, config: PretrainedConfig) -> PreTrainedModel:
     """The dense base, frozen. UserError for one that cannot be loaded."""
     options: dict[str, Any] = {"dtype": getattr(torch, arguments.dtype), "config": config, "use_safetensors": True}

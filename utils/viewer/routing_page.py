@@ -15,7 +15,7 @@ def routing_page(data: Mapping[str, Any], title: str) -> str:
     """HTML with data, style and script inside: it opens from a disk, without a network.
 
     ``data`` holds ``routers, prompts, capacity, dynamics`` of :func:`routing_trace.collect`, ``dial`` (a curve, may be
-    empty), ``training`` (``routing_history.json`` or None) and ``metadata`` (``{name: text}``).
+    empty), ``training`` (log lines, may be empty) and ``metadata`` (``{name: text}``).
     """
     # "</" would end the script element that carries the data.
     packed = (

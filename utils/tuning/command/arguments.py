@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
@@ -24,17 +25,15 @@ class ModelArguments:
 
     _argument_group_name = "Base"
 
-    folder_name: str | None = field(default=None, metadata={"help": "folder of the base under ckpt/"})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint folder or hub id of the base"})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "folder or hub id, if not the base's"})
-    model_revision: str | None = field(default=None, metadata={"help": "revision of a hub id"})
-    cache_dir: str | None = field(default=None, metadata={"help": "where hub downloads are kept"})
-    token: str | None = field(default=None, metadata={"help": "hub token, for gated bases"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run model code that comes with the base"})
-    dtype: Literal["auto", "float32", "bfloat16"] = field(
-        default="auto", metadata={"help": "of the base's weights; auto: bfloat16 where that is faster"}
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2"})
+    folder_name: str | None = HfArg(default=None, help="folder of the base under ckpt/")
+    model_name_or_path: str | None = HfArg(default=None, help="checkpoint folder or hub id of the base")
+    tokenizer_name: str | None = HfArg(default=None, help="folder or hub id, if not the base's")
+    model_revision: str | None = HfArg(default=None, help="revision of a hub id")
+    cache_dir: str | None = HfArg(default=None, help="where hub downloads are kept")
+    token: str | None = HfArg(default=None, help="hub token, for gated bases")
+    trust_remote_code: bool = HfArg(default=False, help="run model code that comes with the base")
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="of the base; auto: what is faster")
+    attn_implementation: str | None = HfArg(default=None, help="sdpa, eager or flash_attention_2")
 
     def __post_init__(self) -> None:
         if self.folder_name is None and self.model_name_or_path is None:
@@ -63,35 +62,25 @@ class RoutingArguments:
 
     _argument_group_name = "Routing"
 
-    mod_n: int | None = field(default=None, metadata={"help": "routed layers, deepest but one; default: half"})
-    mod_layers: str | None = field(
-        default=None, metadata={"help": "which: 4,6,8, or attn:4,6+mlp:7,8, or auto (mod_n a part, measured)"}
-    )
-    granularity: str = field(
-        default="attn_sequence", metadata={"help": "attn_ mlp_ block_ + sequence or token; expert_token"}
-    )
-    threshold: float = field(default=0.5, metadata={"help": "τ of the decision score ≥ τ"})
-    router_pooling: str = field(
-        default="sequence", metadata={"help": "what a sequence's score sees: sequence, prompt"}
-    )
-    kv_policy: str = field(
-        default="keep", metadata={"help": "token level: whether skipped tokens offer keys: keep, drop"}
-    )
-    skip: str = field(default="zero", metadata={"help": "for what is skipped: zero, mean, low_rank"})
-    skip_rank: int = field(default=32, metadata={"help": "rank of low_rank"})
-    train_skip: bool = field(default=False, metadata={"help": "skip paths train with the routers"})
-    target_capacity: float = field(default=0.5, metadata={"help": "share of the routed work that should run"})
-    gradient_scale: float = field(default=1.0, metadata={"help": "λ of λ·Σ ReLU(capacity - target)"})
-    router_only: bool = field(default=True, metadata={"help": "False trains the base too (full MoD tuning)"})
-    router_dir: str | None = field(default=None, metadata={"help": "start from the routers saved in this folder"})
-    recipe: Literal["paper", "budget"] = field(
-        default="paper", metadata={"help": "the published one, or budget: holds its target, has a dial"}
-    )
-    lora: bool = field(default=False, metadata={"help": "train LoRA adapters beside the routers"})
-    lora_r: int = field(default=8, metadata={"help": "rank"})
-    lora_alpha: int = field(default=16, metadata={"help": "scale is alpha / r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout in front of the adapters"})
-    lora_target_modules: str = field(default="all-linear", metadata={"help": "comma-separated names, or all-linear"})
+    mod_n: int | None = HfArg(default=None, help="routed layers, deepest but one; default: half")
+    mod_layers: str | None = HfArg(default=None, help="4,6,8, or attn:4,6+mlp:7,8, or auto (mod_n a part, measured)")
+    granularity: str = HfArg(default="attn_sequence", help="attn_ mlp_ block_ + sequence or token; expert_token")
+    threshold: float = HfArg(default=0.5, help="τ of the decision score ≥ τ")
+    router_pooling: str = HfArg(default="sequence", help="what a sequence's score sees: sequence, prompt")
+    kv_policy: str = HfArg(default="keep", help="token level: whether skipped tokens offer keys: keep, drop")
+    skip: str = HfArg(default="zero", help="for what is skipped: zero, mean, low_rank")
+    skip_rank: int = HfArg(default=32, help="rank of low_rank")
+    train_skip: bool = HfArg(default=False, help="skip paths train with the routers")
+    target_capacity: float = HfArg(default=0.5, help="share of the routed work that should run")
+    gradient_scale: float = HfArg(default=1.0, help="λ of λ·Σ ReLU(capacity - target)")
+    router_only: bool = HfArg(default=True, help="False trains the base too (full MoD tuning)")
+    router_dir: str | None = HfArg(default=None, help="start from the routers saved in this folder")
+    recipe: Literal["paper", "budget"] = HfArg(default="paper", help="or budget: holds its target, has a dial")
+    lora: bool = HfArg(default=False, help="train LoRA adapters beside the routers")
+    lora_r: int = HfArg(default=8, help="rank")
+    lora_alpha: int = HfArg(default=16, help="scale is alpha / r")
+    lora_dropout: float = HfArg(default=0.0, help="dropout in front of the adapters")
+    lora_target_modules: str = HfArg(default="all-linear", help="comma-separated names, or all-linear")
 
     def layers(self) -> list[int] | dict[str, list[int]] | None:
         """``mod_layers`` as numbers, by part where it names parts; None for ``auto``."""
@@ -146,20 +135,17 @@ class DataArguments:
 
     _argument_group_name = "Data"
 
-    data_type: str = field(default="alpaca", metadata={"help": "a set under data/reformatted, or mixed"})
-    train_file: str | None = field(default=None, metadata={"help": "JSONL file with messages; overrides data_type"})
-    max_train_samples: int = field(default=1000, metadata={"help": "the first N rows; 0: all"})
-    max_seq_length: int = field(default=2048, metadata={"help": "tokens; longer conversations are cut"})
-    chat_template: str = field(
+    data_type: str = HfArg(default="alpaca", help="a set under data/reformatted, or mixed")
+    train_file: str | None = HfArg(default=None, help="JSONL file with messages; overrides data_type")
+    max_train_samples: int = HfArg(default=1000, help="the first N rows; 0: all")
+    max_seq_length: int = HfArg(default=2048, help="tokens; longer conversations are cut")
+    chat_template: str = HfArg(
         default="auto",
-        metadata={
-            "help": "own (the tokenizer's), published, auto: own where there is one",
-            "nargs": "?",
-            "const": "own",
-        },
+        help="own (the tokenizer's), published, auto: own where there is one",
+        metadata={"nargs": "?", "const": "own"},
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "processes that encode the data"})
-    length_grouping: bool = field(default=True, metadata={"help": "micro-batches of like lengths within a step"})
+    preprocessing_num_workers: int | None = HfArg(default=None, help="processes that encode the data")
+    length_grouping: bool = HfArg(default=True, help="micro-batches of like lengths within a step")
 
     def __post_init__(self) -> None:
         # The published argument was a boolean.
@@ -197,28 +183,24 @@ class TuningArguments(TrainingArguments):
     """
 
     _argument_group_name = "Training"
-    output_dir: str | None = field(default=None, metadata={"help": "default: trained_models/<base>/<data>/<knobs>"})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "delete what an earlier run left there"})
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "auto (the newest complete one, if any) or a checkpoint folder"}
-    )
-    global_batch_size: int = field(default=64, metadata={"help": "sequences per optimizer step, over all processes"})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "sequences per forward pass of a process"})
-    gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "forward passes per step; default: from --global_batch_size"}
-    )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the data"})
-    learning_rate: float = field(default=1e-5, metadata={"help": "peak"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "shape of the learning rate"})
-    warmup_steps: float = field(default=0.03, metadata={"help": "warm-up; below 1: share of all steps"})
-    logging_steps: float = field(default=1, metadata={"help": "optimizer steps between two log lines"})
-    save_steps: float = field(default=10, metadata={"help": "optimizer steps between two checkpoints"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept"})
-    report_to: str = field(default="tensorboard", metadata={"help": "tensorboard, wandb, none, …"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Trainer's; the data has no other columns"})
-    dry_run: bool = field(default=False, metadata={"help": "print sizes, memory and steps; load no weights"})
-    num_processes: int | None = field(default=None, metadata={"help": "with --dry_run or --check_inputs: to plan for"})
-    check_inputs: bool = field(default=False, metadata={"help": "check arguments, base and data, then stop"})
+    output_dir: str | None = HfArg(default=None, help="default: trained_models/<base>/<data>/<knobs>")
+    overwrite_output_dir: bool = HfArg(default=False, help="delete what an earlier run left there")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="auto (the newest whole one, if any) or a folder")
+    global_batch_size: int = HfArg(default=64, help="sequences per optimizer step, over all processes")
+    per_device_train_batch_size: int = HfArg(default=4, help="sequences per forward pass of a process")
+    gradient_accumulation_steps: int | None = HfArg(default=None, help="default: from --global_batch_size")
+    num_train_epochs: float = HfArg(default=1.0, help="passes over the data")
+    learning_rate: float = HfArg(default=1e-5, help="peak")
+    lr_scheduler_type: str = HfArg(default="cosine", help="shape of the learning rate")
+    warmup_steps: float = HfArg(default=0.03, help="warm-up; below 1: share of all steps")
+    logging_steps: float = HfArg(default=1, help="optimizer steps between two log lines")
+    save_steps: float = HfArg(default=10, help="optimizer steps between two checkpoints")
+    save_total_limit: int | None = HfArg(default=2, help="checkpoints kept")
+    report_to: str = HfArg(default="tensorboard", help="tensorboard, wandb, none, …")
+    remove_unused_columns: bool = HfArg(default=False, help="Trainer's; the data has no other columns")
+    dry_run: bool = HfArg(default=False, help="print sizes, memory and steps; load no weights")
+    num_processes: int | None = HfArg(default=None, help="with --dry_run or --check_inputs: to plan for")
+    check_inputs: bool = HfArg(default=False, help="check arguments, base and data, then stop")
 
     def __post_init__(self) -> None:
         # Each would cost a host sync per micro-batch; capacity and loss are read at logging steps.

@@ -12,7 +12,7 @@ def tune(run: Run) -> TunedRun:
     """Train the run's model in place (He et al. 2024, section 3.3). Collective: every rank calls."""
     trainer = RouterTrainer(**run.trainer_options, gradient_scale=run.routing.gradient_scale)
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
-    return TunedRun(trainer=trainer, history=trainer.state.log_history, interrupted=bool(run.stop.signal))
+    return TunedRun(trainer)
 
 
 def measure(run: Run, tuned: TunedRun) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
 
 _LOWEST_SHARE = 0.72
 """Of the decoder's operations. Training at lower budgets costs quality at those in use."""
@@ -14,13 +16,11 @@ class BudgetArguments:
 
     _argument_group_name = "Recipe budget"
 
-    lowest_budget: float | None = field(
-        default=None, metadata={"help": "budgets are drawn from here (0.72 of the decoder, or below the target)"}
-    )
-    highest_budget: float = field(default=0.95, metadata={"help": "to here, shares of the routed operations"})
-    other_rate: float = field(default=1e-4, metadata={"help": "learning rate of adapters, or of the base"})
-    label_tokens: int = field(default=24_000, metadata={"help": "tokens that routers are fitted on in closed form"})
-    calibration_tokens: int = field(default=8_000, metadata={"help": "tokens that thresholds are calibrated on"})
+    lowest_budget: float | None = HfArg(default=None, help="drawn from here (0.72 of the decoder, or below target)")
+    highest_budget: float = HfArg(default=0.95, help="to here, shares of the routed operations")
+    other_rate: float = HfArg(default=1e-4, help="learning rate of adapters, or of the base")
+    label_tokens: int = HfArg(default=24_000, help="tokens that routers are fitted on in closed form")
+    calibration_tokens: int = HfArg(default=8_000, help="tokens that thresholds are calibrated on")
 
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""

@@ -47,8 +47,7 @@ def tune(run: Run) -> TunedRun:
     else:
         trainer, end = RouterTrainer(**run.trainer_options, gradient_scale=0), start.logit
     dial = {"capacity": [0.5], "logit": {name: [value] for name, value in within_limits(run.model, end).items()}}
-    extra = {"dial": dial, "damage": start.damage}
-    return TunedRun(trainer, trainer.state.log_history, interrupted=bool(run.stop.signal), extra=extra)
+    return TunedRun(trainer, extra={"dial": dial, "damage": start.damage})
 
 
 def measure(run: Run, tuned: TunedRun) -> None:
