@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from router_tuning.bases.description import dense_config, fingerprint, read_config
+from router_tuning.bases.description import dense_config, fingerprint
 from router_tuning.bases.shards import tensor_shapes, weight_map
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, route
@@ -29,7 +29,6 @@ from router_tuning.tuning.trainer.interruption import StopOnSignal
 from router_tuning.tuning.tuning_data import RawData, TrainingData, check_file, encode_file, tokenizer_hash
 from router_tuning.tuning.tuning_model import (
     cpu_dtype,
-    identify,
     load_base,
     locate_base,
     mark_trainable,
@@ -43,7 +42,6 @@ class Run:
     Attributes:
         model: routed, and only what trains requires a gradient. data: encoded.
         settings: what a run must share with a checkpoint to continue it.
-        base_fingerprint: for ``router_config.json``; read before an engine cuts the weights.
         resume: the checkpoint to continue, complete and checked, or None. notes: on how it was chosen.
         skip_explained: share of each module's variance that its skip path explained where it was fitted.
 
@@ -54,7 +52,6 @@ class Run:
 
     model: PreTrainedModel
     data: TrainingData
-    base_fingerprint: dict[str, Any]
     skip_explained: dict[str, float]
 
     def __init__(self, command: Command, stop: StopOnSignal | None = None) -> None:
@@ -153,9 +150,6 @@ class Run:
             raise UserError(str(error)) from None
         self.model = mark_trainable(model, self.routing)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.base_fingerprint = identify(self.model)
-        if hub_id := read_config(self.base).get("mod_base"):
-            self.base_fingerprint["name_or_path"] = hub_id
 
     def _add_routing(self, model: PreTrainedModel) -> dict[str, float]:
         routing = self.routing

@@ -21,6 +21,7 @@ from router_tuning.tuning.trainer import checkpoints
 from router_tuning.tuning.trainer.engines import running
 from router_tuning.tuning.trainer.routing_statistics import CAPACITY
 from router_tuning.tuning.tuning_data import tokenizer_hash
+from router_tuning.tuning.tuning_model import identify
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS = 10
@@ -127,9 +128,10 @@ def save_trained(run: Run, tuned: TunedRun) -> None:
 def save_measured(run: Run, tuned: TunedRun) -> None:
     """Routers with their thresholds and calibration, and the record with what was measured. Collective."""
     if run.training.should_save:
+        base = identify(run.base, run.config)
         routing = {name: value for name, value in tuned.weights.items() if "mod_router" in name or "mod_skip" in name}
         routers = {_router_name(name): value for name, value in routing.items()}
-        save_routers(tuned.model, run.output, state=routers, extra={**tuned.extra, "base": run.base_fingerprint})
+        save_routers(tuned.model, run.output, state=routers, extra={**tuned.extra, "base": base})
         if (config := run.output / "model" / "config.json").is_file():  # calibration has moved the thresholds
             threshold = {"mod_threshold": tuned.model.config.mod_threshold}
             write_json(config, read_json(config) | threshold)

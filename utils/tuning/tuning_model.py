@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from router_tuning.bases.description import read_config, row_reader
 from router_tuning.bases.preparing import downloaded
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
@@ -118,15 +119,8 @@ def mark_trainable(model: PreTrainedModel, routing: RoutingArguments) -> PreTrai
     return model
 
 
-def identify(model: PreTrainedModel) -> dict[str, Any]:
-    """:func:`base_fingerprint` of a fresh model, also where ZeRO-3 has already cut its weights. Collective."""
-    parts = [
-        model.get_input_embeddings().weight,
-        *(p for n, p in model.named_parameters() if n.endswith("model.norm.weight")),
-    ]
-    if not hasattr(parts[0], "ds_id"):
-        return base_fingerprint(model)
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parts):
-        return base_fingerprint(model)
+def identify(base: Path, config: PretrainedConfig) -> dict[str, Any]:
+    """:func:`base_fingerprint` of a base by its files: an engine may have cut the weights of a loaded one."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    return base_fingerprint(model, row_reader(base)) | {"name_or_path": read_config(base).get("mod_base", base.name)}

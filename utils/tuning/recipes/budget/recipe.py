@@ -13,8 +13,9 @@ import torch
 
 from router_tuning.errors import UserError
 from router_tuning.model import routed_modules, set_thresholds
-from router_tuning.model.dial import calibrate, capacity_at, logits_at, router_logits
+from router_tuning.model.dial import calibrate, router_logits, shares_at
 from router_tuning.model.flops import saved_shares
+from router_tuning.model.saving import thresholds_for
 from router_tuning.tuning.batching import in_batches, inputs_to_calibrate_on, is_sequence_level
 from router_tuning.tuning.recipes.budget.budget_arguments import BudgetArguments
 from router_tuning.tuning.recipes.budget.closed_form import RIDGES, Start, fit_routers, within_limits
@@ -60,16 +61,12 @@ def measure(run: Run, tuned: TunedRun) -> None:
     training = model.training
     model.eval()
     batches = inputs_to_calibrate_on(_calibration_rows(run), run.collator, is_sequence_level(model))
-    dial = calibrate(model, batches, start=tuned.extra.get("dial"))
-    logit = logits_at(dial, run.routing.target_capacity)
-    set_thresholds(
-        model, {name: float(torch.sigmoid(torch.tensor(z, dtype=torch.double))) for name, z in logit.items()}
-    )
-    logits, modules = router_logits(model, batches), routed_modules(model)
-    runs = {layer_key(modules[name].mod_key): (values >= logit[name]) for name, values in logits.items()}
-    tuned.measured = {CAPACITY: capacity_at(logits, logit)}
-    tuned.measured |= {name: float(share.float().mean()) for name, share in runs.items()}
-    tuned.extra["dial"] = dial
+    tuned.extra["dial"] = dial = calibrate(model, batches, start=tuned.extra["dial"])
+    set_thresholds(model, thresholds_for({"dial": dial}, run.routing.target_capacity, run.output))
+    modules = routed_modules(model)
+    shares = shares_at(router_logits(model, batches), {name: module.mod_logit for name, module in modules.items()})
+    tuned.measured = {CAPACITY: sum(shares.values()) / len(shares)}
+    tuned.measured |= {layer_key(modules[name].mod_key): share for name, share in shares.items()}
     model.train(training)
 
 

@@ -1,41 +1,42 @@
-"""Routers by regression: gates against a model with gates written out, moments and thresholds against plain counts."""
+"""What routers are fitted on, and the fit: gates, damages, moments and thresholds against ones written out."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model
 from tiny_routed import random_skip_paths, routed_model
+from torch.nn.functional import log_softmax
 
 from router_tuning.model import routed_modules
-from router_tuning.tuning.recipes.budget.budgets import Budgets
+from router_tuning.model.router import pooled_mean
+from router_tuning.tuning.recipes.budget.closed_form import RIDGES, fit_router
+from router_tuning.tuning.recipes.budget.damage import drawn, fisher_damage
 from router_tuning.tuning.recipes.budget.gates import curve_of, gates, inputs_seen
-from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
 
 
 def gated_by_hand(dense, modules, paths, decisions, batch):
-    """Logits of the dense model with ``P(h) + m·(F(h) − P(h))`` in place of every routed module, and all ``m``."""
-    found, handles = {}, []
+    """Logits of the dense model with ``P(h) + m·(F(h) − P(h))`` for every routed module, all ``m`` and all ``h``."""
+    found, seen, handles = {}, {}, []
     for name, module in modules.items():
-        layer = dense.model.layers[module.mod_layer]
-        down, up, bias = paths[module.mod_layer, module.mod_part]
+        block, path = dense.model.layers[module.mod_layer], paths.get((module.mod_layer, module.mod_part))
+        place = {"attn": block.self_attn, "mlp": block.mlp, "block": block}[module.mod_part]
 
-        def mix(_, args, kwargs, output, name=name, path=(down, up, bias)):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            gate = found[name] = decisions[name].float().requires_grad_()
-            runs = output[0] if isinstance(output, tuple) else output
-            skipped = hidden @ path[0] @ path[1] + path[2]
-            mixed = skipped + gate[..., None] * (runs - skipped)
+        def mix(_, args, kwargs, output, name=name, path=path, norm=block.input_layernorm, whole=place is block):
+            given = args[0] if args else kwargs["hidden_states"]
+            hidden, stays = (norm(given), given) if whole else (given, 0)
+            seen[name], gate = hidden.detach(), decisions[name].float().requires_grad_()
+            found[name] = gate
+            runs = (output[0] if isinstance(output, tuple) else output) - stays
+            skipped = torch.zeros_like(runs) if path is None else hidden @ path[0] @ path[1] + path[2]
+            mixed = stays + skipped + gate[..., None] * (runs - skipped)
             return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
-        part = {"attn": layer.self_attn, "mlp": layer.mlp}[module.mod_part]
-        handles.append(part.register_forward_hook(mix, with_kwargs=True))
+        handles.append(place.register_forward_hook(mix, with_kwargs=True))
     logits = dense(**batch, use_cache=False).logits
     for handle in handles:
         handle.remove()
-    return logits, found
+    return logits, found, seen
 
 
 def padded_batch(seed=0):
@@ -67,7 +68,7 @@ def test_gates_decide_by_rows_and_get_the_gradient_of_the_decisions(level):
     assert all(d[2].sum() == 1 and d[0].sum() == 9 for d in decisions.values())
     if level == "token":
         assert any(1 < d[1].sum() < 7 for d in decisions.values())
-    by_hand, by_name = gated_by_hand(dense, modules, paths, decisions, batch)
+    by_hand, by_name, _ = gated_by_hand(dense, modules, paths, decisions, batch)
     torch.testing.assert_close(logits[mask], by_hand[mask], atol=1e-4, rtol=1e-4)
     expected = torch.autograd.grad((by_hand * towards).sum(), [by_name[name] for name in modules])
     says = mask & (torch.arange(9) > 0)
@@ -144,29 +145,83 @@ def test_thresholds_of_a_curve_leave_the_share_of_the_operations_that_each_stand
         assert runs / sum(saved) == pytest.approx(float(budget), abs=2e-3)
 
 
-def test_thresholds_follow_the_scores_to_where_a_step_leaves_them():
-    """Read off scores of before it, they would lag behind all that routers learn."""
-    model, generator = routed_model("llama", "attn_token"), torch.Generator().manual_seed(0)
-    modules = routed_modules(model)
-    seen = {name: torch.randn(40, 32, generator=generator) for name in modules}
-    trainer = RegressionTrainer.__new__(RegressionTrainer)
-    trainer.modules, trainer.saved, trainer.prior = modules, [0.1] * len(modules), dict.fromkeys(modules, 3000.0)
-    trainer.args, trainer.policy = (
-        SimpleNamespace(device=torch.device("cpu")),
-        Budgets(dict.fromkeys(modules, 0.5), ridge=0.5, lowest=0.5),
-    )
-    trainer.policy.curve = before = torch.zeros_like(trainer.policy.grid)
+def test_indices_are_drawn_by_their_probability():
+    chances = torch.tensor([[0.0, 0.25, 0.0, 0.75], [1.0, 0.0, 0.0, 0.0]]).repeat(4000, 1)
+    found = drawn(chances, torch.Generator().manual_seed(0)).view(-1, 2)
+    assert set(found[:, 1].tolist()) == {0} and set(found[:, 0].tolist()) == {1, 3}
+    assert abs((found[:, 0] == 1).float().mean() - 0.25) < 0.02
 
-    def scores() -> dict[str, torch.Tensor]:
-        return {n: (m.mod_router(seen[n]) + trainer.policy.bias[n]).detach() for n, m in modules.items()}
 
-    old, everything = scores(), torch.ones(40, 1, dtype=torch.bool)
-    trainer._kept = [{name: (old[name].clone(), seen[name], everything) for name in modules}]
-    steps = {f"{n} step": 1e5 * torch.randn(1, 33, generator=generator).double() for n in modules}
-    counts = {f"{n} count": torch.tensor([40.0]).double() for n in modules}
-    trainer._pending = {**steps, **counts, "ratio": torch.zeros(5, 2).double(), "rows": torch.zeros(5).double()}
-    trainer._apply()
-    now = [values[:, 0] for values in scores().values()]
-    assert all((ours - theirs[:, 0]).abs().mean() > 10 for ours, theirs in zip(now, old.values(), strict=True))
-    expected = 0.8 * before + 0.2 * curve_of(now, trainer.saved, trainer.policy.grid)
-    torch.testing.assert_close(trainer.policy.curve, expected, atol=1e-2, rtol=1e-3)
+@pytest.mark.parametrize("granularity", ["attn_token+mlp_token", "block_token", "attn_sequence+mlp_sequence"])
+@pytest.mark.parametrize("skip", ["zero", "low_rank"])
+def test_damages_are_squares_of_what_gates_written_out_say(granularity, skip):
+    """Of a token, or the mean over the predictions of a sequence, for which targets are drawn four times."""
+    dense, model = tiny_model(), routed_model("llama", granularity, skip=skip, skip_rank=3)
+    paths, modules, sequence = random_skip_paths(model), routed_modules(model), "sequence" in granularity
+    batches = [padded_batch(seed) for seed in range(2)]
+    for batch in batches:  # loss from the fourth token on, and not on the last two of the first row
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"][:, :3] = batch["labels"][0, -2:] = -100
+    before = model(batches[0]["input_ids"], use_cache=False).logits
+    found, generator = fisher_damage(model, batches, seed=5), torch.Generator().manual_seed(5)
+    expected = {name: ([], []) for name in found}
+    for batch in batches:
+        learnt, inputs = batch.pop("labels")[:, 1:] != -100, batch
+        with torch.no_grad():
+            chances = dense(**inputs, use_cache=False).logits[:, :-1][learnt].softmax(-1)
+        everything = dict.fromkeys(modules, torch.ones(3, 9, dtype=torch.bool))
+        logits, gate, seen = gated_by_hand(dense, modules, paths, everything, inputs)
+        likely = log_softmax(logits[:, :-1][learnt], -1)
+        targets = [likely.gather(1, drawn(chances, generator)).sum() for _ in range(4 if sequence else 1)]
+        slopes = [torch.autograd.grad(target, list(gate.values()), retain_graph=True) for target in targets]
+        runs = batch["attention_mask"].bool() & (torch.arange(9) >= int(skip != "zero"))
+        decided = runs.clone()
+        for row, carries in enumerate(learnt):
+            decided[row, int(carries.nonzero().max()) + 1 :] = False
+        for name, drawn_slopes in zip(gate, zip(*slopes, strict=True), strict=True):
+            hidden, damage = expected[name]
+            if sequence:
+                squares = [(slope * runs).sum(1).square() / learnt.sum(1) for slope in drawn_slopes]
+                hidden.append(pooled_mean(seen[name], batch["attention_mask"].bool()))
+                damage.append(0.5 * torch.stack(squares).mean(0))
+            else:
+                hidden.append(seen[name][decided])
+                damage.append(0.5 * drawn_slopes[0].square()[decided])
+    for name, (hidden, damage, decided) in found.items():
+        torch.testing.assert_close(hidden, torch.cat(expected[name][0]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(damage[:, 0], torch.cat(expected[name][1]), atol=1e-4, rtol=2e-3)
+        assert decided.all()
+    assert torch.equal(model(batches[0]["input_ids"], use_cache=False).logits, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("told_apart", [True, False])
+def test_regression_finds_what_damage_depends_on(told_apart):
+    """``d = exp(w·h + b)·χ²``, far from centred; where there is nothing to find, next to nothing is predicted."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.eye(8) + 0.1 * torch.randn(8, 8, generator=generator)
+    hidden = torch.randn(6000, 8, generator=generator) @ mixing + 4
+    weight = torch.linalg.solve(mixing, 0.35 * torch.randn(8, generator=generator)) * told_apart
+    truth = (hidden - 4) @ weight - 5
+    fit = fit_router(hidden, truth.exp() * torch.randn(6000, generator=generator).square())[0]
+    predicted = hidden @ fit.weight + fit.bias
+    assert float(predicted.exp().mean() / truth.exp().mean()) == pytest.approx(1, abs=0.15)
+    if told_apart:
+        assert torch.corrcoef(torch.stack([predicted, truth]))[0, 1] > 0.97 and predicted.std() > 0.8 * truth.std()
+    else:
+        assert predicted.std() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spread", "weight", "times", "best"), [(20_000, 0.2, 4.0, 1, 0.15), (120, 4.0, 0.6, 20, 5.0)]
+)
+def test_the_ridge_is_that_of_least_deviance_on_tokens_left_out(tokens, spread, weight, times, best):
+    """Much data whose signal has little variance want little of it, few data whose signal has much want much."""
+    generator, deviance = torch.Generator().manual_seed(1), dict.fromkeys(RIDGES, 0.0)
+    for _ in range(times):
+        hidden = torch.randn(tokens, 24, generator=generator)
+        hidden[:, 0] *= spread
+        damage = torch.exp(weight * hidden[:, 0] - 5) * torch.randn(tokens, generator=generator).square()
+        for ridge, fit in zip(RIDGES, fit_router(hidden, damage), strict=True):
+            deviance[ridge] += fit.deviance
+    assert min(deviance, key=deviance.get) == best
