@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import re
 import runpy
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -51,68 +51,50 @@ CONFIGS = {
 KEPT = 3  # checkpoints
 
 
+def run_rank(rank: int, port: int, config: str, arguments: list[str], log: Path) -> None:
+    """``entrypoints/finetune/finetune_mod.py`` as a launcher starts it."""
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    launched = engine_worker.environment_of(config)
+    os.environ.update({k: v for k, v in launched.items() if k.startswith(("ACCELERATE_", "FSDP_"))})
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    script = str(ROOT / "entrypoints/finetune/finetune_mod.py")
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
 class Launch:
-    """Two ranks of ``entrypoints/finetune/finetune_mod.py``, forked."""
+    """Two ranks, forked."""
 
     def __init__(self, config: str, arguments: list[str], log: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.started = time.monotonic()
-        self.pids = [self._fork(rank, port, config, arguments, log) for rank in range(WORLD)]
-
-    def _fork(self, rank: int, port: int, config: str, arguments: list[str], log: Path) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        code = 1
-        try:
-            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            launched = engine_worker.environment_of(config)
-            os.environ.update({k: v for k, v in launched.items() if k.startswith(("ACCELERATE_", "FSDP_"))})
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in place.items()})
-            script = str(ROOT / "entrypoints/finetune/finetune_mod.py")
-            sys.argv = [script, *arguments]
-            runpy.run_path(script, run_name="__main__")
-            code = 0
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    def kill(self, ranks: list[int]) -> None:
-        """SIGKILL, now."""
-        for rank in ranks:
-            os.kill(self.pids[rank], signal.SIGKILL)
+        self.started, fork = time.monotonic(), multiprocessing.get_context("fork")
+        ranks = range(WORLD)
+        self.ranks = [fork.Process(target=run_rank, args=(rank, port, config, arguments, log)) for rank in ranks]
+        for process in self.ranks:
+            process.start()
 
     def wait(self, until: float | None = None, ready: Callable[[], Any] = lambda: True) -> list[int] | None:
         """Exit codes once all have ended; None if ``until`` (monotonic seconds) comes first, and it is ``ready``."""
-        codes: dict[int, int] = {}
         failed_at = None
-        while len(codes) < WORLD:
-            for pid in self.pids:
-                if pid not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
-                    codes[pid] = os.waitstatus_to_exitcode(found[1])
+        while None in (codes := [process.exitcode for process in self.ranks]):
             now = time.monotonic()
-            if until is not None and now >= until and not codes and ready():
+            if until is not None and now >= until and codes == [None] * WORLD and ready():
                 return None
-            left = [pid for pid in self.pids if pid not in codes]
-            if any(codes.values()) and left:
-                if failed_at is None:
-                    failed_at = now
-                    for pid in left:
-                        os.kill(pid, signal.SIGTERM)
-                elif now - failed_at > GRACE:
-                    for pid in left:
-                        os.kill(pid, signal.SIGKILL)
+            if any(codes) and failed_at is None:
+                failed_at = now
+                for process in self.ranks:
+                    process.terminate()
+            elif failed_at is not None and now - failed_at > GRACE:
+                for process in self.ranks:
+                    process.kill()
             time.sleep(0.005)
-        return [codes[pid] for pid in self.pids]
+        return codes
 
 
 def cut_short(checkpoint: Path, rng: random.Random) -> str:
@@ -154,7 +136,8 @@ class Engine:
             until, waits = launch.started + after, not self.found and len(records) == most - 1
             codes = launch.wait(until, partial(checkpoints, run)) if waits else launch.wait(until)
             if codes is None:
-                launch.kill(ranks)
+                for rank in ranks:
+                    launch.ranks[rank].kill()
                 launch.wait()
                 found = checkpoints(run)
                 record = {"engine": self.name, "run": self.runs, "killed_ranks": ranks}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from router_tuning.errors import UserError
 from router_tuning.model import force_routing, load_routers, record_routing
-from router_tuning.tuning.batching import predicting_part_of
+from router_tuning.tuning.batching import generated_from
 from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.encoding import encode_row, render_prompt
 
@@ -120,18 +120,18 @@ def test_what_it_would_not_do_is_refused(parts, tmp_path, flags, told):
 
 
 @pytest.mark.parametrize(
-    ("labels", "kept"),
+    ("labels", "prompt", "kept"),
     [
-        ([-100, -100, 7, 8], 3),  # the last answer token predicts nothing
-        ([-100, -100, 7, 8, -100], 3),  # nor does the template behind it
-        ([5, 6, 7, 8], 3),
-        ([-100, -100, -100, -100], 4),  # nothing learnt: all of it
-        ([5], 1),
+        ([-100, -100, 7, 8], 2, 3),  # the last answer token predicts nothing
+        ([-100, -100, 7, 8, -100], 2, 3),  # nor does the template behind it
+        ([5, 6, 7, 8], 1, 3),
+        ([-100, -100, -100, -100], 4, 4),  # nothing learnt: all of it
+        ([5], 1, 1),
     ],
 )
-def test_token_level_is_calibrated_on_what_generation_runs(labels, kept):
-    ids = list(range(len(labels)))
-    assert predicting_part_of({"input_ids": ids, "labels": labels})["input_ids"] == ids[:kept]
+def test_routers_are_calibrated_on_what_generation_runs(labels, prompt, kept):
+    row = {"input_ids": list(range(len(labels))), "labels": labels}
+    assert [len(generated_from(row, level)["input_ids"]) for level in (True, False)] == [prompt, kept]
 
 
 def test_a_resumed_run_ends_with_the_same_bits(parts, tmp_path):

@@ -16,7 +16,7 @@ SETTINGS = {"base": "abc", "granularity": "attn_sequence", "mod_n": 3, "betas": 
 
 
 def write(run, step, settings=SETTINGS):
-    place = checkpoints.place_of(run, step)
+    place = run / f"checkpoint-{step}"
     with publish(place) as folder:
         (folder / "global_step").mkdir(parents=True)
         (folder / "weights.bin").write_bytes(bytes(range(100)))

@@ -89,47 +89,35 @@ def test_one_sgd_step_follows_the_gradient_of_that_loss(encoded, parts, tmp_path
 def test_routers_change_and_everything_else_stays_bit_equal(parts, tmp_path):
     tuned = tiny_tuning.tune(parts, tmp_path / "run", num_train_epochs=1)
     base, start = load_file(parts["base"] / "model.safetensors"), load_file(parts["start"] / "router.safetensors")
-    seen = set()
     for name, parameter in tuned.trainer.model.named_parameters():
-        if "mod_router" in name:
-            assert not torch.equal(parameter, start[name]), name
-            seen.add(name)
-        else:
-            assert torch.equal(parameter, base[name]), name
-            assert parameter.grad is None
-    assert seen == set(start)
+        assert torch.equal(parameter, (base | start)[name]) == ("mod_router" not in name), name
+        assert "mod_router" in name or parameter.grad is None
 
 
 def test_a_checkpoint_holds_what_trains_and_little_else(finished):
-    folder = finished / "checkpoint-6"
-    assert set(load_file(folder / "trainable.safetensors")) == set(load_file(finished / "router.safetensors"))
+    folder, routers = finished / "checkpoint-6", set(load_file(finished / "router.safetensors"))
     moments = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
-    assert set(moments) == set(load_file(finished / "router.safetensors"))
+    assert set(load_file(folder / "trainable.safetensors")) == set(moments) == routers
     assert {"exp_avg", "exp_avg_sq", "step"} <= set(next(iter(moments.values())))
     assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
-    for name in ("scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json"):
-        assert (folder / name).is_file()
 
 
 @pytest.mark.parametrize("step", [2, 4])
 def test_resuming_ends_with_the_same_bits_and_the_same_log(parts, finished, tmp_path, step):
     """Step 2 lies within the first epoch, step 4 in the second."""
     run = tmp_path / "run"
-    run.mkdir()
     shutil.copytree(finished / f"checkpoint-{step}", run / f"checkpoint-{step}")
     tiny_tuning.tune(parts, run, resume_from_checkpoint="auto")
     assert (run / "router.safetensors").read_bytes() == (finished / "router.safetensors").read_bytes()
-    timeless = ("tokens_per_second", "memory_gb")
-    for ours, theirs in zip(tiny_tuning.history(run), tiny_tuning.history(finished), strict=True):
-        assert {k: v for k, v in ours.items() if k not in timeless} == {
-            k: v for k, v in theirs.items() if k not in timeless
-        }
+    ours, theirs = tiny_tuning.history(run), tiny_tuning.history(finished)
+    for line in [*ours, *theirs]:
+        del line["tokens_per_second"], line["memory_gb"]
+    assert ours == theirs
 
 
 def test_dropout_draws_do_not_depend_on_interruptions(parts, tmp_path):
     settings = {"lora": True, "lora_dropout": 0.3, "num_train_epochs": 1, "router_dir": None}
     tiny_tuning.tune(parts, tmp_path / "whole", **settings)
-    (tmp_path / "run").mkdir()
     shutil.copytree(tmp_path / "whole" / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
     torch.manual_seed(123456)
     tiny_tuning.tune(parts, tmp_path / "run", resume_from_checkpoint="auto", **settings)

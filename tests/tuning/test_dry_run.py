@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import tiny_checkpoint
 import tiny_tuning
 
 from router_tuning.errors import UserError
@@ -35,11 +34,3 @@ def test_steps_count_the_rows_that_are_there(parts, tmp_path):
     with pytest.raises(UserError, match="--mod_n 6 must lie in 1…4: the base has 5 layers"):
         dry_run(tiny_tuning.command(parts, tmp_path / "run", mod_layers=None, mod_n=6, **settings))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_base_of_another_architecture(tmp_path, parts):
-    base = tiny_checkpoint.write_base(tmp_path / "mixtral", family="mixtral")
-    (base / "model.safetensors").unlink()
-    settings = {"dry_run": True, "router_dir": None, "granularity": "expert_token"}
-    text = dry_run(tiny_tuning.command({**parts, "base": base}, tmp_path / "run", **settings))
-    assert f"{3 * 4 * 32:,} parameters" in text

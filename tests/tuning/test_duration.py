@@ -5,17 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import tiny_model
-from tiny_tuning import command, write_conversations, write_parts
+from tiny_tuning import command
 
 from router_tuning.tuning import duration
 from router_tuning.tuning.duration import LONG, in_words, reading_rate, tokens_read
 from router_tuning.tuning.run import Run
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    made = write_parts(tmp_path_factory.mktemp("parts"))
-    return made | {"data": write_conversations(made["data"], rows=160)}
 
 
 def encoded_run(parts, folder, **settings) -> Run:
@@ -37,7 +31,7 @@ def test_a_long_run_is_told_how_to_be_short(parts, tmp_path, monkeypatch, caplog
 
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
 def test_few_rows_are_not_counted_as_the_many_that_were_asked_for(parts, tmp_path, granularity):
-    run = encoded_run(parts, tmp_path, recipe="budget", granularity=granularity, calibration_tokens=20_000)
+    run = encoded_run(parts, tmp_path, recipe="budget", granularity=granularity)
     there = sum(run.data.lengths)
     assert there < run.command.budget.calibration_tokens < run.command.budget.label_tokens
     run.steps = 0

@@ -60,15 +60,12 @@ def test_before_the_first_step_there_is_nothing_to_save(parts, tmp_path, stop, s
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-def test_outside_of_training_a_signal_ends_the_process_and_says_how_to_go_on(stop, monkeypatch):
+def test_a_signal_outside_of_training_and_a_late_second_one_end_the_process(stop, monkeypatch):
     told = []
     monkeypatch.setattr("router_tuning.tuning.trainer.interruption.logger.info", told.append)
     with pytest.raises(SystemExit) as ended:
         os.kill(os.getpid(), signal.SIGTERM)
     assert ended.value.code == 143 and "RESUME=auto" in told[0]
-
-
-def test_a_late_second_signal_ends_the_process(stop, monkeypatch):
     stop.training = True
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # the terminal's and the launcher's: one wish

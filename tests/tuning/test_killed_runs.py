@@ -16,24 +16,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def record(tmp_path_factory) -> dict:
-    output = tmp_path_factory.mktemp("kills") / "record.json"
+@pytest.mark.full
+def test_killed_runs_go_on_from_the_newest_complete_checkpoint_and_end_as_undisturbed_ones(tmp_path):
+    output = tmp_path / "record.json"
     command = [sys.executable, ROOT / "tests/support/kill_and_resume.py", "--output", output]
     few = ["--kills", "4", "--epochs", "4", "--engines", "DDP", "--seed", "3"]
     done = subprocess.run([*command, *few], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(output.read_text())
-
-
-@pytest.mark.full
-def test_killed_runs_end_as_undisturbed_ones(record):
+    record = json.loads(output.read_text())
     assert record["kills"] == 4 == record["same_bits_at_the_end"] and record["processes"] == 2
     assert {len(kill["killed_ranks"]) for kill in record["records"]} == {1, 2}, "one rank, and both"
-
-
-@pytest.mark.full
-def test_a_launch_goes_on_from_the_newest_complete_checkpoint(record):
     heard = [kill for kill in record["records"] if kill["then"]]  # the others were killed again before they could say
     assert heard and any(kill["cut_short"] for kill in record["records"])
     for kill in heard:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -70,10 +71,8 @@ class Collator:
         self.pad = tokenizer.eos_token_id if pad is None else pad
 
     def __call__(self, rows: list[Row]) -> Batch:
-        length = max(len(row["input_ids"]) for row in rows)
-
         def padded(values: list[list[int]], fill: int) -> Tensor:
-            return torch.tensor([row + [fill] * (length - len(row)) for row in values])
+            return pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=fill)
 
         ids = [row["input_ids"] for row in rows]
         mask = padded([[1] * len(row) for row in ids], 0)
@@ -128,24 +127,16 @@ def inputs_to_calibrate_on(rows: Sequence[Row], collator: Collator, sequence: bo
     At sequence level a decision is taken on the prompt. At token level tokens run that predict a learnt one, and not
     those behind the last of these: counted, they made generation run 0.7 points less than asked for.
     """
-    return inputs_of([prompt_of(row) if sequence else predicting_part_of(row) for row in rows], collator)
+    return inputs_of([generated_from(row, sequence) for row in rows], collator)
+
+
+def generated_from(row: Row, prompt: bool) -> Row:
+    """The tokens before the last that carries loss, or before the first (the ``prompt``); at least one."""
+    learnt = [place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX] or [len(row["labels"])]
+    length = max(1, learnt[0] if prompt else learnt[-1])
+    return {name: row[name][:length] for name in ("input_ids", "labels")}
 
 
 def is_sequence_level(model: nn.Module) -> bool:
     """Whether every router of a model decides per sequence, so that prompts are all it looks at."""
     return {module.mod_level for module in routed_modules(model).values()} == {"sequence"}
-
-
-def prompt_of(row: Row) -> Row:
-    """The tokens before the first that carries loss (at least one)."""
-    return _first(row, next((i for i, label in enumerate(row["labels"]) if label != IGNORE_INDEX), len(row["labels"])))
-
-
-def predicting_part_of(row: Row) -> Row:
-    """The tokens before the last one that carries loss (at least one)."""
-    behind = next((i for i, label in enumerate(reversed(row["labels"]), 1) if label != IGNORE_INDEX), 0)
-    return _first(row, len(row["labels"]) - behind)
-
-
-def _first(row: Row, length: int) -> Row:
-    return {name: row[name][: max(1, length)] for name in ("input_ids", "labels")}

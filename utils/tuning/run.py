@@ -190,7 +190,7 @@ class TunedRun:
     """Outcome of a recipe: of its ``tune(run)``, completed by its ``measure(run, tuned)`` once that is saved.
 
     Attributes:
-        trainer: gives the trained weights (``gather_trained``), collective.
+        trainer: which trained, with its log.
         extra: entries for ``router_config.json`` (calibration).
         measured: capacities of the final routers, as :meth:`RouterTrainer.measure_capacity` gives them.
         weights: all that was learnt, whole, by name.

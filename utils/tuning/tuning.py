@@ -18,6 +18,7 @@ from router_tuning.tuning.recipes import load_recipe
 from router_tuning.tuning.run import Run, TunedRun, steps_of
 from router_tuning.tuning.run_folder import TEMPLATE, clear_folder, write_results
 from router_tuning.tuning.trainer import checkpoints
+from router_tuning.tuning.trainer.engine_state import gather_weights
 from router_tuning.tuning.trainer.engines import running
 from router_tuning.tuning.trainer.routing_statistics import CAPACITY
 from router_tuning.tuning.tuning_data import tokenizer_hash
@@ -110,7 +111,7 @@ def describe(run: Run) -> None:
 
 def save_trained(run: Run, tuned: TunedRun) -> None:
     """Routers always; the adapter, or the whole model, where it trained; and the record. Collective."""
-    tuned.weights = tuned.trainer.gather_trained()
+    tuned.weights = gather_weights(tuned.trainer.model)
     if run.training.should_save:
         model = tuned.model
         if isinstance(model, PeftModel):

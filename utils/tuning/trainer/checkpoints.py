@@ -38,11 +38,6 @@ The number of forward passes of a step is not among the others: the global batch
 _HASHED_UP_TO = 256 << 20  # bytes; larger files are checked by size alone
 
 
-def place_of(run: Path, step: int) -> Path:
-    """The folder of a checkpoint."""
-    return run / f"checkpoint-{step}"
-
-
 def describe(folder: Path, settings: Mapping[str, Any]) -> None:
     """Flush every file of a checkpoint to disk, and list them all in its manifest."""
     files = {}

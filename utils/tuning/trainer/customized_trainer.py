@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from router_tuning.files import publish
-from router_tuning.model import RoutingLog, capacity_penalty, prompt_length_from, record_routing
+from router_tuning.model import RoutingLog, capacity_penalty, record_routing
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.trainer import checkpoints, engine_state
 from router_tuning.tuning.trainer.console import show_lines
@@ -69,11 +71,8 @@ class RouterTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ):
         """Task loss of a micro-batch plus its share of the penalty."""
-        if "labels" in inputs:  # which label smoothing takes away
-            labels, mask = inputs["labels"], inputs.get("attention_mask")
-            inputs = {"prompt_length": prompt_length_from(labels, mask), "penalty_weight": 0.0, **inputs}
         with record_routing(model) as log:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, {**inputs, "penalty_weight": 0.0}, True, num_items_in_batch)
         if self.model.training:
             counted, penalty = num_items_in_batch is not None, capacity_penalty(model)
             self.note_losses(log, loss, penalty, inputs, counted)
@@ -129,7 +128,7 @@ class RouterTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write what trains, optimizer, schedule, random state and position; the folder appears when all is there."""
-        place = checkpoints.place_of(Path(self.args.output_dir), self.state.global_step)
+        place = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self.store_flos()
         with publish(place) if self.args.should_save else nullcontext() as draft:
             [folder] = broadcast_object_list([draft])
@@ -185,10 +184,6 @@ class RouterTrainer(Trainer):
 
     # ---- results
 
-    def gather_trained(self) -> dict[str, Tensor]:
-        """All that trains, whole, on the CPU, by the names of the unwrapped model. Collective: every rank calls."""
-        return engine_state.gather_weights(self.model)
-
     def measure_capacity(self, micro_batches: int) -> dict[str, float]:
         """Capacity of the routers as they are now, over ``micro_batches`` micro-batches per process, without learning.
 
@@ -199,9 +194,7 @@ class RouterTrainer(Trainer):
         self.order.set_epoch(0)
         loader = self.get_train_dataloader()
         self.current_gradient_accumulation_steps = 1
-        for number, inputs in enumerate(loader):
-            if number == micro_batches:
-                break
-            self.model.train()
+        self.model.train()
+        for inputs in islice(loader, micro_batches):
             self.compute_loss(self.model_wrapped, self._prepare_inputs(inputs))
         return self.statistics.read(1)

@@ -64,10 +64,8 @@ class Budgets(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        made = {name: getattr(self, name) for name in ("bias", "ridge", "lowest", "highest")}
         kept = {"bias": self.bias, "ridge": self.ridge, "seen": self.seen}
-        kept |= {"curve": self.curve.tolist(), "ratio": self.ratio.tolist()}
-        return {"args": made, "attributes": kept}
+        return {"args": {}, "attributes": kept | {"curve": self.curve.tolist(), "ratio": self.ratio.tolist()}}
 
     def restore(self, checkpoint: Path) -> None:
         """Inverse of :meth:`state`."""

@@ -7,17 +7,13 @@ requested share of the routed work runs, and a dial that reaches any other share
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from router_tuning.errors import UserError
 from router_tuning.model import routed_modules, set_thresholds
 from router_tuning.model.dial import calibrate, router_logits, shares_at
-from router_tuning.model.flops import saved_shares
 from router_tuning.model.saving import thresholds_for
 from router_tuning.tuning.batching import in_batches, inputs_to_calibrate_on, is_sequence_level
-from router_tuning.tuning.recipes.budget.budget_arguments import BudgetArguments
 from router_tuning.tuning.recipes.budget.closed_form import RIDGES, Start, fit_routers, within_limits
 from router_tuning.tuning.recipes.budget.gates import inputs_seen, router_of
 from router_tuning.tuning.recipes.budget.regression import RegressionTrainer
@@ -60,7 +56,9 @@ def measure(run: Run, tuned: TunedRun) -> None:
     model = tuned.model
     training = model.training
     model.eval()
-    batches = inputs_to_calibrate_on(_calibration_rows(run), run.collator, is_sequence_level(model))
+    sequence = is_sequence_level(model)
+    rows = run.rows(run.command.budget.calibration_tokens * (2 if sequence else 1), other=True)
+    batches = inputs_to_calibrate_on(rows, run.collator, sequence)
     tuned.extra["dial"] = dial = calibrate(model, batches, start=tuned.extra["dial"])
     set_thresholds(model, thresholds_for({"dial": dial}, run.routing.target_capacity, run.output))
     modules = routed_modules(model)
@@ -94,9 +92,8 @@ def _trained(run: Run, start: Start) -> tuple[RouterTrainer, dict[str, float]]:
     inputs, scores = inputs_seen(model, batches, bias)
     trainer = RegressionTrainer(
         **run.trainer_options,
-        recipe=_budgets(run),
+        recipe=run.command.budget,
         distil=run.routing.trains == "routers",
-        saved=saved_shares(model),
         inputs=inputs,
         start=start,
         scores=scores,
@@ -105,16 +102,5 @@ def _trained(run: Run, start: Start) -> tuple[RouterTrainer, dict[str, float]]:
     return trainer, {name: -bias for name, bias in trainer.policy.bias.items()}
 
 
-def _budgets(run: Run) -> BudgetArguments:
-    """The recipe's settings with the lowest budget that this run trains at."""
-    budget, saved = run.command.budget, sum(saved_shares(run.model).values())
-    return replace(budget, lowest_budget=budget.lowest(run.routing.target_capacity, saved))
-
-
 def _label_rows(run: Run) -> list[dict[str, list[int]]]:
     return run.rows(run.command.budget.label_tokens * (_SEQUENCES if is_sequence_level(run.model) else 1))
-
-
-def _calibration_rows(run: Run) -> list[dict[str, list[int]]]:
-    times = 2 if is_sequence_level(run.model) else 1
-    return run.rows(run.command.budget.calibration_tokens * times, other=True)

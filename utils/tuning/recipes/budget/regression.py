@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from router_tuning.model import capacity_penalty, record_routing, routed_modules
+from router_tuning.model.flops import saved_shares
 from router_tuning.tuning.recipes.budget.budget_arguments import BudgetArguments
 from router_tuning.tuning.recipes.budget.budgets import BINS, Budgets
 from router_tuning.tuning.recipes.budget.closed_form import Start
@@ -59,7 +60,6 @@ class RegressionTrainer(RouterTrainer):
 
     Args:
         recipe: its settings. distil: whether the loss is the divergence from the dense model, else the task's.
-        saved: share of the decoder's operations that skipping saves, by router.
         inputs: what routers see, by router. start: thresholds, and the ridge under what they see.
         scores: ``W·h + b`` of some decisions, by router.
     """
@@ -69,7 +69,6 @@ class RegressionTrainer(RouterTrainer):
         *args,
         recipe: BudgetArguments,
         distil: bool,
-        saved: Mapping[str, float],
         inputs: Mapping[str, Seen],
         start: Start,
         scores: Mapping[str, Tensor],
@@ -77,11 +76,12 @@ class RegressionTrainer(RouterTrainer):
     ) -> None:
         super().__init__(*args, gradient_scale=0.0, **kwargs)
         self.recipe, self.distil, self.inputs = recipe, distil, inputs
-        self.modules = routed_modules(self.model)
+        self.modules, saved = routed_modules(self.model), saved_shares(self.model)
         self.saved = [saved[name] for name in self.modules]
         self.prior = {name: max(1.0, _PRIOR * len(scores[name])) for name in self.modules}
         bias = {name: -logit for name, logit in start.logit.items()}
-        self.policy = Budgets(bias, start.ridge, recipe.lowest_budget, recipe.highest_budget)
+        lowest = recipe.lowest(self.model.config.mod_target_capacity, sum(self.saved))
+        self.policy = Budgets(bias, start.ridge, lowest, recipe.highest_budget)
         self.policy.curve = curve_of([scores[name] for name in self.modules], self.saved, self.policy.grid)
         self.policy.after_step = self._apply
         self.add_callback(self.policy)
