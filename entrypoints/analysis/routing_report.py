@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from router_tuning.checkpoint.loading import add_arguments, opened
 from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.documents import encoded, read_rows, rendered
-from router_tuning.files import read_json, write_json, write_text
+from router_tuning.files import write_json, write_text
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.provenance import provenance
 from router_tuning.tuning.batching import Collator

@@ -20,11 +20,11 @@ def encoded_run(parts, folder, **settings) -> Run:
 
 @pytest.mark.parametrize("hours", [0.5, 3.0])
 def test_a_long_run_is_told_how_to_be_short(parts, tmp_path, monkeypatch, caplog, hours):
-    run, before = encoded_run(parts, tmp_path), torch.get_rng_state()
-    assert reading_rate(tiny_model(), 2, 32) > 0 and torch.equal(torch.get_rng_state(), before)
+    run, model, before = encoded_run(parts, tmp_path), tiny_model(), torch.get_rng_state()
+    assert reading_rate(model, 2, 32) > 0 and torch.equal(torch.get_rng_state(), before)
     monkeypatch.setattr(duration, "reading_rate", lambda *_: tokens_read(run) / (hours * LONG))
     caplog.set_level("INFO", logger="router_tuning")
-    duration.tell_duration(run, tiny_model())
+    duration.tell_duration(run, model)
     assert f"estimate: about {in_words(hours * LONG)}" in caplog.text
     assert ("fewer --max_train_samples" in caplog.text) == (hours > 1)
 
