@@ -28,7 +28,8 @@ def test_cost_reports_shares_bytes_and_times(pair, batches):
     found = cost.measure_cost(dense, routed, batches, new_tokens=3, repeats=2, under=force_routing(routed, False))
     assert found["capacity"] == {"1.attn": 0, "2.attn": 0} and found["prompts"] == 4
     assert found["prompt_tokens"] == sum(int(batch["attention_mask"].sum()) for batch in batches)
-    assert found["share"] == pytest.approx(flops_share(routed, 0.0)) and found["kv_share"] == pytest.approx(3 / 5)
+    assert found["share"] == found["generate"]["share"] == pytest.approx(flops_share(routed, 0.0))
+    assert found["kv_share"] == pytest.approx(3 / 5)
     places = sum(batch["input_ids"].numel() for batch in batches)
     assert found["kv_bytes_dense"] == 5 * 2 * places * 2 * 8 * 4  # layers; keys and values, 2 heads of 8 floats
     for part in ("prefill", "generate"):
@@ -36,10 +37,11 @@ def test_cost_reports_shares_bytes_and_times(pair, batches):
 
 
 def test_times_are_medians_over_rounds_with_both_sides_in_each(pair, batches, monkeypatch):
-    seconds = iter([100.0, 100.0, 8.0, 4.0, 3.0, 9.0, 7.0, 5.0])  # dense goes first in every other round
+    seconds = iter([100.0, 100.0, 8.0, 4.0, 3.0, 9.0, 7.0, 5.0] + [1.0] * 8)  # dense first in every other round
     monkeypatch.setattr(cost, "timed", lambda run, device: next(seconds))
-    found = cost.interleaved_times(*pair, batches, 5, repeats=3)
-    assert found == {"seconds_dense": 4.0, "seconds_routed": 8.0, "time_ratio": 2.0}, "without the first round"
+    found = cost.measure_cost(*pair, batches, new_tokens=2, repeats=3)["prefill"]
+    expected = {"share": 1.0, "seconds_dense": 4.0, "seconds_routed": 8.0, "time_ratio": 2.0}
+    assert found == expected, "without the first round"
 
 
 def test_whoever_takes_turns_goes_first_in_turn():

@@ -37,49 +37,56 @@ def measure_cost(
         under: a context around all of it, such as imposed decisions.
 
     Returns:
-        ``share`` and ``capacity`` on the prompts, ``kv_bytes_dense``, ``kv_bytes_routed``, ``kv_share`` (keys and
-        values held after them), and for ``prefill`` and ``generate`` what :func:`interleaved_times` gives.
+        ``share`` of the decoder's operations and ``capacity`` on the prompts; ``kv_bytes_dense``, ``kv_bytes_routed``,
+        ``kv_share`` (keys and values held after them); and for ``prefill`` and ``generate`` the ``share`` that ran,
+        ``seconds_dense`` and ``seconds_routed``, medians of the rounds after a first that warms up, and
+        ``time_ratio``, that of the two.
     """
     dense.eval(), routed.eval()
+    models = {"dense": dense, "routed": routed}
     with under or nullcontext():
         with record_routing(routed) as log:
-            held = [
-                sum(kv_cache_bytes(model(**batch, use_cache=True).past_key_values) for batch in batches)
-                for model in (dense, routed)
-            ]
-        return {
+            held = {
+                name: sum(kv_cache_bytes(_run(model, batch, 0).past_key_values) for batch in batches)
+                for name, model in models.items()
+            }
+        found = {
             **executed(routed, log),
-            "kv_bytes_dense": held[0],
-            "kv_bytes_routed": held[1],
-            "kv_share": held[1] / held[0],
+            "kv_bytes_dense": held["dense"],
+            "kv_bytes_routed": held["routed"],
+            "kv_share": held["routed"] / held["dense"],
             "prompts": sum(len(batch["input_ids"]) for batch in batches),
             "prompt_tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
             "new_tokens": new_tokens,
             "repeats": repeats,
-            "prefill": interleaved_times(dense, routed, batches, 0, repeats),
-            "generate": interleaved_times(dense, routed, batches, new_tokens, repeats),
         }
+        for phase, tokens in (("prefill", 0), ("generate", new_tokens)):
+            with record_routing(routed) as log:
+                _run_all(routed, batches, tokens)
+            runs = {
+                name: lambda _, model=model, tokens=tokens: timed(
+                    lambda: _run_all(model, batches, tokens), model.device
+                )
+                for name, model in models.items()
+            }
+            times = in_turns(runs, repeats + 1, f"time, {phase}")
+            seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
+            found[phase] = {
+                "share": executed(routed, log)["share"],
+                **{f"seconds_{name}": value for name, value in seconds.items()},
+                "time_ratio": seconds["routed"] / seconds["dense"],
+            }
+    return found
 
 
-def interleaved_times(
-    dense: PreTrainedModel, routed: PreTrainedModel, batches: Sequence[Batch], new_tokens: int, repeats: int
-) -> dict[str, float]:
-    """``seconds_dense`` and ``seconds_routed``, medians over rounds in which both take turns, and ``time_ratio``.
+def _run_all(model: PreTrainedModel, batches: Sequence[Batch], new_tokens: int) -> None:
+    for batch in batches:
+        _run(model, batch, new_tokens)
 
-    The ratio is that of the two medians. A first round warms up.
 
-    Args:
-        new_tokens: 0 times the forward over the prompts, else generation of exactly that many tokens.
-    """
+def _run(model: PreTrainedModel, batch: Batch, new_tokens: int) -> Any:
+    """Generation of exactly so many tokens; with 0 the forward pass that it begins with."""
+    if not new_tokens:
+        return model(**batch, use_cache=True, logits_to_keep=1)
     options = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "pad_token_id": 0}
-
-    def run(model: PreTrainedModel) -> None:
-        for batch in batches:
-            model.generate(**batch, **options) if new_tokens else model(**batch, use_cache=True)
-
-    models = {"dense": dense, "routed": routed}
-    runs = {name: lambda _, model=model: timed(lambda: run(model), model.device) for name, model in models.items()}
-    found = in_turns(runs, repeats + 1, f"time, {new_tokens} new tokens")
-    seconds = {name: statistics.median(values[1:]) for name, values in found.items()}
-    ratio = seconds["routed"] / seconds["dense"]
-    return {"seconds_dense": seconds["dense"], "seconds_routed": seconds["routed"], "time_ratio": ratio}
+    return model.generate(**batch, **options)

@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,9 @@ class Group:
         return [r["texts"][name][key] for r in self.records if key in r.get("texts", {}).get(name, {})]
 
     def costs(self, *keys: str) -> list[float]:
-        """A value of ``measure_cost``, one per seed."""
-        return [reduce(getitem, keys, record["cost"]) for record in self.records if "cost" in record]
+        """A value of ``measure_cost``, one per seed; seeds without it are left out."""
+        found = [reduce(lambda part, key: part.get(key, {}), keys, record.get("cost", {})) for record in self.records]
+        return [value for value in found if value != {}]
 
 
 def grouped(records: Sequence[Record]) -> list[Group]:
@@ -133,6 +133,7 @@ def summary_table(records: Sequence[Record]) -> Table:
             row[f"KL, {text}"] = with_deviation(group.texts(text, "kl"))
             row[f"ppl, {text}"] = with_deviation(group.texts(text, "perplexity"))
         for phase in ("prefill", "generate"):
+            row[f"FLOPs, {phase}"] = with_deviation(group.costs(phase, "share"))
             row[f"time, {phase}"] = with_deviation(group.costs(phase, "time_ratio"))
         rows.append({**row, "KV bytes": with_deviation(group.costs("kv_share"))})
     return Table.of(rows)
