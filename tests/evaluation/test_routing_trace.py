@@ -96,7 +96,7 @@ def test_collect_summarises_what_the_prompts_show(routed, token_model, tokenizer
 
 def test_capacities_by_position_and_phase():
     keep = [1.0] * 10 + [0.0] * 10
-    prompts = [{"task": "t", "prompt_tokens": 15, "routers": {"2.mlp": {"keep": keep, "score": None}}}]
+    prompts = [{"task": "t", "tokens": keep, "prompt_tokens": 15, "routers": {"2.mlp": {"keep": keep, "score": None}}}]
     found = capacities(prompts, ["2.mlp"])
     assert found["by_position"]["2.mlp"] == [1.0] * 5 + [0.0] * 5 and found["total"] == 0.5
     assert found["by_phase"]["2.mlp"] == {"prompt": pytest.approx(2 / 3), "generated": 0.0}

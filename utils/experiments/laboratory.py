@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from router_tuning.errors import UserError
 from router_tuning.evaluation.controls import Removed, random_masks, removal_order, removed
 from router_tuning.evaluation.documents import Document, prompt_batches, read_documents, read_rows, rendered
 from router_tuning.evaluation.records import Record, cell_name
-from router_tuning.evaluation.scoring import Benchmark, Under, score
+from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.evaluation.tasks import requested_tokens
 from router_tuning.evaluation.texts import batches_of, vocabulary
 from router_tuning.experiments.plan import Cell, Plan
@@ -51,6 +52,7 @@ class Laboratory:
 
     def __init__(self, plan: Plan, results: Path, work: Path) -> None:
         self.plan, self.results, self.work = plan, results, work
+        self.base = plan.path(plan.base)
         self._removables: dict[str, PreTrainedModel] = {}
 
     def done(self) -> dict[str, Record]:
@@ -90,14 +92,12 @@ class Laboratory:
         cells, plan = self.missing(groups), self.plan
         if not cells:
             return "nothing is missing"
-        search = self._search_documents()
-        probed, rate = sum(len(document["input_ids"]) for document in search), reading_rate(self.dense)
-        texts = [document for documents in self.benchmark.texts.values() for document in documents]
+        rate = reading_rate(self.dense)
         tokens = requested_tokens(plan.tasks, plan.documents, self.tokenizer, plan.num_fewshot)
-        tokens = len(cells) * (tokens + 2 * sum(len(document["input_ids"]) for document in texts))
-        modules = 2 * self.dense.config.get_text_config().num_hidden_layers
-        looks = modules * (1 + plan.candidates // 4)
-        tokens += probed * looks * len({cell.policy for cell in cells if cell.policy.startswith("static")})
+        tokens = len(cells) * (tokens + 2 * sum(map(token_count, self.benchmark.texts.values())))
+        looks = 2 * self.dense.config.get_text_config().num_hidden_layers * (1 + plan.candidates // 4)
+        searches = len({cell.policy for cell in cells if cell.policy.startswith("static")})
+        tokens += searches * looks * token_count(self._search_documents())
         runs = len({(cell.recipe, cell.granularity, cell.seed) for cell in cells if cell.policy == "routed"})
         told = f"{len(cells)} cells at {rate:.0f} tokens a second: about {in_words(tokens / rate)}"
         return f"{told}, beside {runs} tuning runs, which tell their own time"
@@ -105,19 +105,9 @@ class Laboratory:
     # ---- what cells are scored on
 
     @cached_property
-    def base(self) -> Path:
-        """Folder of the base."""
-        return self.plan.path(self.plan.base)
-
-    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's."""
         return load_tokenizer(self.base)
-
-    @cached_property
-    def collate(self) -> Collator:
-        """Pads documents."""
-        return Collator(self.tokenizer)
 
     @cached_property
     def dense(self) -> PreTrainedModel:
@@ -128,12 +118,10 @@ class Laboratory:
     def benchmark(self) -> Benchmark:
         """What every cell is scored on."""
         plan, prompts = self.plan, []
-        texts = {
-            name: read_documents(
-                plan.path(text["file"]), self.tokenizer, text["documents"], text["max_tokens"], text["first"]
-            )
-            for name, text in plan.texts.items()
-        }
+        texts = {}
+        for name, text in plan.texts.items():
+            size = (text["documents"], text["max_tokens"], text["first"])
+            texts[name] = read_documents(plan.path(text["file"]), self.tokenizer, *size)
         if plan.timed:
             rows = read_rows(plan.path(plan.texts[plan.timed]["file"]))[plan.texts[plan.timed]["first"] :]
             shown = [text for _, text in rendered(rows[: plan.timed_prompts], self.tokenizer)]
@@ -144,31 +132,28 @@ class Laboratory:
 
     def _score(self, cell: Cell) -> Record:
         policy, _, kind = cell.policy.partition("_")
-        make = {"dense": self._dense, "routed": self._routed, "random": self._random, "static": self._static}[policy]
-        model, under = make(cell, kind)
+        parts = self._controlled(cell) if policy in ("random", "static") else {}
+        if policy == "static":
+            model, order = self._removable(kind), self._order(kind, min(part["share"] for part in parts.values()))
+        else:
+            model = self.dense if policy == "dense" else self._routed(cell)
+
+        def under(name: str) -> AbstractContextManager:
+            if policy == "random":
+                return random_masks(model, parts[name]["capacity"], cell.seed or 0)
+            return removed(model, order, parts[name]["share"]) if policy == "static" else nullcontext()
+
         timed = policy in ("routed", "static") and cell.seed == self.plan.seeds[0]
         return score(self.benchmark, self.dense, model, self.tokenizer, vars(cell), under, timed)
 
     # ---- policies
 
-    def _dense(self, *_: Any) -> tuple[PreTrainedModel, None]:
-        return self.dense, None
-
-    def _routed(self, cell: Cell, *_: Any) -> tuple[PreTrainedModel, None]:
+    def _routed(self, cell: Cell) -> PreTrainedModel:
         run = self.trained(cell)
         lowest = read_router_config(run).get("dial", {}).get("flops", [0.0])[0]
         if cell.budget is not None and cell.budget < lowest:
             raise OutOfReach(f"{lowest:.3f} of the decoder's operations is left where its routers skip all")
-        return load_tuned(self.base, run, flops=cell.budget, dtype=self.plan.dtype), None
-
-    def _random(self, cell: Cell, *_: Any) -> tuple[PreTrainedModel, Under]:
-        model, parts = self._routed(cell)[0], self._controlled(cell)
-        return model, lambda name: random_masks(model, parts[name]["capacity"], cell.seed or 0)
-
-    def _static(self, cell: Cell, kind: str) -> tuple[PreTrainedModel, Under]:
-        parts, model = self._controlled(cell), self._removable(kind)
-        order = self._order(kind, min(part["share"] for part in parts.values()))
-        return model, lambda name: removed(model, order, parts[name]["share"])
+        return load_tuned(self.base, run, flops=cell.budget, dtype=self.plan.dtype)
 
     def _controlled(self, cell: Cell) -> dict[str, Any]:
         """What the routed cell that a control stands beside ran and left of every task and text."""
@@ -209,7 +194,7 @@ class Laboratory:
             layers = list(range(dense.config.get_text_config().num_hidden_layers))
             model = route(dense, mod_layers=layers, granularity=granularity, router_pooling="prompt").eval()
             if kind != "zero":
-                found = batches_of(self._search_documents(fit=True), self.collate, vocabulary(model))
+                found = batches_of(self._search_documents(fit=True), Collator(self.tokenizer), vocabulary(model))
                 inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for _, batch in found]
                 try:
                     fit_skip_paths(model, inputs, kind)
@@ -239,7 +224,7 @@ class Laboratory:
         if not order or order[-1][-1] > share:
             # Some texts run less of a policy than others: a little further, so that it need not be found twice.
             model, lowest = self._removable(kind), min([share, *plan.budgets]) - 0.05
-            order = removal_order(self.dense, model, documents, self.collate, lowest, plan.candidates)
+            order = removal_order(self.dense, model, documents, Collator(self.tokenizer), lowest, plan.candidates)
             write_json(path, [tuple(step) for step in order])
         if order[-1][-1] > share:
             raise OutOfReach(f"removing every module leaves {order[-1][-1]:.3f} of the decoder's operations")
@@ -253,3 +238,8 @@ def _mark(settings: Any) -> str:
 def shard(groups: Sequence[Sequence[Cell]], number: int, count: int) -> Iterator[Sequence[Cell]]:
     """The share of process ``number`` of ``count``, from 1, on any host: groups go round the processes in turn."""
     return (group for place, group in enumerate(groups) if place % count == number - 1)
+
+
+def token_count(documents: Sequence[Document]) -> int:
+    """Tokens of some documents."""
+    return sum(len(document["input_ids"]) for document in documents)

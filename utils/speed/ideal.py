@@ -8,37 +8,11 @@ from __future__ import annotations
 
 import copy
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from router_tuning.model import ModConfig
 from router_tuning.model.keys_values import project_kv
-
-
-class _NoUpdate(nn.Module):
-    """A module that was cut out: no update, no work."""
-
-    def __init__(self, pair: bool) -> None:
-        super().__init__()
-        self.pair = pair
-
-    def forward(self, *args, hidden_states: Tensor | None = None, **kwargs):
-        zero = (args[0] if hidden_states is None else hidden_states).new_zeros(())
-        return (zero, None) if self.pair else zero
-
-
-class _KeysOnly(nn.Module):
-    """Attention that fills the cache and does nothing else."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, hidden_states: Tensor, position_embeddings, past_key_values=None, **kwargs):
-        states = project_kv(self.attention, hidden_states, position_embeddings)
-        if past_key_values is not None:
-            past_key_values.update(*states, self.attention.layer_idx)
-        return hidden_states.new_zeros(()), None
 
 
 def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -52,8 +26,16 @@ def reduced(dense: PreTrainedModel, routing: ModConfig) -> PreTrainedModel:
     model = shared_copy(dense)
     for index, part in routing.targets:
         layer, keys_only = model.model.layers[index], routing.kv_policy == "keep" and routing.parts[part] == "token"
-        if part in ("attn", "block"):
-            layer.self_attn = _KeysOnly(layer.self_attn) if keys_only else _NoUpdate(pair=True)
         if part in ("mlp", "block"):
-            layer.mlp = _NoUpdate(pair=False)
+            layer.mlp.forward = lambda hidden_states: hidden_states.new_zeros(())
+        if part in ("attn", "block"):
+
+            def attend(hidden_states: Tensor, position_embeddings, past_key_values=None, own=layer.self_attn,
+                       keys_only=keys_only, **_):  # fmt: skip
+                states = project_kv(own, hidden_states, position_embeddings) if keys_only else None
+                if keys_only and past_key_values is not None:
+                    past_key_values.update(*states, own.layer_idx)
+                return hidden_states.new_zeros(()), None
+
+            layer.self_attn.forward = attend
     return model

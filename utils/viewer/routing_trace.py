@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from router_tuning.model import RoutingLog, record_routing, routed_modules, set_
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import encode_text, render_prompt
 
-POSITION_BINS = 10
+BINS = 10
+PHASES = ("prompt", "generated")
 BATCH = 16
 _PARTS = "¹²³⁴⁵⁶⁷⁸"
 _MOST_PARTS = len(_PARTS)
@@ -184,24 +185,33 @@ def capacities(prompts: Sequence[Mapping[str, Any]], names: Sequence[str]) -> di
 
     Every prompt weighs the same, whatever its length; every router weighs the same in ``total``.
     """
-    shares = {name: [_share(prompt["routers"][name]["keep"]) for prompt in prompts] for name in names}
-    tasks = list(dict.fromkeys(prompt["task"] for prompt in prompts))
-    by_task = {
-        task: {
-            name: _mean([s for s, prompt in zip(shares[name], prompts, strict=True) if prompt["task"] == task])
-            for name in names
-        }
-        for task in tasks
-    }
+
+    def mean_share(name: str, task: str | None = None) -> float:
+        keeps = [prompt["routers"][name]["keep"] for prompt in prompts if task in (None, prompt["task"])]
+        return _mean([_mean(keep) if isinstance(keep, list) else keep for keep in keeps])
+
+    def mean_by(name: str, group_of: Callable[[int, Mapping[str, Any]], Any], groups: Iterable[Any]) -> dict[Any, Any]:
+        found: dict[Any, list[float]] = {group: [] for group in groups}
+        for prompt in prompts:
+            for place, kept in enumerate(prompt["routers"][name]["keep"]):
+                found[group_of(place, prompt)].append(kept)
+        return {group: _mean(values) if values else None for group, values in found.items()}
+
+    tasks = dict.fromkeys(prompt["task"] for prompt in prompts)
+    by_router = {name: mean_share(name) for name in names}
     found: dict[str, Any] = {
-        "total": _mean([_mean(values) for values in shares.values()]),
-        "by_router": {name: _mean(values) for name, values in shares.items()},
-        "by_task": by_task,
+        "total": _mean([*by_router.values()]),
+        "by_router": by_router,
+        "by_task": {task: {name: mean_share(name, task) for name in names} for task in tasks},
     }
-    token_level = [name for name in names if isinstance(prompts[0]["routers"][name]["keep"], list)]
-    if token_level:
-        found["by_position"] = {name: _by_position(prompts, name) for name in token_level}
-        found["by_phase"] = {name: _by_phase(prompts, name) for name in token_level}
+    if token_level := [name for name in names if isinstance(prompts[0]["routers"][name]["keep"], list)]:
+        found["by_position"] = {
+            name: [*mean_by(name, lambda n, prompt: n * BINS // len(prompt["tokens"]), range(BINS)).values()]
+            for name in token_level
+        }
+        found["by_phase"] = {
+            name: mean_by(name, lambda n, prompt: PHASES[n >= prompt["prompt_tokens"]], PHASES) for name in token_level
+        }
     return found
 
 
@@ -226,28 +236,6 @@ def dial_curve(
     finally:
         set_thresholds(model, before)
     return sorted(curve, key=lambda point: point["capacity"])
-
-
-def _by_position(prompts: Sequence[Mapping[str, Any]], name: str) -> list[float | None]:
-    bins: list[list[float]] = [[] for _ in range(POSITION_BINS)]
-    for prompt in prompts:
-        keep = prompt["routers"][name]["keep"]
-        for place, kept in enumerate(keep):
-            bins[place * POSITION_BINS // len(keep)].append(kept)
-    return [_mean(values) if values else None for values in bins]
-
-
-def _by_phase(prompts: Sequence[Mapping[str, Any]], name: str) -> dict[str, float | None]:
-    parts: dict[str, list[float]] = {"prompt": [], "generated": []}
-    for prompt in prompts:
-        keep, border = prompt["routers"][name]["keep"], prompt["prompt_tokens"]
-        parts["prompt"] += keep[:border]
-        parts["generated"] += keep[border:]
-    return {phase: _mean(values) if values else None for phase, values in parts.items()}
-
-
-def _share(keep: float | list[float]) -> float:
-    return _mean(keep) if isinstance(keep, list) else float(keep)
 
 
 def _mean(values: Sequence[float]) -> float:
