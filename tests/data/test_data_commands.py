@@ -84,9 +84,3 @@ def test_too_many_rejects_exit_1(tmp_path: Path, run):
     assert not (tmp_path / "out" / "alpaca" / "data.jsonl").exists()
     told = run("reformat_datasets.py", *options, "--resume", "--max_reject_rate", "0.05")
     assert "complete before" in told and "not_json 1" in told
-
-
-@pytest.mark.parametrize("entry", ["reformat_datasets.py", "mix_datasets.py", "preview_data.py"])
-def test_help_is_there(entry: str, run):
-    told = run(entry, "--help")
-    assert "usage" in told and (entry != "mix_datasets.py" or "--portion alpaca=1" in told)

@@ -220,14 +220,15 @@ def test_plans_from_flags_and_yaml(tmp_path: Path, root: Path):
         ("portions: {a: 1}\nheld_out: {a: 3}", "held_out keeps 3 rows of a out of the mix, and it has 3"),
         ("portions: {a: 1}\nrenderings: {poem: 1}", "rendering poem is none of chat, question, plain"),
         ("portions: {a: 1}\nrenderings: {chat: 0}", "no rendering has a proportion above 0"),
-        ("portions: {a: 1}\nseed: x", "'seed' a whole number"),
+        ("portions: {a: 1}\nseed: x", "'seed' must be a whole number"),
         ("portions: {a: 1}\nproportions: {}", "unknown key proportions"),
-        *[(text, "no 'portions'") for text in ("portions: [a]", "seed: 1")],
+        ("portions: [a]", "'portions' must be a mapping"),
+        ("seed: 1", "no 'portions'"),
         ("a: [", "cannot be read"),
         *[(f"portions: {text}", "nothing to mix") for text in ("{}", "{a: 0}", "{a: 0.1}")],
         (None, "absent.yaml cannot be read"),
         *[(["--portion", text], f"--portion {text}: expected NAME=NUMBER") for text in ("a", "a=", "=1")],
-        (["--cap", "a=x"], "--cap a: 'x' is no whole number"),
+        (["--cap", "a=x"], "caps, a: 'x' is no whole number"),
     ],
 )
 def test_bad_plans(text: str | list[str] | None, message: str, tmp_path: Path):

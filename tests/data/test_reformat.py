@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +27,6 @@ from raw_data import (
     write_rows,
 )
 
-from router_tuning.data import reformat as module
 from router_tuning.data.formats import FORMATS
 from router_tuning.data.reformat import Settings, reformat
 
@@ -54,10 +54,8 @@ def test_one_bad_data_set_does_not_take_the_others_with_it(workers: int, tmp_pat
     places = raw_sets(tmp_path, 10, *FORMATS)
     places["meta_math_qa"].write_text('[{"query": "q"')
     places["slim_orca"] = tmp_path / "nowhere"
-    converts = {name: known.convert for name, known in FORMATS.items()}
-    converts |= {"evol_instruct": dies, "vicuna_sharegpt": fails}
-    for name, known in FORMATS.items():
-        monkeypatch.setitem(FORMATS, name, module.Format(**{**vars(known), "convert": converts[name]}))
+    for name, convert in {"evol_instruct": dies, "vicuna_sharegpt": fails}.items():
+        monkeypatch.setitem(FORMATS, name, replace(FORMATS[name], convert=convert))
     errors = {outcome.name: outcome.error for outcome in reformat(places, tmp_path / "out", Settings(workers))}
     assert "rows.jsonl:1: " in errors["meta_math_qa"] and "no file, no folder" in errors["slim_orca"]
     assert "exit code -9" in errors["evol_instruct"]

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from router_tuning.data.acceptance import Reject
 from router_tuning.data.json_rows import SPACE, Rows, element_rows, line_rows, parse
@@ -45,7 +44,6 @@ class Container:
     path: Path
     layout: str
     compression: str | None = None
-    byte_order_mark: bool = False
 
     def rows(self, columns: Sequence[str]) -> Rows:
         """Line (of a table: number) and value of each row, or the :class:`Reject` that says why it has none.
@@ -59,7 +57,7 @@ class Container:
                 yield from table_rows(self.path, self.layout == PARQUET, columns)
                 return
             with open_bytes(self.path, self.compression) as stream:
-                if self.byte_order_mark:
+                if stream.peek(len(BOM))[: len(BOM)] == BOM:
                     stream.read(len(BOM))
                 if self.layout == LINES:
                     yield from line_rows(stream)
@@ -85,7 +83,7 @@ def recognise(path: Path) -> Container:
     text = head.removeprefix(BOM).lstrip(SPACE)
     if not text:
         raise UserError(f"{path} is empty" if len(head) < HEAD_BYTES else f"{path} starts with 1 MiB of white space")
-    return Container(path, table or _layout(text), compression, head.startswith(BOM))
+    return Container(path, table or _layout(text), compression)
 
 
 def _layout(head: bytes) -> str:
@@ -101,7 +99,7 @@ def _layout(head: bytes) -> str:
         first = text[: json.JSONDecoder().raw_decode(text)[1]]
     except (ValueError, RecursionError):
         return LINES
-    return VALUES if "\n" in first or b"\n" not in head and b"\r" in head else LINES
+    return VALUES if "\n" in first else LINES
 
 
 @contextmanager
@@ -121,7 +119,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_bytes(path: Path, compression: str | None) -> Iterator[BinaryIO]:
+def open_bytes(path: Path, compression: str | None) -> Iterator[io.BufferedReader]:
     """The decompressed bytes of a file."""
     with path.open("rb", BUFFER) as raw:
         if compression is None:

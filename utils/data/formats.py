@@ -30,7 +30,6 @@ class Format:
     read, and ``convert`` maps a row (a parsed JSON object) to its checked content or raises :class:`Reject`.
     """
 
-    name: str
     label: str
     raw_file: str
     columns: tuple[str, ...]
@@ -111,27 +110,24 @@ def _alpaca(row: Row) -> Content:
 
 
 _TURNS, _MATH, _CODE = ("conversations",), ("query", "response"), ("instruction", "output")
-_KNOWN = (
-    Format(
-        "vicuna_sharegpt",
+
+FORMATS = {
+    "vicuna_sharegpt": Format(
         "ShareGPT_Vicuna_unfiltered",
         "ShareGPT_V3_unfiltered_cleaned_split_no_imsorry.json",
         _TURNS,
         _conversation(_WITH_BARD, {"bing": "bing_sender"}),
     ),
-    Format(
-        "evol_instruct",
+    "evol_instruct": Format(
         "WizardLM_evol_instruct_V2_143k",
         "WizardLM_evol_instruct_V2_143k.json",
         _TURNS,
         _conversation(_HUMAN_AND_GPT, {"bing": "bing_sender", "system": "system_turn"}),
     ),
-    Format("slim_orca", "SlimOrca", "oo-labeled_correct.gpt4.sharegpt.jsonl", _TURNS, _conversation(_WITH_SYSTEM, {})),
-    Format("meta_math_qa", "MetaMathQA", "MetaMathQA-395K.json", _MATH, _pair(*_MATH)),
-    Format("evol_code_alpaca", "evol_codealpaca_v1", "train.jsonl", _CODE, _pair(*_CODE)),
-    Format("alpaca", "alpaca", "alpaca_data.json", ("instruction", "input", "output"), _alpaca),
-    Format("c4", "c4", "c4-train.00000-of-01024.json", ("text",), _text),
-)
-
-FORMATS: dict[str, Format] = {known.name: known for known in _KNOWN}
+    "slim_orca": Format("SlimOrca", "oo-labeled_correct.gpt4.sharegpt.jsonl", _TURNS, _conversation(_WITH_SYSTEM, {})),
+    "meta_math_qa": Format("MetaMathQA", "MetaMathQA-395K.json", _MATH, _pair(*_MATH)),
+    "evol_code_alpaca": Format("evol_codealpaca_v1", "train.jsonl", _CODE, _pair(*_CODE)),
+    "alpaca": Format("alpaca", "alpaca_data.json", ("instruction", "input", "output"), _alpaca),
+    "c4": Format("c4", "c4-train.00000-of-01024.json", ("text",), _text),
+}
 """The data sets by folder name: the six published ones, and plain text."""

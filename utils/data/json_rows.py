@@ -7,7 +7,6 @@ A row comes with the line on which it starts. In every layout its value is what 
 from __future__ import annotations
 
 import codecs
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -92,12 +91,14 @@ def element_rows(stream: BinaryIO, name: str, array: bool) -> Rows:
         raise UserError(f"{name}:{text.line}: there is something behind the end of the array")
 
 
+_GAP = re.compile(r"[ \t\r\n]*")
+
+
 class _Values:
     """JSON values in a stream, taken off its front one by one; ``line`` is that of the next character."""
 
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream, self._name, self.line = stream, name, 1
-        self._universal = io.IncrementalNewlineDecoder(None, translate=True).decode
         self._text, self._at, self._undecoded = "", 0, b""
         self._ended = self._damaged = False  # whether it is all read, and whether any of it was no UTF-8
 
@@ -125,13 +126,13 @@ class _Values:
             try:
                 value, end = self._first()
                 # A number, or a word, may go on in what is not read yet.
-                if self._ended or self._text[end - 1] in '}]"' or self._text[end : end + 1] in tuple(", \t\n]"):
+                if self._ended or self._text[end - 1] in '}]"' or self._text[end : end + 1] in tuple(", \t\r\n]"):
                     self._advance(end)
                     return value
                 fault = "no end"
             except json.JSONDecodeError as error:
                 fault = error.msg.removesuffix(" at")
-            except (ValueError, RecursionError):
+            except RecursionError:
                 fault = "nested too deeply"
             large = len(self._text) - self._at > MAX_ROW_BYTES
             if large or self._ended:
@@ -140,14 +141,12 @@ class _Values:
             self._more()
 
     def _first(self) -> tuple[object, int]:
-        """The value that starts here, and where it ends; ValueError or RecursionError if it is not all there."""
+        """The value that starts here, and where it ends; JSONDecodeError if it is not all there."""
         text, at = self._text, self._at
         try:
             value, end = _DECODER.raw_decode(text, at)
             if not self._damaged:
                 return value, end
-        except RecursionError:
-            end = _end_of_nest(text, at)
         except json.JSONDecodeError:
             end = _LENIENT.raw_decode(text, at)[1]  # a control character hides nothing of what is behind it
         return parse(text[at:end].encode("utf-8", "surrogateescape")), end
@@ -161,26 +160,10 @@ class _Values:
         except UnicodeDecodeError:
             self._damaged = True
             fresh, used = codecs.utf_8_decode(data, "surrogateescape", not chunk)
-        self._text, self._at = self._text[self._at :] + self._universal(fresh, final=not chunk), 0
+        self._text, self._at = self._text[self._at :] + fresh, 0
         self._undecoded, self._ended = data[used:], not chunk
         return bool(chunk or fresh)
 
     def _advance(self, end: int) -> None:
         self.line += self._text.count("\n", self._at, end)
         self._at = end
-
-
-_GAP = re.compile(r"[ \t\n]*")
-_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{}]', re.DOTALL)
-
-
-def _end_of_nest(text: str, at: int) -> int:
-    """Where the array or object ends that starts here, however deep it is; ValueError if that is not all there."""
-    depth = 0
-    for token in _TOKEN.finditer(text, at):
-        if token[0] == '"':  # a string without an end
-            break
-        depth += (token[0] in "[{") - (token[0] in "]}")
-        if depth == 0:
-            return token.end()
-    raise ValueError

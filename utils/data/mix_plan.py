@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -64,50 +64,49 @@ class MixPlan:
 def make_plan(
     config: Path | None, portions: Iterable[str], caps: Iterable[str], seed: int | None, dedup: bool | None
 ) -> MixPlan:
-    """The published plan, or that of a YAML file, with the changes of the command line (``NAME=NUMBER`` texts)."""
-    plan = MixPlan(PUBLISHED_PORTIONS, {}) if config is None else read_plan(config)
-    return replace(
-        plan,
-        portions={**plan.portions, **_numbers(_pairs(portions, "--portion"), portion, "--portion")},
-        caps={**plan.caps, **_numbers(_pairs(caps, "--cap"), _count, "--cap")},
-        seed=plan.seed if seed is None else seed,
-        dedup=plan.dedup if dedup is None else dedup,
-    )
+    """The published plan, or that of a YAML file, with the changes of the command line (``NAME=NUMBER`` texts).
 
-
-def read_plan(path: Path) -> MixPlan:
-    """A plan from YAML with the keys ``portions`` and, if wanted, ``caps``, ``seed``, ``dedup``, ``renderings``,
-    ``held_out``.
+    Raises:
+        UserError: for a file that cannot be read, unknown keys, and numbers that are none.
     """
+    content = {"portions": PUBLISHED_PORTIONS} if config is None else _read(config)
+    where = f"{config}: " if config else ""
+    kinds = {"portions": _portion, "caps": _count, "renderings": _portion, "held_out": _count}
+    for name in kinds:
+        if not isinstance(content.setdefault(name, {}), dict):
+            raise UserError(f"{where}{name!r} must be a mapping of names to numbers")
+    content["portions"] = content["portions"] | _pairs(portions, "--portion")
+    content["caps"] = content["caps"] | _pairs(caps, "--cap")
+    for name, read in kinds.items():
+        content[name] = {str(key): read(value, f"{where}{name}, {key}") for key, value in content[name].items()}
+    if not content["renderings"]:
+        del content["renderings"]
+    content |= {name: value for name, value in (("seed", seed), ("dedup", dedup)) if value is not None}
+    if type(content.get("seed", 0)) is not int or type(content.get("dedup", False)) is not bool:
+        raise UserError(f"{where}'seed' must be a whole number, 'dedup' true or false")
+    return MixPlan(**content)
+
+
+def _read(path: Path) -> dict:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("portions"), dict):
+    if not isinstance(content, dict) or "portions" not in content:
         raise UserError(f"{path} has no 'portions' (a mapping of data sets to numbers)")
     known = [known.name for known in fields(MixPlan)]
     if unknown := sorted(set(map(str, content)) - set(known)):
         raise UserError(f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
-    caps, seed, dedup = content.get("caps") or {}, content.get("seed", PUBLISHED_SEED), content.get("dedup", False)
-    renderings, held_out = content.get("renderings") or {"chat": 1}, content.get("held_out") or {}
-    maps = all(isinstance(value, dict) for value in (caps, renderings, held_out))
-    if not maps or type(seed) is not int or type(dedup) is not bool:
-        raise UserError(
-            f"{path}: 'caps', 'renderings', 'held_out' must be mappings, 'seed' a whole number, 'dedup' true or false"
-        )
-    portions = _numbers(content["portions"], portion, f"{path}: portion of")
-    renderings = _numbers(renderings, portion, f"{path}: rendering")
-    held_out = _numbers(held_out, _count, f"{path}: held out of")
-    return MixPlan(portions, _numbers(caps, _count, f"{path}: cap of"), seed, dedup, renderings, held_out)
+    return {name: value for name, value in content.items() if value is not None}
 
 
-def portion(number: object, where: str) -> Fraction:
+def _portion(number: object, where: str) -> Fraction:
     """An exact portion: 2.9 is 29/10, as written, and not the nearest binary number."""
     try:
         value = Fraction(str(number))
     except (ValueError, ZeroDivisionError):
         raise UserError(f"{where}: {number!r} is no number") from None
-    if value < 0 or isinstance(number, bool):
+    if value < 0:
         raise UserError(f"{where}: {number!r} must be a number of at least 0")
     return value
 
@@ -116,10 +115,6 @@ def _count(number: object, where: str) -> int:
     if not str(number).isdecimal():
         raise UserError(f"{where}: {number!r} is no whole number of rows")
     return int(str(number))
-
-
-def _numbers(given: Mapping, read: Callable, where: str) -> dict:
-    return {str(name): read(number, f"{where} {name}") for name, number in given.items()}
 
 
 def _pairs(texts: Iterable[str], flag: str) -> dict[str, str]:

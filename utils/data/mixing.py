@@ -13,10 +13,8 @@ import os
 import random
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import orjson
 from tqdm import tqdm
 
@@ -32,30 +30,33 @@ _progress = partial(tqdm, disable=None)  # where there is a terminal
 
 @dataclass
 class Survey:
-    """What the first pass finds in a data set of ``rows`` rows: their ``size`` in bytes, and the file's ``sha256``.
+    """What the first pass finds in a data set: ``size`` of its rows in bytes, and the file's ``sha256``.
 
-    ``digests`` ``[rows, 2]`` tell which rows are equal, ``repeats`` ``[rows]`` marks those that equal an earlier one,
-    also of another set; both are empty where duplicates are to stay. The last ``held_out`` rows are not mixed.
+    ``repeats`` marks the rows that equal an earlier one, also of another set, where such are to be left out. The last
+    ``held_out`` rows are not mixed.
     """
 
     name: str
     path: Path
-    rows: int
     size: int
     sha256: str
-    digests: np.ndarray
-    repeats: np.ndarray
+    repeats: bytearray
     held_out: int
 
     @property
-    def usable(self) -> int:
-        """Rows at the beginning, of which none is held out."""
-        return self.rows - self.held_out
+    def rows(self) -> int:
+        """All of them."""
+        return len(self.repeats)
 
     @property
-    def distinct(self) -> int:
+    def duplicates(self) -> int:
+        """Rows that are left out, of those that are not held out."""
+        return sum(self.repeats[: self.rows - self.held_out])
+
+    @property
+    def usable(self) -> int:
         """Rows that may be mixed."""
-        return self.usable - int(self.repeats[: self.usable].sum())
+        return self.rows - self.held_out - self.duplicates
 
 
 def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
@@ -74,16 +75,16 @@ def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
             f"{', '.join(absent)}: no data.jsonl under {reformatted}; make it with reformat_datasets.py, or mix "
             f"without: --portion {' '.join(f'{name}=0' for name in absent)}"
         )
-    surveys = [_survey(name, path, plan) for name, path in paths.items()]
-    if plan.dedup:
-        _mark_repeats(surveys)
-    wanted = {survey.name: plan.wanted(survey.name, survey.distinct) for survey in surveys}
+    seen: set[bytes] = set()
+    surveys = [_survey(name, path, plan, seen) for name, path in paths.items()]
+    del seen
+    wanted = {survey.name: plan.wanted(survey.name, survey.usable) for survey in surveys}
     if not any(wanted.values()):
         raise UserError("the portions and caps leave no row of any data set: nothing to mix")
     with scratch_folder(folder) as scratch, writing(folder):
         size = sum(survey.size * wanted[survey.name] // survey.rows for survey in surveys)
         buckets = _Buckets(scratch, max(1, -(-size // BUCKET_BYTES)))
-        for survey in surveys:
+        for survey in filter(lambda survey: wanted[survey.name], surveys):
             _scatter(survey, wanted[survey.name], plan, buckets)
         buckets.flush()
         digest = _gather(buckets, plan.seed, scratch / "data.jsonl")
@@ -103,41 +104,31 @@ def _provenance(survey: Survey, plan: MixPlan, mixed: int) -> dict:
         "sha256": survey.sha256,
         "rows": survey.rows,
         "held_out": survey.held_out,
-        "duplicates": survey.usable - survey.distinct,
+        "duplicates": survey.duplicates,
         "portion": str(plan.portions[survey.name]),
         "cap": plan.caps.get(survey.name),
         "mixed": mixed,
     }
 
 
-def _survey(name: str, path: Path, plan: MixPlan) -> Survey:
-    rows, size, digests = 0, 0, bytearray()
+def _survey(name: str, path: Path, plan: MixPlan, seen: set[bytes]) -> Survey:
+    """Check all rows; ``seen`` gathers what tells which of them are equal (100 bytes a row)."""
+    repeats, size = bytearray(), 0
     for number, line in _progress(lines_of(path), f"check {name}", unit=" rows"):
         row = checked_row(line, f"{path}:{number}")
+        digest = hashlib.blake2b(orjson.dumps(content_of(row)), digest_size=16).digest() if plan.dedup else b""
+        repeats.append(digest in seen)
         if plan.dedup:
-            digests += hashlib.blake2b(orjson.dumps(content_of(row)), digest_size=16).digest()
-        rows += 1
+            seen.add(digest)
         size += len(line) + 1
-    if not rows:
+    if not repeats:
         raise UserError(f"{path} holds no row; reformat {name} again, or mix without: --portion {name}=0")
     held_out = plan.held_out.get(name, 0)
-    if held_out >= rows:
-        raise UserError(f"{path}: held_out keeps {held_out} rows of {name} out of the mix, and it has {rows}")
+    if held_out >= len(repeats):
+        raise UserError(f"{path}: held_out keeps {held_out} rows of {name} out of the mix, and it has {len(repeats)}")
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    found = np.frombuffer(digests, "<u8").reshape(-1, 2)
-    return Survey(name, path, rows, size, sha256, found, np.zeros(0, bool), held_out)
-
-
-def _mark_repeats(surveys: list[Survey]) -> None:
-    digests = np.concatenate([survey.digests for survey in surveys])
-    order = np.lexsort((digests[:, 0], digests[:, 1]))
-    ranked = digests[order]
-    repeats = np.zeros(len(digests), bool)
-    repeats[order[1:]] = (ranked[1:] == ranked[:-1]).all(axis=1)
-    ends = np.cumsum([survey.rows for survey in surveys])
-    for survey, part in zip(surveys, np.split(repeats, ends[:-1]), strict=True):
-        survey.repeats = part
+    return Survey(name, path, size, sha256, repeats, held_out)
 
 
 class _Buckets:
@@ -169,15 +160,15 @@ def _scatter(survey: Survey, wanted: int, plan: MixPlan, buckets: _Buckets) -> N
     Each row is taken ``wanted // rows`` times, and ``wanted % rows`` rows, drawn without replacement (Knuth 3.4.2,
     algorithm S), once more.
     """
-    left = survey.distinct
+    left = survey.usable
     whole, extra = divmod(wanted, left)
     draw = random.Random(f"{plan.seed} {survey.name}").random
     choose = random.Random(f"{plan.seed} {survey.name} renderings").choices
     names, often = list(plan.renderings), [float(weight) for weight in plan.renderings.values()]
     count = len(buckets.paths)
-    usable = islice(lines_of(survey.path), survey.usable)
-    for index, (_, line) in enumerate(_progress(usable, f"scatter {survey.name}")):
-        if len(survey.repeats) and survey.repeats[index]:
+    lines = zip(lines_of(survey.path), survey.repeats[: survey.rows - survey.held_out], strict=False)
+    for (_, line), repeated in _progress(lines, f"scatter {survey.name}"):
+        if repeated:
             continue
         chosen = draw() * left < extra
         left, extra = left - 1, extra - chosen
