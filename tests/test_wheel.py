@@ -20,8 +20,8 @@ INSIDE = {"utils": "router_tuning", "configs": "router_tuning/configs", "entrypo
 
 def pip(python: Path | str, *arguments: str) -> None:
     """Run pip for an environment, without a network."""
-    options = ["--quiet", "--no-deps", "--no-index"]
-    subprocess.run([sys.executable, "-m", "pip", "--python", str(python), *arguments, *options], check=True)
+    command = [sys.executable, "-m", "pip", "--python", str(python), *arguments]
+    subprocess.run([*command, "--quiet", "--no-deps", "--no-index"], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +42,15 @@ def wheel(tmp_path_factory) -> Path:
 def requirements(*extras: str) -> list[str]:
     """What pyproject.toml asks for, with some extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *(line for extra in extras for line in project["optional-dependencies"][extra]),
-    ]
+    optional = (line for extra in extras for line in project["optional-dependencies"][extra])
+    wanted = [*project["dependencies"], *optional]
     return [line for line in wanted if not line.startswith(project["name"])]
 
 
 def installed(wheel: Path, folder: Path, *extras: str) -> IsolatedPython:
     """The wheel in an environment that holds what it and some extras require alone."""
     isolated = IsolatedPython(folder, requirements(*extras))
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        str(isolated.python),
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-    ]
-    subprocess.run([*pip, str(wheel)], check=True)
+    pip(isolated.python, "install", str(wheel))
     return isolated
 
 

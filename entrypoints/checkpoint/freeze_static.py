@@ -10,7 +10,6 @@ measured on --rows and written into the model card.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from router_tuning.bases.description import read_config
 from router_tuning.checkpoint.card import front_matter, training_facts
-from router_tuning.checkpoint.freeze import freeze, seldom_used, write_frozen
+from router_tuning.checkpoint.freeze import freeze, write_frozen
 from router_tuning.checkpoint.loading import add_arguments, load_dense, opened
 from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.evaluation.documents import encoded, read_rows
@@ -61,7 +60,7 @@ def main() -> None:
         routed_loss = answer_loss(model, *measured_on)
     shares = log.capacity()
     capacity = {name: float(shares[module.mod_key]) for name, module in routed_modules(model).items()}
-    dropped = args.drop or seldom_used(capacity, args.max_use)
+    dropped = args.drop or [name for name, share in capacity.items() if share <= args.max_use]
     if not dropped:
         used = ", ".join(f"{name} {share:.3f}" for name, share in capacity.items())
         raise UserError(
@@ -70,26 +69,23 @@ def main() -> None:
     frozen = freeze(model, dropped)
     losses = {"dense": answer_loss(load_dense(base, args.dtype), *measured_on), "routed": routed_loss}
     losses["frozen"] = answer_loss(model, *measured_on)
-    table = Table(["model", "loss on the answers (nats per token)"], list(losses.items()), digits=4)
     what = [f"layers {', '.join(map(str, frozen.removed))} removed"] if frozen.removed else []
     what += [f"{', '.join(frozen.silenced)} silenced"] if frozen.silenced else []
-    head = front_matter(str(read_config(base).get("mod_base")))
     what += [f"their skip paths have no place in a plain checkpoint: {', '.join(frozen.lost)}"] if frozen.lost else []
-    text = f"From the routers of `{args.run.name}`: {'; '.join(what)}; everything else always runs."
-    again = f"```bash\npython entrypoints/checkpoint/freeze_static.py {shlex.join(sys.argv[1:])}\n```"
-    parts = [head, f"# {base.name}, frozen routing", f"{text} A plain `{model.config.model_type}` checkpoint.", again]
-    parts += [table.markdown(), f"Measured on {len(rows)} rows.", *training_facts(read_run(args.run))]
-    card = "\n\n".join(parts) + "\n"
-    facts = {
-        "removed": frozen.removed,
-        "silenced": frozen.silenced,
-        "capacity": capacity,
-        "loss": losses,
-        "rows": len(rows),
-    }
-    write_frozen(model, tokenizer, args.output, json.dumps(facts, indent=2) + "\n", card, args.overwrite)
-    print(table.text())
-    print(f"{args.output}: {'; '.join(what)}")
+    table = Table(["model", "loss on the answers (nats per token)"], list(losses.items()), digits=4)
+    parts = [
+        front_matter(str(read_config(base).get("mod_base"))),
+        f"# {base.name}, frozen routing",
+        f"From the routers of `{args.run.name}`: {'; '.join(what)}; everything else always runs. "
+        f"A plain `{model.config.model_type}` checkpoint.",
+        f"```bash\npython entrypoints/checkpoint/freeze_static.py {shlex.join(sys.argv[1:])}\n```",
+        table.markdown(),
+        f"Measured on {len(rows)} rows.",
+        *training_facts(read_run(args.run)),
+    ]
+    facts = vars(frozen) | {"capacity": capacity, "loss": losses, "rows": len(rows)}
+    write_frozen(model, tokenizer, args.output, facts, "\n\n".join(parts) + "\n", args.overwrite)
+    print(f"{table.text()}\n{args.output}: {'; '.join(what)}")
 
 
 if __name__ == "__main__":

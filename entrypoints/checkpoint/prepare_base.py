@@ -29,8 +29,9 @@ def main() -> None:
         raise UserError(
             f"--folder_name {args.folder_name!r} cannot name a folder: use letters, digits, '.', '-' and '_'"
         )
-    done = prepare_base(args.ckpt_root / args.folder_name, args.source, args.revision)
-    print(f"{done.folder} holds the base of {done.source}: {', '.join(done.files)}")
+    folder = args.ckpt_root / args.folder_name
+    source, files = prepare_base(folder, args.source, args.revision)
+    print(f"{folder} holds the base of {source}: {', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refused import refused
 from tiny_checkpoint import tiny_logits, write_base
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -64,9 +65,10 @@ def content(folder: Path) -> dict[str, object]:
 
 def test_weights_are_linked_small_files_copied_and_both_load(base: Path, variant: Path):
     config, before = (variant / "config.json").read_text(), content(base)
-    done = prepare_base(variant, str(base))
+    source, files = prepare_base(variant, str(base))
     shards = {path.name for path in base.glob("*.safetensors")}
-    assert shards | {INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(done.files)
+    assert source == str(base)
+    assert shards | {INDEX, "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(files)
     assert {path.name for path in variant.iterdir() if path.is_symlink()} == shards
     assert (variant / "config.json").read_text() == config
     loaded = LlamaForCausalLM.from_pretrained(variant, config=LlamaConfig(**SIZES)).state_dict()
@@ -97,7 +99,7 @@ def test_links_that_lead_nowhere_are_brought_anew(base: Path, variant: Path, tmp
     shutil.copytree(moved, base)
     prepare_base(variant, str(base))
     shutil.rmtree(base)
-    with pytest.raises(UserError, match=r"links to .*base.*, which is gone"):
+    with refused(r"links to .*base.*, which is gone", UserError):
         weight_map(variant)
     prepare_base(variant, str(moved))
     assert LlamaForCausalLM.from_pretrained(variant, config=LlamaConfig(**SIZES))
@@ -106,29 +108,22 @@ def test_links_that_lead_nowhere_are_brought_anew(base: Path, variant: Path, tmp
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_new_name_gets_a_configuration_with_half_of_the_layers_routed(tmp_path: Path, family: str):
     source = write_base(tmp_path / "source", family)
-    done = prepare_base(tmp_path / "ckpt" / "mine", str(source))
-    fields = json.loads((done.folder / "config.json").read_text())
+    folder = tmp_path / "ckpt" / "mine"
+    prepare_base(folder, str(source))
+    fields = json.loads((folder / "config.json").read_text())
     assert fields["mod_layers"] == [2, 3] and fields["model_type"] == family and "mod_base" not in fields
-    model = AutoModelForCausalLM.from_pretrained(done.folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     assert is_routed(model) and fields["architectures"] == [type(model).__name__.replace("Mod", "")]
     dense = tiny_logits(AutoModelForCausalLM.from_pretrained(source))
     torch.testing.assert_close(tiny_logits(model), dense, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["../mine", "a/b", ".hidden", "a b", ""])
-def test_names_that_are_no_names(base: Path, tmp_path: Path, name: str, command, capsys):
-    given = ["--ckpt_root", tmp_path / "ckpt", "--folder_name", name, "--source", base]
-    assert command("checkpoint/prepare_base.py", *given) == 2
-    assert "cannot name a folder" in capsys.readouterr().err.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
-
-
 def test_a_name_that_is_taken(base: Path, tmp_path: Path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("dear")
-    with pytest.raises(UserError, match="choose another name"):
+    with refused("choose another name", UserError):
         prepare_base(tmp_path / "thesis", str(base))
-    with pytest.raises(UserError, match="new name.*--source"):
+    with refused("new name.*--source", UserError):
         prepare_base(tmp_path / "mine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "thesis"]
 
@@ -136,19 +131,18 @@ def test_a_name_that_is_taken(base: Path, tmp_path: Path):
 def test_a_gguf_file_is_converted_into_the_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
     tiny_gguf = pytest.importorskip("tiny_gguf", reason="needs the package gguf")
     file = tiny_gguf.write_gguf(tmp_path / "tiny.gguf", tiny_model(vocab_size=len(tokenizer)), tokenizer)
-    done = prepare_base(tmp_path / "ckpt" / "mine", str(file))
-    assert json.loads((done.folder / RECORD).read_text())["resolved"] == str(file)
-    file.unlink()
-    model = AutoModelForCausalLM.from_pretrained(done.folder)
-    assert is_routed(model) and model.dtype == torch.bfloat16
-    assert AutoTokenizer.from_pretrained(done.folder).chat_template == tokenizer.chat_template
-    assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["mine"]
+    folder = tmp_path / "ckpt" / "mine"
+    prepare_base(folder, str(file))
+    assert json.loads((folder / RECORD).read_text())["resolved"] == str(file)
+    before = content(folder)
     file.write_bytes(b"GGUF")
-    before = content(done.folder)
-    for folder in (done.folder, tmp_path / "ckpt" / "other"):
-        with pytest.raises(UserError, match="cannot be read as a GGUF model"):
-            prepare_base(folder, str(file))
-    assert content(done.folder) == before and [path.name for path in (tmp_path / "ckpt").iterdir()] == ["mine"]
+    for place in (folder, tmp_path / "ckpt" / "other"):
+        with refused("cannot be read as a GGUF model", UserError):
+            prepare_base(place, str(file))
+    assert content(folder) == before and [path.name for path in (tmp_path / "ckpt").iterdir()] == ["mine"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert is_routed(model) and model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
 
 
 def test_hub_download_is_linked_from_the_cache(base: Path, variant: Path, monkeypatch: pytest.MonkeyPatch):
@@ -173,9 +167,8 @@ def test_hub_failure_is_one_line_and_changes_nothing(variant: Path, monkeypatch:
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(module, "snapshot_download", fake)
-    with pytest.raises(UserError, match="someone/tiny did not come from the hub: no route") as caught:
+    with refused("someone/tiny did not come from the hub: no route", UserError):
         prepare_base(variant)
-    assert "\n" not in str(caught.value)
     assert [path.name for path in variant.iterdir()] == ["config.json"]
 
 
@@ -185,54 +178,44 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(base: Path, tmp_path: Path, 
     assert list((tmp_path / "ckpt").iterdir()) == []
 
 
-def _drop_shard(base: Path) -> None:
-    sorted(base.glob("*.safetensors"))[-1].unlink()
+def last_shard(base: Path) -> Path:
+    return sorted(base.glob("*.safetensors"))[-1]
 
 
-def _cut_shard(base: Path) -> None:
-    shard = sorted(base.glob("*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:-4])
-
-
-def _drop_tensor(base: Path) -> None:
+def without_last_shard(base: Path) -> dict:
     index = json.loads((base / INDEX).read_text())
-    last = sorted(set(index["weight_map"].values()))[-1]
-    index["weight_map"] = {key: name for key, name in index["weight_map"].items() if name != last}
-    (base / INDEX).write_text(json.dumps(index))
+    return {key: name for key, name in index["weight_map"].items() if name != last_shard(base).name}
 
 
-def _only_pickle(base: Path) -> None:
+def only_a_pickle(base: Path) -> None:
     for path in [*base.glob("*.safetensors"), base / INDEX]:
         path.unlink()
-    (base / "pytorch_model.bin").write_bytes(b"")
-
-
-def _escape(base: Path) -> None:
-    (base / INDEX).write_text(json.dumps({"weight_map": {"lm_head.weight": "../secret.safetensors"}}))
-
-
-def _no_tokenizer(base: Path) -> None:
-    (base / "tokenizer.json").unlink()
+    (base / "pytorch_model.bin").touch()
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_drop_shard, r"model-.* is missing"),
-        (_cut_shard, "is no whole safetensors file"),
-        (_drop_tensor, "tensors are missing, the first is"),
-        (_only_pickle, "pytorch_model.bin is a pickle"),
-        (_escape, "no safetensors file of this folder"),
-        (_no_tokenizer, "holds no tokenizer"),
+        (lambda base: last_shard(base).unlink(), r"model-.* is missing"),
+        (lambda base: last_shard(base).write_bytes(last_shard(base).read_bytes()[:-4]), "is no whole safetensors"),
+        (
+            lambda base: (base / INDEX).write_text(json.dumps({"weight_map": without_last_shard(base)})),
+            "tensors are missing, the first is",
+        ),
+        (only_a_pickle, "pytorch_model.bin is a pickle"),
+        (
+            lambda base: (base / INDEX).write_text('{"weight_map": {"lm_head.weight": "../secret.safetensors"}}'),
+            "no safetensors file of this folder",
+        ),
+        (lambda base: (base / "tokenizer.json").unlink(), "holds no tokenizer"),
         (lambda base: (base / "config.json").unlink(), "config.json: no such file"),
         (lambda base: (base / INDEX).write_text("{"), "no weight index"),
     ],
 )
 def test_damaged_base_is_refused_untouched(base: Path, variant: Path, damage, message: str):
     damage(base)
-    with pytest.raises(UserError, match=message) as caught:
+    with refused(message, UserError):
         prepare_base(variant, str(base))
-    assert "\n" not in str(caught.value)
     assert [path.name for path in variant.iterdir()] == ["config.json"]
 
 
@@ -248,22 +231,21 @@ def test_damaged_base_is_refused_untouched(base: Path, variant: Path, damage, me
 )
 def test_wrong_architecture_names_the_numbers(base: Path, variant: Path, changes: dict, message: str):
     write_variant(variant, **changes)
-    with pytest.raises(UserError, match=message):
+    with refused(message, UserError):
         prepare_base(variant, str(base))
     assert [path.name for path in variant.iterdir()] == ["config.json"]
 
 
 def test_own_weights_are_never_replaced(base: Path, variant: Path):
     (variant / "model.safetensors").write_bytes(b"mine")
-    with pytest.raises(UserError, match="was not brought by this command"):
+    with refused("was not brought by this command", UserError):
         prepare_base(variant, str(base))
     assert (variant / "model.safetensors").read_bytes() == b"mine"
-    assert sorted(path.name for path in variant.iterdir()) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "just-a-name", "models/none.gguf"])
 def test_source_that_is_nothing(variant: Path, source: str):
-    with pytest.raises(UserError, match="no folder, no .gguf file, and no hub id"):
+    with refused("no folder, no .gguf file, and no hub id", UserError):
         prepare_base(variant, source)
 
 
@@ -271,6 +253,7 @@ def test_command_line(base: Path, variant: Path, command, capsys, monkeypatch: p
     monkeypatch.chdir(variant)
     given = ["--ckpt_root", variant.parent, "--folder_name"]
     assert command("checkpoint/prepare_base.py", *given, variant.name, "--source", base) == 0
-    assert command("checkpoint/prepare_base.py", *given, "tinny-mod") == 2
-    told = capsys.readouterr()
-    assert "holds the base of" in told.out and "tinny-mod is a new name" in told.err.splitlines()[-1]
+    assert "holds the base of" in capsys.readouterr().out
+    for name, message in (("tinny-mod", "tinny-mod is a new name"), ("../mine", "cannot name a folder")):
+        assert command("checkpoint/prepare_base.py", *given, name) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]

@@ -37,26 +37,18 @@ def program(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "finetune_mod.sh"])
-def test_scripts_parse(root, name):
-    assert subprocess.run(["bash", "-n", str(root / "scripts" / name)]).returncode == 0
-
-
-def test_unknown_argument_is_one_line_before_anything_is_installed(clone):
-    done = run(["bash", "scripts/quickstart.sh", "--smok"], clone)
-    assert done.returncode == 2 and done.stdout == "" and not (clone / ".venv").exists()
-    assert (
-        done.stderr
-        == "error: unknown argument --smok; usage: bash scripts/quickstart.sh [--smoke] [folder under ckpt/]\n"
-    )
-
-
-@pytest.mark.parametrize("base", ["smollm2-135m-instruct", "unknown"])
-def test_a_base_without_weights_is_one_line_that_says_how_to_bring_them(clone, base):
-    done = run(["bash", "scripts/quickstart.sh", base], clone)
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--smok", "unknown argument --smok; usage: bash scripts/quickstart.sh [--smoke] [folder under ckpt/]"),
+        *[(base, f"prepare_base.py --folder_name {base};") for base in ("smollm2-135m-instruct", "unknown")],
+    ],
+)
+def test_bad_arguments_are_one_line_before_anything_is_installed(clone, argument, message):
+    done = run(["bash", "scripts/quickstart.sh", argument], clone)
     assert done.returncode == 2 and done.stdout == "" and not (clone / ".venv").exists()
     [line] = done.stderr.splitlines()
-    assert f"prepare_base.py --folder_name {base};" in line and "ckpt/README.md" in line
+    assert line.startswith("error: ") and message in line
 
 
 def test_old_python_is_one_line(clone, tmp_path):
@@ -93,12 +85,8 @@ def test_a_failed_installation_is_said_and_tried_again(clone):
 
 def test_pythonpath_of_the_caller_does_not_leak_in(clone):
     program(clone / ".venv" / "bin" / "python", "exit 0")
-    use = [
-        "bash",
-        "-c",
-        'source scripts/environment.sh && ensure_environment >/dev/null && echo "[${PYTHONPATH-unset}]"',
-    ]
-    assert run(use, clone, PYTHONPATH="/elsewhere").stdout == "[unset]\n"
+    show = 'source scripts/environment.sh && ensure_environment >/dev/null && echo "[${PYTHONPATH-unset}]"'
+    assert run(["bash", "-c", show], clone, PYTHONPATH="/elsewhere").stdout == "[unset]\n"
 
 
 def test_ci_runs_the_commands(root):

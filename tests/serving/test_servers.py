@@ -140,7 +140,7 @@ def test_vllm_on_a_frozen_checkpoint(base, tmp_path):
     python, frozen = vllm_python(), tmp_path / "frozen"
     model = load_tuned(base, write_run(tmp_path / "run", base, "block_token"))
     freeze(model, ["2.block"])
-    write_frozen(model, AutoTokenizer.from_pretrained(base), frozen, "{}", "")
+    write_frozen(model, AutoTokenizer.from_pretrained(base), frozen, {}, "", False)
     with serving(vllm_server(python, frozen), tmp_path) as address:
         check_answers(address, frozen)
 

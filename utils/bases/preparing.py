@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +31,11 @@ ARCHITECTURE = (
 ).split()
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Outcome of :func:`prepare_base`: the folder, where the base came from, and its files."""
-
-    folder: Path
-    source: str
-    files: list[str]
-
-
-def prepare_base(folder: Path, source: str | None = None, revision: str | None = None) -> Prepared:
+def prepare_base(folder: Path, source: str | None = None, revision: str | None = None) -> tuple[str, list[str]]:
     """Bring the base's weights, by link, and its tokenizer, by copy, from ``source`` into ``folder``.
 
-    The weights of a ``.gguf`` file are converted, and stay here.
-
-    Everything is checked first: architecture, all shards there, readable and complete, safetensors only.
+    The weights of a ``.gguf`` file are converted, and stay here. Everything is checked first: architecture, all shards
+    there, readable and complete, safetensors only. Returns the source and the names of the files.
 
     Args:
         folder: a variant's folder (``ckpt/mistral-7b-mod``), whose ``config.json`` says what must fit; or a new name,
@@ -82,7 +71,7 @@ def prepare_base(folder: Path, source: str | None = None, revision: str | None =
         resolved = Path(source).expanduser() if origin == draft else origin
         write_json(draft / RECORD, {"source": source, "resolved": str(resolved.resolve()), "files": names})
         _move_in(draft, folder, names)
-    return Prepared(folder, source, names)
+    return source, names
 
 
 def _check_folder(folder: Path) -> bool:
@@ -90,7 +79,7 @@ def _check_folder(folder: Path) -> bool:
     known = (folder / "config.json").is_file()
     if not known and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there and holds no config.json; choose another name, or move it away")
-    brought = read_record(folder)["files"]
+    brought = read_json(folder / RECORD)["files"] if (folder / RECORD).is_file() else []
     mine = [path for path in _candidates(folder) if path.name not in brought and not path.is_symlink()]
     if mine:
         raise UserError(f"{mine[0]} is there and was not brought by this command; move it away first")
@@ -101,11 +90,6 @@ def _candidates(folder: Path) -> list[Path]:
     """The files of a folder that this command might have brought."""
     patterns = ("*.safetensors", INDEX, *TOKENIZER_FILES, *OTHER_FILES)
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What this command brought into ``folder``, and from where; no files if it brought none."""
-    return read_json(folder / RECORD) if (folder / RECORD).is_file() else {"files": []}
 
 
 def _locate(source: str, revision: str | None, converted: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
-from router_tuning.files import new_folder
+from router_tuning.files import new_folder, write_json
 from router_tuning.model import routed_modules, unroute
 from router_tuning.model.modules import decoder_of
 
@@ -32,11 +32,6 @@ class Frozen:
     lost: tuple[str, ...]
 
 
-def seldom_used(capacity: Mapping[str, float], max_use: float) -> list[str]:
-    """Router names whose module runs for at most ``max_use`` of the inputs (or tokens)."""
-    return [name for name, share in capacity.items() if share <= max_use]
-
-
 @torch.no_grad()
 def freeze(model: PreTrainedModel, dropped: Sequence[str]) -> Frozen:
     """Make the routed ``model`` dense in place, without the modules of the ``dropped`` routers; all others always run.
@@ -46,47 +41,39 @@ def freeze(model: PreTrainedModel, dropped: Sequence[str]) -> Frozen:
     exactly those of skipping it, the work is not saved. A skip path that is a mean becomes the projection's bias where
     there is one; any other is lost.
 
-    Raises :class:`UserError` for a dropped router that the model lacks, for experts, and for an output projection that
-    is not found under a known name.
+    Raises:
+        UserError: for a dropped router that the model lacks, for experts, and for an output projection that is not
+            found under a known name.
     """
     modules = routed_modules(model)
-    unknown = [name for name in dropped if name not in modules]
-    if unknown:
+    if unknown := [name for name in dropped if name not in modules]:
         raise UserError(f"no routers named {', '.join(unknown)}; the model has {', '.join(modules)}")
-    experts = [name for name in dropped if name.endswith(".expert")]
-    if experts:
+    if experts := [name for name in dropped if name.endswith(".expert")]:
         raise UserError(f"{', '.join(experts)}: a fixed policy for single experts has no plain form")
-    kept = tuple(name for name in modules if name not in dropped)
     removed = tuple(int(name.split(".")[0]) for name in dropped if name.endswith(".block"))
-    silenced = tuple(name for name in dropped if not name.endswith(".block"))
-    targets = {name: modules[name] for name in silenced}
-    projections = {name: _output_projection(name, module) for name, module in targets.items()}
-    paths = {name: modules[name].mod_skip for name in dropped if modules[name].mod_skip is not None}
-    held = {name for name, path in paths.items() if name in silenced and path.down is None}
-    held = {name for name in held if projections[name].bias is not None}
+    projections = {name: _output_projection(name, modules[name]) for name in dropped if not name.endswith(".block")}
+    paths = {name: path for name in dropped if (path := modules[name].mod_skip) is not None}
+    kept = tuple(name for name in modules if name not in dropped)
     unroute(model)
     for name, projection in projections.items():
         projection.weight.zero_()
         if projection.bias is not None:
-            projection.bias.copy_(paths[name].bias if name in held else torch.zeros_like(projection.bias))
+            projection.bias.zero_()
+            if name in paths and paths[name].down is None:
+                projection.bias.copy_(paths.pop(name).bias)
     if removed:
         _remove_layers(model, removed)
-    return Frozen(removed, silenced, kept, tuple(name for name in paths if name not in held))
+    return Frozen(removed, tuple(projections), kept, tuple(paths))
 
 
 def write_frozen(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    output: Path,
-    record: str,
-    card: str,
-    overwrite: bool = False,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, facts: dict, card: str, overwrite: bool
 ) -> None:
-    """Save a frozen model as a plain checkpoint of its family, with ``record`` (JSON) and the model card."""
+    """Save a frozen model as a plain checkpoint of its family, with ``facts`` as JSON and the model card."""
     with new_folder(output, overwrite, MARKER) as staged:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        (staged / MARKER).write_text(record, encoding="utf-8")
+        write_json(staged / MARKER, facts)
         (staged / "README.md").write_text(card, encoding="utf-8")
 
 
