@@ -80,6 +80,7 @@ def test_a_kill_leaves_nothing_for_long_and_live_drafts_are_not_swept(tmp_path: 
     assert target.read_text() == "another process"
     with scratch_folder(tmp_path) as scratch:
         assert set(os.listdir(tmp_path)) == {"made", scratch.name}
+        write_text(scratch / "inside", "scratch folders nest")
     assert os.listdir(tmp_path) == ["made"]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from router_tuning.errors import UserError
 
-PREFIX = ".partial."
+PREFIX = ".partial"
 """How the names of scratch folders begin."""
 
 
@@ -79,19 +79,20 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     """
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        parent_lock = _lock(parent, wait=True)
-        try:
-            _sweep(parent)
-            folder = parent / f"{PREFIX}{secrets.token_hex(4)}"
-            folder.mkdir()
-            lock = _lock(folder)
-        finally:
-            _unlock(parent_lock)
+        for left in parent.glob(f"{PREFIX}.*"):
+            if (lock := _lock(left)) is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(lock)
+        unlocked = parent / f"{PREFIX}-{secrets.token_hex(4)}"
+        unlocked.mkdir()
+        lock = _lock(unlocked)
+        folder = unlocked.rename(parent / unlocked.name.replace("-", "."))  # so others find it locked
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _unlock(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 @contextmanager
@@ -175,14 +176,6 @@ def _usual_modes(draft: Path, mode: int) -> None:
             path.chmod(path.stat().st_mode & 0o111 | mode & 0o666)
 
 
-def _sweep(parent: Path) -> None:
-    for left in parent.glob(f"{PREFIX}*"):
-        lock = _lock(left)
-        if lock is not None:
-            shutil.rmtree(left, ignore_errors=True)
-            _unlock(lock)
-
-
 def _wait_for(handle: int) -> None:
     """Lock an open file until it is closed, where there are locks."""
     with suppress(ImportError, OSError):
@@ -191,20 +184,16 @@ def _wait_for(handle: int) -> None:
         fcntl.lockf(handle, fcntl.LOCK_EX)
 
 
-def _lock(folder: Path, wait: bool = False) -> int | None:
-    """Lock a folder; None where another process has it locked, or where there are no locks."""
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until its handle is closed; None where another process has it locked, or there are no locks."""
     handle = None
     try:
         import fcntl  # Windows has none
 
         handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):
-        _unlock(handle)
+        if handle is not None:
+            os.close(handle)
         return None
     return handle
-
-
-def _unlock(handle: int | None) -> None:
-    if handle is not None:
-        os.close(handle)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 
-import pytest
 from huggingface_hub import ModelCard
+from refused import refused
 
 from router_tuning.checkpoint.card import model_card
 from router_tuning.errors import UserError
@@ -31,12 +31,27 @@ def test_card_states_what_the_run_recorded_and_nothing_else(tmp_path, run):
     assert ModelCard(card).data.library_name == "transformers"
 
 
-def test_base_and_data_of_a_run(tmp_path, base, run):
-    with pytest.raises(UserError, match="--base"):
-        base_of(run)
+def test_base_and_data_of_a_run(tmp_path, base, run, monkeypatch):
+    """Named by the run, or given; never outside ``ckpt/`` by a name that no run wrote."""
+    monkeypatch.setattr("router_tuning.tuning.run_folder.ROOT", tmp_path / "root")
+    for folder in (tmp_path / "elsewhere", tmp_path / "root", tmp_path / "root" / "ckpt" / "base"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+
+    def recorded(content: object) -> None:
+        (tmp_path / "run.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
     assert base_of(run, base) == base and data_of(run) is None
-    (tmp_path / "run.json").write_text(json.dumps({"base": {"path": str(base)}, "data": {"path": "/x/data.jsonl"}}))
+    recorded({"base": {"path": str(base)}, "data": {"path": "/x/data.jsonl"}})
     assert base_of(tmp_path) == base and str(data_of(tmp_path)) == "/x/data.jsonl"
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        base_of(tmp_path)
+    recorded({"arguments": {"folder_name": "base"}})
+    assert base_of(tmp_path) == tmp_path / "root" / "ckpt" / "base"
+    outside = [{"arguments": {"folder_name": name}} for name in ("../../elsewhere", "..", "/etc", 7)]
+    for content, message in (
+        *[(content, "--base") for content in ({}, *outside)],
+        ("{", "not valid JSON"),
+        ({"arguments": [], "data": None}, "objects under arguments"),
+    ):
+        recorded(content)
+        with refused(message, UserError):
+            base_of(tmp_path)

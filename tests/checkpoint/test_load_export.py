@@ -13,7 +13,6 @@ from tiny_checkpoint import write_base
 from router_tuning.checkpoint import exporting as exports
 from router_tuning.checkpoint.loading import load_export, load_tuned
 from router_tuning.errors import UserError
-from router_tuning.tuning.run_folder import base_of, read_run
 
 
 @pytest.fixture
@@ -84,22 +83,3 @@ def test_a_pickled_or_broken_adapter_is_never_read(tmp_path, lora_run, base):
     for load in (lambda: load_tuned(base, run), lambda: exports.export(run, base, tmp_path / "merged", "merged")):
         with pytest.raises(UserError, match=r"adapter_model\.safetensors: no such file"):
             load()
-
-
-@pytest.mark.parametrize("name", ["../../elsewhere", "..", "/etc", 7])
-def test_a_run_cannot_name_a_base_outside_ckpt(tmp_path, name, monkeypatch):
-    monkeypatch.setattr("router_tuning.tuning.run_folder.ROOT", tmp_path / "root")
-    for folder in (tmp_path / "elsewhere", tmp_path / "root", tmp_path / "root" / "ckpt" / "base"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text("{}")
-    (tmp_path / "run.json").write_text(json.dumps({"arguments": {"folder_name": name}}))
-    with pytest.raises(UserError, match="--base"):
-        base_of(tmp_path)
-    (tmp_path / "run.json").write_text(json.dumps({"arguments": {"folder_name": "base"}}))
-    assert base_of(tmp_path) == tmp_path / "root" / "ckpt" / "base"
-
-
-def test_a_damaged_run_record_is_one_line(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"arguments": [], "data": None}))
-    with pytest.raises(UserError, match="objects under arguments"):
-        read_run(tmp_path)

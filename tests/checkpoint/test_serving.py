@@ -5,18 +5,15 @@ from __future__ import annotations
 from threading import Thread
 
 import pytest
-from tiny_checkpoint import write_run
 from tiny_models import random_batch
 from tiny_routed import routed_model
-from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer
 
 from router_tuning.checkpoint.loading import load_tuned
 from router_tuning.model import unroute
 
-LEVELS = ["attn_sequence", "attn_token", "block_token", "attn_token+mlp_token"]
 
-
-@pytest.mark.parametrize("granularity", LEVELS)
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token+mlp_token"])
 def test_continuous_batching_is_refused_before_it_starts(granularity):
     model, (ids, _) = routed_model(granularity=granularity), random_batch(2, 6)
     options = {
@@ -41,14 +38,3 @@ def test_streamed_text_is_that_of_generate(base, run):
     thread.join()
     whole = model.generate(**batch, **options)[0, batch["input_ids"].shape[1] :]
     assert len(pieces) > 1 and "".join(pieces) == tokenizer.decode(whole)
-
-
-@pytest.mark.parametrize("granularity", LEVELS)
-def test_a_pipeline_in_padded_batches_gives_what_it_gives_one_by_one(base, tmp_path, granularity):
-    model = load_tuned(base, write_run(tmp_path / "run", base, granularity))
-    talk = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(base))
-    prompts = ["<|user|>\nAdd 12 and 3.\n<|assistant|>\n", "A", "<|user|>\nSort.\nInput: CAB\n"]
-    options = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "return_tensors": True}
-    alone = [talk(prompt, **options)[0]["generated_token_ids"] for prompt in prompts]
-    together = [found[0]["generated_token_ids"] for found in talk(prompts, batch_size=3, **options)]
-    assert [ids[-12:] for ids in together] == [ids[-12:] for ids in alone]

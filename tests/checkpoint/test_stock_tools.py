@@ -107,18 +107,6 @@ def plain(scores):
     return {key: value for key, value in scores.items() if "," in key and "stderr" not in key}
 
 
-@pytest.mark.full
-def test_stock_command_line_gives_the_scores_of_the_process(outside, forms, scores, tmp_path):
-    arguments = ["-m", "lm_eval", "--model", "hf", "--tasks", ",".join(TASKS), "--limit", "6", "--device", "cpu"]
-    arguments += ["--model_args", f"pretrained={forms['full'][0]},trust_remote_code=True,dtype=float32"]
-    arguments += ["--batch_size", "1", "--include_path", str(TASK_CONFIGS), "--output_path", str(tmp_path / "out")]
-    outside.run(*arguments, cwd=tmp_path)
-    [path] = (tmp_path / "out").rglob("results_*.json")
-    found = json.loads(path.read_text())["results"]
-    for task in TASKS:
-        assert plain(found[task]) == pytest.approx(plain(scores["full"][task]), rel=1e-5)
-
-
 @pytest.mark.parametrize("form", ["full", "peft", "merged"])
 def test_stock_scores_are_those_of_the_process(found, scores, form):
     """Scoring in batches, stock lm-eval pads without a mask: what decides per sequence takes that for text."""

@@ -185,16 +185,6 @@ def test_bad_rows_are_named_and_nothing_is_left(line: str, message: str, tmp_pat
     assert not (tmp_path / "mixed").exists()
 
 
-def test_missing_and_empty_sets(tmp_path: Path):
-    make_set(tmp_path, "a", 3)
-    with refused("b, c: no data.jsonl .* --portion b=0 c=0", UserError):
-        mix(plan("a=1", "b=1", "c=1"), tmp_path, tmp_path / "mixed")
-    make_set(tmp_path, "b", 0)
-    with refused("b/data.jsonl holds no row", UserError):
-        mix(plan("a=1", "b=1"), tmp_path, tmp_path / "mixed")
-    assert not (tmp_path / "mixed").exists()
-
-
 def test_plans_from_flags_and_yaml(tmp_path: Path, root: Path):
     published = make_plan(None, [], [], None, None)
     assert make_plan(root / "configs" / "data" / "mix.yaml", [], [], None, None) == published
@@ -228,17 +218,21 @@ def test_plans_from_flags_and_yaml(tmp_path: Path, root: Path):
         *[(f"portions: {text}", "nothing to mix") for text in ("{}", "{a: 0}", "{a: 0.1}")],
         (None, "absent.yaml cannot be read"),
         *[(["--portion", text], f"--portion {text}: expected NAME=NUMBER") for text in ("a", "a=", "=1")],
+        (["--portion", "b=1"], "b: no data.jsonl .* --portion b=0"),
+        (["--portion", "empty=1"], "empty/data.jsonl holds no row"),
         (["--cap", "a=x"], "caps, a: 'x' is no whole number"),
     ],
 )
 def test_bad_plans(text: str | list[str] | None, message: str, tmp_path: Path):
     """Of a file or of flags, found when it is read or when it meets the rows."""
     make_set(tmp_path, "a", 3)
+    make_set(tmp_path, "empty", 0)
     flag, value = text if isinstance(text, list) else (None, None)
     config = None if flag else tmp_path / ("absent.yaml" if text is None else "plan.yaml")
     if isinstance(text, str):
         config.write_text(text)
     portions, caps = ([value] if flag == name else [] for name in ("--portion", "--cap"))
+    others = [f"{name}=0" for name in PUBLISHED_PORTIONS] if flag and "=" in value else []
     with refused(message, UserError):
-        mix(make_plan(config, portions, caps, None, None), tmp_path, tmp_path / "mixed")
+        mix(make_plan(config, [*others, *portions], caps, None, None), tmp_path, tmp_path / "mixed")
     assert not (tmp_path / "mixed").exists()

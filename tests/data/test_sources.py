@@ -13,28 +13,22 @@ from router_tuning.errors import UserError
 
 
 def test_layouts_of_the_hub(tmp_path: Path, convert):
-    """data/train-0000N-of-0000M.parquet beside other splits, a card and metadata; several shards keep their order."""
+    """data/train-0000N-of-0000M.parquet beside other splits, a card and metadata; several shards keep their order.
+
+    The cache of the hub holds several snapshots, of which one is the current.
+    """
     rows = sample_rows("alpaca", 30)
-    folder = tmp_path / "alpaca"
+    folder = tmp_path / "datasets--tatsu-lab--alpaca"
+    snapshot = folder / "snapshots" / "bbb"
     for shard in range(3):
-        write_rows(folder / "data" / f"train-0000{shard}-of-00003", rows[10 * shard :][:10], ".parquet")
-    write_rows(folder / "data" / "test-00000-of-00001", sample_rows("alpaca", 3), ".parquet")
-    (folder / "README.md").write_text("card")
-    (folder / "dataset_infos.json").write_text("{}")
-    (folder / ".cache").mkdir()
-    (folder / ".cache" / "x.json").write_text("{}")
+        write_rows(snapshot / "data" / f"train-0000{shard}-of-00003", rows[10 * shard :][:10], ".parquet")
+    write_rows(snapshot / "data" / "test-00000-of-00001", sample_rows("alpaca", 3), ".parquet")
+    for other in ("README.md", "dataset_infos.json", ".cache/x.json", "../aaa/data/train.json", "../../refs/main"):
+        (snapshot / other).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / other).write_text("bbb")
     data = read_jsonl(convert("alpaca", folder) / "data.jsonl")
     assert [row["id"] for row in data] == [f"alpaca_{number}" for number in range(30)]
     assert [row["messages"][1]["content"] for row in data] == [row["output"] for row in rows]
-
-
-def test_snapshot_of_a_hub_cache(tmp_path: Path):
-    folder = tmp_path / "datasets--tatsu-lab--alpaca"
-    for commit in ("aaa", "bbb"):
-        write_rows(folder / "snapshots" / commit / "rows", sample_rows("alpaca", 1), ".json")
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("bbb")
-    assert [path.parent.name for path in source_of("alpaca", folder).files] == ["bbb"]
 
 
 def test_published_name_wins_and_doubtful_folders_are_refused(tmp_path: Path):

@@ -41,49 +41,42 @@ def add_arguments(parser: argparse.ArgumentParser, export: bool = False, capacit
         parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
 
 
-def opened(args: argparse.Namespace, **options: float | None) -> Opened:
+def opened(args: argparse.Namespace, **budget: float | None) -> Opened:
     """What the arguments of :func:`add_arguments` name, the stored dial turned to ``--capacity`` where it is given.
 
     Args:
-        options: ``capacity`` or ``flops`` of :func:`load_tuned`, in place of ``--capacity``.
+        budget: ``capacity`` or ``flops`` of :func:`load_tuned`, in place of ``--capacity``.
 
     Raises:
         UserError: where neither or both of a run and an export are named, or nothing is there that can be loaded.
     """
-    options = {"capacity": getattr(args, "capacity", None), **options}
+    budget = {"capacity": getattr(args, "capacity", None), **budget}
     export = getattr(args, "model", None)
     if (args.run is None) == (export is None):
         raise UserError("name one model: --run (a tuning run) or --model (an export)")
     if export is not None:
         folder, model = weights_folder(export), load_export(export, args.dtype)
-        if (capacity := options["capacity"]) is not None:
-            set_thresholds(model, thresholds_for(read_router_config(folder), capacity, folder))
-        return Opened(model, load_tokenizer(folder), folder, folder)
+        return Opened(_turned(model, folder, **budget), load_tokenizer(folder), folder, folder)
     if not args.run.is_dir():
         raise UserError(f"--run {args.run} is no folder; name the output folder of a tuning run")
     base = base_of(args.run, args.base)
-    model = load_tuned(base, args.run, dtype=args.dtype, **options)
-    return Opened(model, tokenizer_of(args.run, base), base, args.run)
+    return Opened(load_tuned(base, args.run, args.dtype, **budget), tokenizer_of(args.run, base), base, args.run)
 
 
-def load_dense(base: Path, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+def load_dense(base: Path, dtype: str = "auto") -> PreTrainedModel:
     """The base as its plain family, in evaluation mode, whatever routing fields its configuration carries.
 
-    Raises :class:`UserError` for a folder without a configuration or safetensors weights.
+    Raises:
+        UserError: for a folder without a configuration or safetensors weights.
     """
     config = dense_config(base)
     weight_map(base)
     model = AutoModelForCausalLM.from_pretrained(base, config=config, dtype=precision(dtype), use_safetensors=True)
-    return model.to(device or default_device()).eval()
+    return model.to(default_device()).eval()
 
 
 def load_tuned(
-    base: Path,
-    run: Path,
-    capacity: float | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    flops: float | None = None,
+    base: Path, run: Path, dtype: str = "auto", capacity: float | None = None, flops: float | None = None
 ) -> PreTrainedModel:
     """What a run trained, in evaluation mode: routers on the base, with LoRA where the run has an ``adapter``, or the
     run's own weights where it trained all of them.
@@ -93,23 +86,30 @@ def load_tuned(
             of the decoder's operations.
     """
     if (run / MODEL).is_dir():
-        model = load_export(run / MODEL, dtype, device)
-        if capacity is not None or flops is not None:
-            budget, axis = (capacity, "capacity") if flops is None else (flops, "flops")
-            set_thresholds(model, thresholds_for(read_router_config(run), budget, run, axis))
-        return model
-    model = load_routers(load_dense(base, dtype, device), run, capacity=capacity, flops=flops)
+        return _turned(load_export(run / MODEL, dtype), run, capacity, flops)
+    model = load_routers(load_dense(base, dtype), run, capacity=capacity, flops=flops)
     return with_lora(model, run / ADAPTER) if (run / ADAPTER).is_dir() else model.eval()
 
 
-def load_export(folder: Path, dtype: str = "auto", device: str | None = None) -> PreTrainedModel:
+def _turned(
+    model: PreTrainedModel, folder: Path, capacity: float | None = None, flops: float | None = None
+) -> PreTrainedModel:
+    """The model with the dial that is stored in ``folder`` turned, where a budget is given."""
+    budget, axis = (capacity, "capacity") if flops is None else (flops, "flops")
+    if budget is not None:
+        set_thresholds(model, thresholds_for(read_router_config(folder), budget, folder, axis))
+    return model
+
+
+def load_export(folder: Path, dtype: str = "auto") -> PreTrainedModel:
     """An export (full, merged or peft form) in evaluation mode, with this repository's code, never the folder's own.
 
-    Raises :class:`UserError` for what ``weight_map`` refuses, routers that do not fit the weights beside them, values
-    that are not finite, or a checkpoint without routing.
+    Raises:
+        UserError: for what ``weight_map`` refuses, routers that do not fit the weights beside them, values that are
+            not finite, or a checkpoint without routing.
     """
     if (base := weights_folder(folder)) != folder:
-        return with_lora(load_export(base, dtype, device), folder)
+        return with_lora(load_export(base, dtype), folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no checkpoint folder; export a run first")
     files = weight_map(folder)
@@ -121,7 +121,7 @@ def load_export(folder: Path, dtype: str = "auto", device: str | None = None) ->
     if not is_routed(model):
         raise UserError(f"{folder} is not routed: its config names no mod_layers")
     _check_finite(model, folder)
-    return model.to(device or default_device()).eval()
+    return model.to(default_device()).eval()
 
 
 def weights_folder(export: Path) -> Path:

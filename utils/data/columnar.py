@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,13 +20,10 @@ READ_BUFFER = 1 << 20
 def table_rows(path: Path, parquet: bool, columns: Sequence[str]) -> Rows:
     """Rows of a table with their numbers, from 1; columns that it lacks are missing in them.
 
-    Raises :class:`UserError` if two of the columns, or of the fields in them, have one name.
+    Raises :class:`UserError` if two of the columns have one name.
     """
-    number = 0
-    for batch in _parquet_batches(path, columns) if parquet else _arrow_batches(path, columns):
-        for row in _values(batch):
-            number += 1
-            yield number, row
+    batches = _parquet_batches(path, columns) if parquet else _arrow_batches(path, columns)
+    yield from enumerate((row for batch in batches for row in _values(batch)), 1)
 
 
 def _parquet_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -52,22 +48,12 @@ def _arrow_batches(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatc
 
 
 def _indices(path: Path, schema: pa.Schema, columns: Sequence[str]) -> list[int]:
-    """Where the columns are that a table has of ``columns``; UserError where a name means two things."""
+    """Where the columns are that a table has of ``columns``; UserError where a name means two of them."""
     indices = [index for index, name in enumerate(schema.names) if name in columns]
-    repeated = _repeated(schema.field(index) for index in indices)
-    if repeated:
-        raise UserError(f"{path}: {repeated!r} is the name of two columns or fields; rename or drop one of them")
+    names = [schema.names[index] for index in indices]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: {repeated[0]!r} is the name of two columns; rename or drop one of them")
     return indices
-
-
-def _repeated(fields: Iterable[pa.Field]) -> str | None:
-    """A name that two of the fields share, or two fields within one of them."""
-    fields = list(fields)
-    names = Counter(field.name for field in fields)
-    children = [map(field.type.field, range(field.type.num_fields)) for field in fields]
-    return next((name for name in names if names[name] > 1), None) or next(
-        filter(None, map(_repeated, children)), None
-    )
 
 
 def _values(batch: pa.RecordBatch) -> list[object]:

@@ -28,8 +28,6 @@ FOREIGN = {
     rb"\xfd7zXZ": "xz",
     rb"PK\x03\x04": "zip",
     rb"(?s).{257}ustar": "tar",
-    rb"FEA1": "Feather 1",
-    rb"SQLite format": "SQLite",
     rb"\x1f\x8b|\x28\xb5\x2f\xfd": "doubly compressed",
 }
 """How files begin that are not read, and would be taken for text."""

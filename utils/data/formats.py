@@ -1,8 +1,7 @@
 """The raw data sets: what their rows look like, and how a row becomes messages, or plain text.
 
 Facts (file names, senders, labels, prompt texts) of six of them are those of the published recipe, so that the rows
-which both accept are equal: same ``dataset`` label, same ``id``, same messages in the same order. What is left out and
-why is in :mod:`router_tuning.data.acceptance`.
+which both accept are equal: same ``dataset`` label, same ``id``, same messages in the same order.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from router_tuning.data.acceptance import Message, Reject, checked, json_type
+from router_tuning.data.acceptance import Content, Reject, conversation, json_type
 
 Row = Mapping[str, object]
-Content = dict[str, object]
-"""``{"messages": […]}``, or of plain text ``{"prompt": "", "completion": text}``: every token of it carries loss."""
 Converter = Callable[[Row], Content]
 
 _HUMAN_AND_GPT = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant"}
@@ -45,7 +42,7 @@ def _conversation(senders: Mapping[str, str], filtered: Mapping[str, str]) -> Co
             messages = [{"role": senders[turn["from"]], "content": turn["value"]} for turn in turns]
         except (KeyError, TypeError):
             raise _fault(turns, senders, filtered) from None
-        return _talk(messages)
+        return conversation(messages)
 
     return convert
 
@@ -83,12 +80,8 @@ def _pair(question: str, answer: str) -> Converter:
     return convert
 
 
-def _talk(messages: list[Message]) -> Content:
-    return {"messages": checked(messages)}
-
-
 def _exchange(user: str, assistant: str) -> Content:
-    return _talk([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
+    return conversation([{"role": "user", "content": user}, {"role": "assistant", "content": assistant}])
 
 
 def _text(row: Row) -> Content:

@@ -12,13 +12,8 @@ import yaml
 
 from router_tuning.errors import UserError
 
-PUBLISHED_PORTIONS = {
-    "vicuna_sharegpt": Fraction("2.9"),
-    "evol_instruct": Fraction(1),
-    "slim_orca": Fraction(1),
-    "meta_math_qa": Fraction(1),
-    "evol_code_alpaca": Fraction(1),
-}
+PUBLISHED_PORTIONS = {"vicuna_sharegpt": Fraction("2.9")}
+PUBLISHED_PORTIONS |= dict.fromkeys(("evol_instruct", "slim_orca", "meta_math_qa", "evol_code_alpaca"), Fraction(1))
 PUBLISHED_SEED = 233
 
 RENDERINGS = {"chat": None, "question": ("Question: {}\nAnswer:", " {}"), "plain": ("{}\n\n", "{}")}

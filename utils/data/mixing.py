@@ -9,6 +9,7 @@ more than one bucket. Draws come from ``random.Random``, whose ``random()`` is t
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 from dataclasses import dataclass
@@ -91,8 +92,7 @@ def mix(plan: MixPlan, reformatted: Path, folder: Path) -> dict:
         report = {"rows": sum(wanted.values()), "sha256": digest, "seed": plan.seed, "dedup": plan.dedup}
         report["renderings"] = {name: float(weight) for name, weight in plan.renderings.items()}
         report["sets"] = {survey.name: _provenance(survey, plan, wanted[survey.name]) for survey in surveys}
-        text = orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-        (scratch / "mix.json").write_bytes(text)
+        (scratch / "mix.json").write_text(json.dumps(report, indent=2) + "\n")
         for name in ("data.jsonl", "mix.json"):
             os.replace(scratch / name, folder / name)
     return report

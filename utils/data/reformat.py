@@ -191,13 +191,11 @@ def _shown(row: object) -> dict:
     """The row itself as JSON, or as much of its text as says what JSON can't: NaN, halves of surrogate pairs, …"""
     if isinstance(row, Reject):
         return {"text": row.text}
-    try:
-        json.dumps(row, allow_nan=False)
-        orjson.dumps(row)
+    with suppress(TypeError, ValueError, RecursionError):
+        json.dumps(row, allow_nan=False), orjson.dumps(row)
         return {"row": row}
-    except (TypeError, ValueError, RecursionError):
-        with suppress(ValueError, RecursionError):
-            return {"text": json.dumps(row, default=str)[:EXCERPT]}
+    with suppress(ValueError, RecursionError):
+        return {"text": json.dumps(row, default=str)[:EXCERPT]}
     return {"text": ""}
 
 
