@@ -26,13 +26,13 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from router_tuning.embedded.base_checkpoint import write_checkpoint
 from router_tuning.embedded.base_training import (
     CURRICULUM,
     SampleStream,
     build_tokenizer,
     tiny_config,
     tiny_moe_config,
+    write_checkpoint,
 )
 from router_tuning.embedded.muon import MuonWithAdamW
 from router_tuning.errors import UserError, cli, parser_of

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from router_tuning.checkpoint.loading import load_dense
-from router_tuning.embedded.base_checkpoint import ROUTING_FIELDS
-from router_tuning.embedded.base_training import CURRICULUM, SampleStream, build_tokenizer
+from router_tuning.embedded.base_training import CURRICULUM, ROUTING_FIELDS, SampleStream, build_tokenizer
 from router_tuning.embedded.muon import MuonWithAdamW
 from router_tuning.embedded.sample_tasks import heldout_text
 from router_tuning.evaluation.records import read_records
