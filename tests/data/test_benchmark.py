@@ -1,4 +1,4 @@
-"""The benchmark of the data commands measures all that its report names, on files that are valid, and tidies up."""
+"""The benchmark of the data commands measures all that its report names, on files that are valid."""
 
 from __future__ import annotations
 
@@ -20,5 +20,4 @@ def test_one_kind_of_file(kind: str, tmp_path: Path, root: Path):
     result = script["benchmark"](kind, 300_000, tmp_path, 1)
     assert 300_000 <= result["bytes"] < 330_000 and result["rows"] == count
     for name in ("plain_json_loop", "reformat", "mix_dedup"):
-        assert result[name]["rows_per_s"] > 0 and result[name]["peak_mb"] < 300
-    assert list(tmp_path.iterdir()) == []
+        assert result[name]["rows_per_processor_s"] > 0 and result[name]["peak_mb"] < 300

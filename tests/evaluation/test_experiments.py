@@ -113,7 +113,7 @@ def test_shards_share_all_cells_and_keep_together_what_belongs_together(plan_fil
         ({"static": ["none"]}, "'none'"),
         ({"timed": "nothing"}, "nothing"),
         ({"tasks": [], "texts": {}, "timed": None}, "nothing to score on"),
-        ({"texts": {"a": {}}, "timed": None}, "names no file"),
+        ({"texts": {"a": {}}, "timed": None}, "'file'"),
         ({"texts": {"a": {"file": "x", "rows": 3}}, "timed": None}, "rows"),
         ({"texts": {"words": {"file": PLAN["data"], "first": 15}}}, "its rows train recipes"),
     ],

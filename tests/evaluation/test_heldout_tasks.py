@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import yaml
 from lm_eval.tasks import TaskManager
 
 from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS
 from router_tuning.evaluation.tasks import TASK_CONFIGS
-
-HELDOUT = TASK_CONFIGS / "heldout"
-
 
 TEXTS = {"system": " Be brief. ", "user": "Hi\nthere", "assistant": "Yes."}
 CONVERSATION = [{"role": role, "content": text} for role, text in TEXTS.items()]
@@ -41,13 +37,4 @@ def test_documents_of_a_file(tmp_path, base, task_code):
 def test_every_task_has_its_forms():
     names = set(TaskManager(include_path=str(TASK_CONFIGS), include_defaults=False).all_subtasks)
     expected = {f"mod_{task}_mc" for task in TASKS} | {f"mod_{task}_text" for task in FREE_TASKS}
-    expected |= {f"mod_{task}_gen" for task in TASKS if task not in FREE_TASKS}
-    assert expected <= names
-
-
-def test_yaml_names_the_file_it_reads():
-    for path in sorted(HELDOUT.glob("*_*.yaml")):
-        config = yaml.load(path.read_text().replace("!function", ""), Loader=yaml.SafeLoader)
-        if "dataset_kwargs" in config:
-            kind, _, task = path.stem.partition("_")
-            assert config["task"] == f"mod_{task}_{kind}" and config["dataset_kwargs"] == {"task": task}
+    assert expected | {f"mod_{task}_gen" for task in TASKS if task not in FREE_TASKS} <= names

@@ -13,9 +13,8 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from router_tuning.errors import UserError
 from router_tuning.evaluation.routed_lm import RoutedLM
-from router_tuning.evaluation.tasks import TASK_CONFIGS, evaluate, main_score, requested_tokens
+from router_tuning.evaluation.tasks import TASK_CONFIGS, evaluate, requested_tokens
 from router_tuning.model import force_routing, record_routing
 from router_tuning.model.recording import routed_base
 
@@ -116,19 +115,8 @@ def test_rolling_text_stands_behind_one_bos(base):
     assert lm.tok_encode(text) == ids[0].tolist(), "and is as before for prompts"
 
 
-def test_unknown_task_is_named(routed, tokenizer):
-    with pytest.raises(UserError, match="mod_heldout_gne.*mod_heldout_gen"):
-        evaluate(routed, tokenizer, ["mod_heldout_gne"])
-
-
 def test_tokens_to_read_are_those_of_prompts_and_choices(tokenizer, caplog):
     logging.getLogger("lm_eval").setLevel(logging.INFO)
     one, two = (requested_tokens(["mod_math_mc"], limit, tokenizer) for limit in (1, 2))
     assert 0 < one < two and requested_tokens([], None, tokenizer) == 0
     assert not caplog.records, "lm-eval's own remarks are none for a user"
-
-
-def test_main_score_prefers_what_a_task_is_judged_by():
-    assert main_score({"acc,none": 0.5, "acc_norm,none": 0.6, "acc_norm_stderr,none": 0.1})[2:] == (0.6, 0.1)
-    assert main_score({"word_perplexity,none": 3.0}) == ("word_perplexity", "none", 3.0, None)
-    assert main_score({"alias": 1.0}) is None

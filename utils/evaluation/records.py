@@ -202,34 +202,33 @@ def _is_control(cell: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
 
 def task_difference(ours: Group, other: Group, metric: str) -> tuple[float, float] | None:
     """Mean over tasks of the mean difference over documents (of the means over seeds), and its standard error."""
-    means, squares = [], []
+    found = []
     left, right = ([group.units(record) for record in group.records] for group in (ours, other))
     for name, (kind, values) in left[0].items():
         sides = [[units[name][1] for units in side if name in units] for side in (left, right)]
-        if kind != metric or not all(sides) or len(values) < 2 or len({len(v) for side in sides for v in side}) > 1:
-            continue
-        seeds = [[statistics.fmean(column) for column in zip(*side, strict=True)] for side in sides]
-        gaps = [a - b for a, b in zip(*seeds, strict=True)]
-        means.append(statistics.fmean(gaps))
-        squares.append(statistics.variance(gaps) / len(gaps))
-    return (statistics.fmean(means), math.sqrt(sum(squares)) / len(means)) if means else None
+        if kind == metric and all(sides) and len(values) > 1 and len({len(v) for side in sides for v in side}) == 1:
+            found.append(_paired(*sides, [1] * len(values)))
+    if not found:
+        return None
+    means, errors = zip(*found, strict=True)
+    return statistics.fmean(means), math.hypot(*errors) / len(means)
 
 
 def text_difference(ours: Group, other: Group, text: str) -> tuple[float, float] | None:
     """Difference of the mean divergence per token, and the standard error of this ratio of sums over documents."""
-    sides = []
-    for group in (ours, other):
-        found = group.texts(text, "documents")
-        if not found:
-            return None
-        tokens = found[0]["tokens"]
-        sides.append([statistics.fmean(values) for values in zip(*(f["kl"] for f in found), strict=True)])
-    if len(sides[0]) != len(sides[1]) or len(tokens) < 2:
+    found = [group.texts(text, "documents") for group in (ours, other)]
+    if not all(found) or len(found[0][0]["tokens"]) < 2 or len({len(d["kl"]) for side in found for d in side}) > 1:
         return None
-    gaps = [a - b for a, b in zip(*sides, strict=True)]
-    mean, count = sum(gaps) / sum(tokens), len(tokens)
-    spread = sum((gap - mean * size) ** 2 for gap, size in zip(gaps, tokens, strict=True))
-    return mean, math.sqrt(spread * count / (count - 1)) / sum(tokens)
+    return _paired(*([document["kl"] for document in side] for side in found), found[0][0]["tokens"])
+
+
+def _paired(ours: Sequence[Sequence[float]], other: Sequence[Sequence[float]], sizes: Sequence[float]) -> tuple:
+    """Difference of sums over documents per unit of size, and its standard error; sides hold values per seed."""
+    sides = [[statistics.fmean(column) for column in zip(*side, strict=True)] for side in (ours, other)]
+    gaps, count = [a - b for a, b in zip(*sides, strict=True)], len(sizes)
+    mean = sum(gaps) / sum(sizes)
+    spread = sum((gap - mean * size) ** 2 for gap, size in zip(gaps, sizes, strict=True))
+    return mean, math.sqrt(spread * count / (count - 1)) / sum(sizes)
 
 
 def task_table(records: Sequence[Record], errors: bool = True) -> Table:

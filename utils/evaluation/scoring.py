@@ -81,15 +81,6 @@ def score(
     if routed:
         record["share"] = statistics.fmean(part["share"] for part in parts)
         record["capacity"] = statistics.fmean(statistics.fmean(part["capacity"].values()) for part in parts)
-    return record | {"model": describe(model), "provenance": provenance()}
-
-
-def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """Architecture, size, precision and routing fields of a model."""
     fields = {name: value for name, value in model.config.to_dict().items() if name.startswith("mod_")}
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "routing": fields if fields.get("mod_layers") else None,
-    }
+    about = {"class": type(model).__name__, "dtype": str(model.dtype), "routing": fields if routed else None}
+    return record | {"model": about, "provenance": provenance()}

@@ -120,10 +120,10 @@ class Laboratory:
         plan, prompts = self.plan, []
         texts = {}
         for name, text in plan.texts.items():
-            size = (text["documents"], text["max_tokens"], text["first"])
-            texts[name] = read_documents(plan.path(text["file"]), self.tokenizer, *size)
+            size = (text.documents, text.max_tokens, text.first)
+            texts[name] = read_documents(plan.path(text.file), self.tokenizer, *size)
         if plan.timed:
-            rows = read_rows(plan.path(plan.texts[plan.timed]["file"]))[plan.texts[plan.timed]["first"] :]
+            rows = read_rows(plan.path(plan.texts[plan.timed].file))[plan.texts[plan.timed].first :]
             shown = [text for _, text in rendered(rows[: plan.timed_prompts], self.tokenizer)]
             prompts = prompt_batches(shown, self.tokenizer, plan.batch_size)
         evaluation = {"limit": plan.documents, "batch_size": plan.batch_size, "num_fewshot": plan.num_fewshot}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,15 @@ from router_tuning.evaluation.records import cell_name
 from router_tuning.model.configuration_mod import SKIP_PATHS, parse_granularity
 from router_tuning.places import ROOT
 
-DEFAULTS = {"documents": 64, "max_tokens": 256, "first": 0}
-"""Of a text: how many documents are scored, their tokens, and rows of the file that are passed over."""
+
+@dataclass
+class Text:
+    """Text to score on: how many documents, of how many tokens, and rows of the file that are passed over."""
+
+    file: str
+    documents: int = 64
+    max_tokens: int = 256
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Plan:
         search_tokens: number of tokens of ``data`` that removal is chosen on; candidates: see ``removal_order``.
         fit_tokens: number of tokens behind these that its skip paths are fitted on.
         tasks: lm-eval tasks or groups; documents: of each, None for all; batch_size, num_fewshot.
-        texts: ``{name: {file, documents, max_tokens, first}}``, see :data:`DEFAULTS`.
+        texts: by name, as :class:`Text` has them.
         timed: name of a text whose prompts are timed, first seed; timed_prompts: how many; new_tokens, repeats.
     """
 
@@ -77,7 +84,7 @@ class Plan:
     documents: int | None = None
     batch_size: int = 16
     num_fewshot: int | None = None
-    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    texts: dict[str, Any] = field(default_factory=dict)
     timed: str | None = None
     timed_prompts: int = 16
     new_tokens: int = 16
@@ -96,26 +103,18 @@ class Plan:
             f"static {kind!r} is none of {', '.join(SKIP_PATHS)}" for kind in self.static if kind not in SKIP_PATHS
         ]
         for name, text in self.texts.items():
-            odd = sorted(set(text) - {"file", *DEFAULTS})
-            problems += [f"text {name}: {odd[0]!r} is none of file, {', '.join(DEFAULTS)}"] if odd else []
-            problems += [f"text {name}: names no file"] if "file" not in text else []
-            self.texts[name] = DEFAULTS | text
-            problems += self._trained_on(name)
+            self.texts[name] = text = Text(**text)
+            used = [flags.get("max_train_samples", 1000) for flags in self.recipes.values()]
+            if text.file == self.data and not all(0 < rows <= text.first for rows in used):
+                problems.append(
+                    f"text {name}: its rows train recipes; let 'first' pass over the largest max_train_samples"
+                )
         if self.timed is not None and self.timed not in self.texts:
             problems.append(f"timed {self.timed!r} is none of the texts")
         if not self.tasks and not self.texts:
             problems.append("nothing to score on: name tasks or texts")
         if problems:
             raise UserError(f"experiment {self.name}: " + "; ".join(problems))
-
-    def _trained_on(self, name: str) -> list[str]:
-        text = self.texts[name]
-        if text.get("file") != self.data:
-            return []
-        used = [flags.get("max_train_samples", 1000) for flags in self.recipes.values()]
-        if all(0 < rows <= text["first"] for rows in used):
-            return []
-        return [f"text {name}: its rows train recipes; let 'first' pass over the largest max_train_samples"]
 
     def has_dial(self, recipe: str) -> bool:
         """Whether a recipe's runs can be scored at any budget."""
@@ -139,7 +138,7 @@ class Plan:
         odd |= set() if cell.policy.startswith("static") else {"search_tokens", "candidates", "fit_tokens"}
         settings = {name: value for name, value in vars(self).items() if name not in odd}
         settings["recipe"] = self.recipes.get(cell.recipe or "")
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=vars).encode()).hexdigest()[:12]
 
     def path(self, text: str) -> Path:
         """A path of the file, with environment variables put in; relative ones lie in the repository.
@@ -163,11 +162,7 @@ def read_plan(path: Path) -> Plan:
         raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected 'key: value' lines")
-    known = {f.name: f for f in fields(Plan)}
-    unknown = sorted(set(content) - set(known))
-    if unknown:
-        raise UserError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
     try:
         return Plan(**{"name": path.stem, **content})
     except (TypeError, AttributeError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {str(error).replace('__init__() ', '')}") from None
