@@ -12,6 +12,9 @@ from .packing import evened, true_places
 from .router import ModRouter, Unlearnt, merge, pooled_mean, threshold_logit
 from .skip_path import SkipPath
 
+_FEW = 32
+"""Sequences decoded together for which a module runs whole or not at all, see :meth:`Routed.mod_runs_for_some`."""
+
 
 class Decision(NamedTuple):
     """``keep``: bool ``[b]`` (sequence) or ``[b, t]`` (token); ``logits``: float32 alike, None if held or forced."""
@@ -161,6 +164,13 @@ class Routed:
         if first is not None:
             skipped = torch.where(first[..., None], executed, skipped)
         return merge(keep, executed, skipped, logits)
+
+    def mod_runs_for_some(self, keep: Tensor) -> bool:
+        """Whether a pass in which some of ``keep [b, t]`` run lets all run: a step of decoding a few sequences.
+
+        Reading a module's matrices takes the time there, however many rows they are multiplied with.
+        """
+        return keep.shape[1] == 1 and len(keep) <= _FEW
 
     def mod_kept_rows(self, keep: Tensor, context: RoutingContext) -> Tensor:
         """Row indices of a sequence-level decision."""

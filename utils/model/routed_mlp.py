@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .context import RoutingContext
@@ -34,6 +35,9 @@ class RoutedMLP(Routed):
                 return super().forward(hidden_states, *args, **kwargs)
             if not any(counts):
                 return self.mod_skipped(hidden_states)
+            if self.mod_runs_for_some(keep):
+                output = super().forward(hidden_states, *args, **kwargs)
+                return torch.where(keep[..., None], output, self.mod_skipped(hidden_states))
             index = true_places(keep, sum(counts))
             ran = self._run(hidden_states.flatten(0, 1), index, *args, **kwargs)
             output = self.mod_skipped_tokens(hidden_states, keep, sum(counts))
