@@ -14,7 +14,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
+import math
 import re
+import shlex
+import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -33,7 +36,7 @@ from router_tuning.speed.benchmark import Setting, benchmark, routed_copy
 from router_tuning.speed.cells import Cell, Row, free_memory, measured, run_cells
 from router_tuning.speed.shapes import SHAPES, random_model
 from router_tuning.speed.steps import compiled_decode, training_step
-from router_tuning.speed.table import print_rows, speed_tables
+from router_tuning.speed.table import line_of, speed_tables
 
 PHASES = {"prefill": (4, 512, 0), "decode": (1, 256, 0), "tune": (8, 128, 3), "train": (8, 128, 3)}
 PHASES["compiled"] = (1, 256, 64)
@@ -58,7 +61,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU")
     parser.add_argument("--profile", action="store_true", help="profile a dense and a routed pass of each cell too")
-    parser.add_argument("--minutes", type=float, help="no cell starts that would end later than this")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="no cell starts that would end later than this"
+    )
     parser.add_argument("--output", type=Path, required=True, help="JSON lines")
     args = parser.parse_args()
     if args.model and args.shape != parser.get_default("shape"):
@@ -104,16 +109,22 @@ def cells(args: argparse.Namespace, dense: PreTrainedModel) -> list[Cell]:
     skips = tuple(replace(wanted[0], skip=skip).skip for skip in args.skips.split(","))
     found = []
     for phase, batch, length, rounds in phases(args.phases):
-        kind, shape = f"{phase} {batch}x{length}", {"phase": phase, "batch": batch, "length": length}
+        kind = f"{phase} {batch}x{length}"
         if phase in ("prefill", "decode"):
             rounds = rounds or args.repeats * (10 if phase == "decode" else 1)
             for one in wanted:
                 setting = Setting(phase, batch, length, one, capacities, rounds, skips, args.builds, args.profile)
                 name = f"{kind} {one.granularity} {one.kv_policy}"
                 found.append(Cell(name, kind, lambda setting=setting: timed_rows(dense, setting)))
-        else:
-            step = (dense, wanted[0], phase, batch, length, max(rounds, 2))
-            found.append(Cell(kind, phase, lambda step=step, shape=shape: [shape | step_row(*step)]))
+            continue
+
+        def step(phase: str = phase, shape: tuple[int, int] = (batch, length), rounds: int = rounds) -> list[Row]:
+            about = {"phase": phase, "batch": shape[0], "length": shape[1], "granularity": wanted[0].granularity}
+            if phase == "compiled":
+                return [about | compiled_decode(dense, *shape, rounds)]
+            return [about | training_step(routed_copy(dense, wanted[0]), *shape, rounds, phase == "train")]
+
+        found.append(Cell(kind, phase, step))
     return found
 
 
@@ -126,15 +137,6 @@ def timed_rows(dense: PreTrainedModel, setting: Setting) -> list[Row]:
             raise
     free_memory()
     return [row for skip in setting.skips for row in benchmark(dense, replace(setting, skips=(skip,)))]
-
-
-def step_row(dense: PreTrainedModel, routing: ModConfig, phase: str, batch: int, length: int, rounds: int) -> Row:
-    """A step that is timed alone."""
-    if phase == "compiled":
-        return {"seconds_step": compiled_decode(dense, batch, length, rounds)["seconds"]["median"]}
-    found = training_step(routed_copy(dense, routing), batch, length, rounds, everything=phase == "train")
-    about = {"granularity": routing.granularity, "spread": found.pop("seconds")}
-    return {**about, **found, "seconds_step": about["spread"]["median"] * batch / found["micro_batch"]}
 
 
 def load(args: argparse.Namespace) -> PreTrainedModel:
@@ -170,13 +172,11 @@ def main() -> None:
         wanted = cells(args, dense)
     except ValueError as error:
         raise UserError(str(error)) from None
-    flags = " ".join(f"--{key} {value}" for key, value in vars(args).items() if value not in (None, False))
-    flags = flags.replace("--profile True", "--profile")
-    about = {"command": f"python entrypoints/analysis/benchmark_speed.py {flags}", **provenance()}
-    about |= {"shape": args.model or args.shape}
+    command = shlex.join(["python", "entrypoints/analysis/benchmark_speed.py", *sys.argv[1:]])
+    about = {"command": command, **provenance(), "shape": args.model or args.shape}
     ready = (time.time() - psutil.Process().create_time()) / 60
-    minutes = None if args.minutes is None else args.minutes - ready
-    run_cells(wanted, args.output, about, minutes, print_rows(tqdm.write))
+    for row in run_cells(wanted, args.output, about, args.minutes - ready):
+        tqdm.write(line_of(row))
     for table in speed_tables(measured(read_json_lines(args.output), about["device"])).values():
         print(f"\n{table.text()}")
     print(f"output: {args.output}")

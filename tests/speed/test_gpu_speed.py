@@ -46,6 +46,10 @@ def test_the_script_runs_every_cell_and_its_file_gives_the_tables(root, tmp_path
     assert all(table.text() in done.stdout for table in tables.values())
 
 
+def run(cells, *arguments):
+    return list(run_cells(cells, *arguments))
+
+
 def cells(**outcomes):
     def run(name):
         if isinstance(outcomes[name], Exception):
@@ -57,7 +61,7 @@ def cells(**outcomes):
 
 def test_a_cell_that_fails_is_told_and_the_next_one_runs(tmp_path):
     journal = tmp_path / "cells.jsonl"
-    run_cells(cells(a=1, b=torch.OutOfMemoryError("too large"), c=3), journal, ABOUT)
+    run(cells(a=1, b=torch.OutOfMemoryError("too large"), c=3), journal, ABOUT)
     header, a, b, c = read_json_lines(journal)
     assert header == {"run": ABOUT} and (a["value"], c["value"]) == (1, 3)
     assert b["cell"] == "b" and b["failed"] == "OutOfMemoryError: too large"
@@ -65,15 +69,11 @@ def test_a_cell_that_fails_is_told_and_the_next_one_runs(tmp_path):
 
 def test_a_later_run_goes_on_where_a_cut_one_ended(tmp_path):
     journal = tmp_path / "cells.jsonl"
-    run_cells(cells(a=1, b=2), journal, ABOUT)
+    run(cells(a=1, b=2), journal, ABOUT)
     journal.write_text(journal.read_text()[:-10])  # in the middle of the last line
-    run_cells(cells(a=3, b=4, c=5), journal, ABOUT)
-    assert [(row["cell"], row["value"]) for row in measured(read_json_lines(journal))] == [
-        ("a", 1),
-        ("b", 4),
-        ("c", 5),
-    ]
-    run_cells(cells(a=6), journal, {"device": "another"})
+    run(cells(a=3, b=4, c=5), journal, ABOUT)
+    assert [row["value"] for row in measured(read_json_lines(journal))] == [1, 4, 5]
+    run(cells(a=6), journal, {"device": "another"})
     assert [row["value"] for row in measured(read_json_lines(journal), "another")] == [6]
 
 
@@ -81,12 +81,12 @@ def test_no_cell_starts_that_would_end_after_the_time(tmp_path, monkeypatch):
     journal, clock = tmp_path / "cells.jsonl", [0.0]
     monkeypatch.setattr("router_tuning.speed.cells.time.perf_counter", lambda: clock[0])
 
-    def run(seconds):
+    def wait(seconds):
         clock[0] += seconds
         return [{"value": seconds}]
 
     plan = (("a", "short", 1), ("b", "long", 40), ("c", "long", 40), ("d", "short", 1))
-    run_cells([Cell(name, kind, lambda s=s: run(s)) for name, kind, s in plan], journal, ABOUT, 1.0)
+    run([Cell(name, kind, lambda s=s: wait(s)) for name, kind, s in plan], journal, ABOUT, 1.0)
     rows = read_json_lines(journal)
     assert [row["cell"] for row in measured(rows)] == ["a", "b", "d"] and rows[-1]["not_started"] == ["c"]
 
@@ -118,6 +118,6 @@ def test_a_training_step_takes_the_rows_that_memory_holds_and_changes_nothing(ev
     monkeypatch.setattr(steps, "_measured_step", bounded)
     model, reference = (route(tiny_model(), mod_layers=[1, 2]) for _ in range(2))
     row = steps.training_step(model, 8, 6, 2, everything)
-    assert row["micro_batch"] == 2 and row["seconds"]["median"] > 0
+    assert row["micro_batch"] == 2 and row["seconds_step"] > 0
     for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert torch.allclose(parameter, expected, atol=1e-6) and parameter.grad is None, name

@@ -92,22 +92,19 @@ def removal_order(
                 total += float(divergence(reference.float(), predictions(model, batch)).sum())
         return total / tokens
 
-    gone: list[str] = []
+    def worth(name: str) -> float:
+        return harm[name] / saved[name]
+
+    harm = {name: without([name]) for name in tqdm(saved, desc="removal, one at a time", leave=False)}
     order: list[Removed] = []
     kl, left = 0.0, 1.0
-    with tqdm(total=len(saved), desc="removal, one at a time", leave=False) as progress:
-        harm = {}
-        for name in saved:
-            harm[name] = without([name])
-            progress.update()
     with tqdm(desc="removal, in order", leave=False) as progress:
         while left > share and harm:
-            cheapest = sorted(harm, key=lambda name: harm[name] / saved[name])[: candidates if gone else 1]
-            if gone:
-                harm |= {name: without([*gone, name]) - kl for name in cheapest}
-            name = min(cheapest, key=lambda name: harm[name] / saved[name])
+            if order:
+                cheapest = sorted(harm, key=worth)[:candidates]
+                harm |= {name: without([*(step.name for step in order), name]) - kl for name in cheapest}
+            name = min(cheapest if order else harm, key=worth)
             kl, left = kl + harm.pop(name), left - saved[name]
-            gone.append(name)
             order.append(Removed(name, kl, left))
             progress.update()
     return order

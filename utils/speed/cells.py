@@ -8,11 +8,11 @@ time did not suffice for. A later run on the same device goes on with what is mi
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,33 +21,22 @@ from router_tuning.files import append_json, read_json_lines
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Something to measure: ``run`` gives its rows.
-
-    Cells of one ``kind`` take about the same time; the first of them is expected to take as long as the longest of
-    all cells before.
-    """
+class Cell(NamedTuple):
+    """Something to measure: ``run`` gives its rows. Cells of one ``kind`` take about the same time."""
 
     name: str
     kind: str
     run: Callable[[], list[Row]]
 
 
-def run_cells(
-    cells: Iterable[Cell],
-    path: Path,
-    about: Row,
-    minutes: float | None = None,
-    report: Callable[[str, list[Row]], None] = lambda name, rows: None,
-) -> None:
-    """Run the cells that the journal lacks, in order.
+def run_cells(cells: Iterable[Cell], path: Path, about: Row, minutes: float = math.inf) -> Iterator[Row]:
+    """Run the cells that the journal lacks, in order, and yield each row when it has been written.
 
     Args:
         path: the journal, which is appended to. about: describes this run; what was measured on another
             ``about["device"]`` counts as missing.
-        minutes: no cell starts that is expected to end later than this after the call.
-        report: called with the name and the rows of each cell, as it ends.
+        minutes: no cell starts that is expected to end later than this after the call: the first of a kind is expected
+            to take as long as the longest of all before.
     """
     start = time.perf_counter()
     done = {row["cell"] for row in measured(read_json_lines(path), about["device"])}
@@ -55,12 +44,10 @@ def run_cells(
     late = []
     gc.freeze()  # what is there now stays: cells collect their own alone
     append_json(path, {"run": about})
-    for cell in cells:
-        if cell.name in done:
-            continue
+    for cell in (cell for cell in cells if cell.name not in done):
         began = time.perf_counter()
         expected = longest.get(cell.kind, max(longest.values(), default=0.0))
-        if minutes is not None and began - start + expected > 60 * minutes:
+        if began - start + expected > 60 * minutes:
             late.append(cell.name)
             continue
         try:
@@ -70,10 +57,9 @@ def run_cells(
         free_memory()
         took = time.perf_counter() - began
         longest[cell.kind] = max(longest.get(cell.kind, 0.0), took)
-        rows = [{"cell": cell.name, "seconds": took, **row} for row in rows]
         for row in rows:
-            append_json(path, row)
-        report(cell.name, rows)
+            append_json(path, told := {"cell": cell.name, "seconds": took, **row})
+            yield told
     if late:
         append_json(path, {"not_started": late, "minutes": minutes})
     gc.unfreeze()

@@ -29,15 +29,16 @@ def training_step(model: PreTrainedModel, batch: int, length: int, rounds: int, 
         model: routed; its weights stay as they are (the rate is zero). rounds: timed steps, at least 2.
         everything: whether all weights train, or the routers alone.
 
-    Returns ``micro_batch``, ``seconds`` of one such part, and the ``peak_bytes`` of a first one: activations,
-    gradients and the optimizer's state.
+    Returns ``seconds_step``, the median; ``micro_batch``, ``spread`` of the seconds of one such part, and the
+    ``peak_bytes`` of a first one: activations, gradients and the optimizer's state.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(everything or "mod_router" in name)
     ids = torch.randint(3, model.config.vocab_size, (batch, length), device=model.device)
     for rows in (batch >> halvings for halvings in range(batch.bit_length())):
         try:
-            return {"micro_batch": rows, **_measured_step(model.train(), ids[:rows], rounds)}
+            found = _measured_step(model.train(), ids[:rows], rounds)
+            return {"micro_batch": rows, "seconds_step": found["spread"]["median"] * batch / rows, **found}
         except torch.OutOfMemoryError:
             free_memory()
         finally:
@@ -56,7 +57,7 @@ def _measured_step(model: PreTrainedModel, ids: torch.Tensor, rounds: int) -> Ro
         optimizer.zero_grad()
 
     peak = peak_bytes(run, ids.device)
-    return {"peak_bytes": peak, "seconds": spread([timed(run, ids.device) for _ in range(rounds)])}
+    return {"peak_bytes": peak, "spread": spread([timed(run, ids.device) for _ in range(rounds)])}
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
@@ -72,7 +73,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
 
 @torch.no_grad()
 def compiled_decode(dense: PreTrainedModel, batch: int, length: int, tokens: int) -> Row:
-    """Seconds per token of ``generate(cache_implementation="static")``, which compiles by itself on a GPU.
+    """``seconds_step``, per token of ``generate(cache_implementation="static")``, which compiles by itself on a GPU.
 
     Args:
         batch, length: of the prompt. tokens: generated, at least 2. A first generation compiles, untimed.
@@ -87,7 +88,7 @@ def compiled_decode(dense: PreTrainedModel, batch: int, length: int, tokens: int
     generate(tokens)  # the longest first: its cache serves the shorter one, so that nothing compiles anew
     first, all_of_them = (timed(lambda n=count: generate(n), ids.device) for count in (1, tokens))
     torch.compiler.reset()
-    return {"seconds": {"median": (all_of_them - first) / (tokens - 1)}}
+    return {"seconds_step": (all_of_them - first) / (tokens - 1)}
 
 
 def profile_step(step: Callable[[], Any], device: torch.device, top: int = 3) -> dict[str, Any]:

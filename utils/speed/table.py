@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from router_tuning.evaluation.tables import Cell, Table
 from router_tuning.speed.cells import Row
 
@@ -62,19 +60,12 @@ def _profiled(row: Row) -> dict[str, Cell]:
     }  # fmt: skip
 
 
-def print_rows(write: Callable[[str], None]) -> Callable[[str, list[Row]], None]:
-    """A report for :func:`run_cells` that writes a line per row."""
-
-    def report(name: str, rows: list[Row]) -> None:
-        for row in rows:
-            line = f"{name:40} {row['seconds']:6.1f} s  {row.get('failed', '')}"
-            if "time_ratio" in row:
-                line += (
-                    f"{row['skip']:8} at {row['capacity']:.2f}: {_speed_up(row)}, ideal {1 / row['ideal_ratio']:.2f}×"
-                )
-            write(line.rstrip())
-
-    return report
+def line_of(row: Row) -> str:
+    """A row in short, while more are measured."""
+    line = f"{row['cell']:40} {row['seconds']:6.1f} s  {row.get('failed', '')}"
+    if "time_ratio" in row:
+        line += f"{row['skip']:8} at {row['capacity']:.2f}: {_speed_up(row)}, ideal {1 / row['ideal_ratio']:.2f}×"
+    return line.rstrip()
 
 
 def _speed_up(row: Row) -> str:

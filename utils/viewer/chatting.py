@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -16,8 +15,7 @@ from router_tuning.model import force_routing, record_routing
 from router_tuning.tuning.encoding import encode_text, render_prompt
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """Text, what ran of each router and of the decoder's operations, seconds; ``seconds_dense`` of the dense model."""
 
     text: str
@@ -33,9 +31,8 @@ class Answer:
         line = f"{bars} depth {self.share:.0%} of the decoder, {self.tokens} tokens in {self.seconds:.2f} s"
         if self.seconds_dense is None:
             return line
-        return (
-            f"{line}, dense {self.seconds_dense:.2f} s: {1 - self.seconds / self.seconds_dense:+.0%} of the time saved"
-        )
+        saved = 1 - self.seconds / self.seconds_dense
+        return f"{line}, dense {self.seconds_dense:.2f} s: {saved:+.0%} of the time saved"
 
 
 @torch.no_grad()
@@ -55,17 +52,11 @@ def answer(
     """
     prompt = render_prompt({"messages": messages}, tokenizer)
     ids = torch.tensor([encode_text(prompt, tokenizer)], device=model.device)
-    room = model.config.max_position_embeddings - ids.shape[1]
-    if room < 1:
-        raise UserError(
-            f"the conversation has {ids.shape[1]} tokens, the model holds {model.config.max_position_embeddings}"
-        )
-    options = {
-        "attention_mask": torch.ones_like(ids),
-        "do_sample": False,
-        "max_new_tokens": min(max_new_tokens, room),
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    used, room = ids.shape[1], model.config.max_position_embeddings
+    if used >= room:
+        raise UserError(f"the conversation has {used} tokens, the model holds {room}")
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    options["max_new_tokens"] = min(max_new_tokens, room - used)
     outputs: list[torch.Tensor] = []
 
     def generate(**more: Any) -> None:
@@ -73,7 +64,7 @@ def answer(
 
     with record_routing(model) as log:
         seconds = timed(lambda: generate(streamer=streamer), model.device)
-    new, seconds_dense = outputs[0][0, ids.shape[1] :], None
+    new, seconds_dense = outputs[0][0, used:], None
     if compare:
         with force_routing(model, True):
             length = {"max_new_tokens": len(new), "min_new_tokens": len(new)}
