@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +18,7 @@ def export(tmp_path_factory, run, base):
 
 
 @pytest.fixture
-def push(root, monkeypatch, capsys):
+def push(command, monkeypatch, capsys):
     """``push(*arguments)`` → exit code, what was printed, calls of the hub."""
     calls = []
 
@@ -33,14 +32,8 @@ def push(root, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **options: refusing(**options))
 
     def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["push_to_hub.py", *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(root / "entrypoints/checkpoint/push_to_hub.py"), run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err, calls
+        code = command("checkpoint/push_to_hub.py", *arguments)
+        return code, "".join(capsys.readouterr()), calls
 
     return run
 
@@ -55,25 +48,13 @@ def test_everything_is_uploaded_in_one_commit_unless_it_is_a_trial(push, export)
     assert created[1]["private"] is True and uploaded[1]["folder_path"] == str(export)
 
 
-def _pickled(folder):
-    (folder / "weights.pt").write_bytes(b"")
-
-
-def _dangling(folder):
-    (folder / "more.safetensors").symlink_to(folder / "gone.safetensors")
-
-
-def _bad_card(folder):
-    (folder / "README.md").write_text("---\ntags: [one\n---\n")
-
-
 @pytest.mark.parametrize(
     ("spoil", "repo_id", "said"),
     [
         (lambda folder: (folder / "router_config.json").unlink(), "me/tiny", "export a run first"),
-        (_pickled, "me/tiny", "weights.pt may run code"),
-        (_dangling, "me/tiny", "which is gone"),
-        (_bad_card, "me/tiny", "while parsing"),
+        (lambda folder: (folder / "weights.pt").touch(), "me/tiny", "weights.pt may run code"),
+        (lambda folder: (folder / "more.safetensors").symlink_to("gone"), "me/tiny", "which is gone"),
+        (lambda folder: (folder / "README.md").write_text("---\ntags: [one\n---\n"), "me/tiny", "while parsing"),
         (lambda folder: None, "a/b/c", "a/b/c"),
         (lambda folder: None, "me/forbidden", "was not uploaded: 403 Client Error not yours"),
     ],
