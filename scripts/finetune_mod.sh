@@ -12,35 +12,16 @@ set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# ---- what to tune: MOD_N, GRANULARITY, RECIPE, MAX_TRAIN_SAMPLES, … as `finetune_mod.py --help` and docs/tuning.md list
-# them, read by the entrypoint; what is not set keeps the default of the recipe. The base is named here, too:
+# ---- what to tune: FOLDER_NAME, MOD_N, GRANULARITY, RECIPE, … as `finetune_mod.py --help` and docs/tuning.md list them,
+# read by the entrypoint; what is not set keeps the default of the recipe.
 RUN="${RUN:-}"                                  # YAML of settings (configs/runs); variables and arguments count more
 in_run() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" "${RUN:-/dev/null}"; }
-if [[ -z "${FOLDER_NAME:-}${MODEL_NAME_OR_PATH:-}" ]]; then
-  FOLDER_NAME="$(in_run folder_name)" MODEL_NAME_OR_PATH="$(in_run model_name_or_path)"
-fi
-FOLDER_NAME="${FOLDER_NAME:-tiny-llama-mod}"    # base under ckpt/
-MODEL_NAME_OR_PATH="${MODEL_NAME_OR_PATH:-}"    # or any checkpoint folder or hub id, which counts more
-[[ -z "${MODEL_NAME_OR_PATH}" ]] || FOLDER_NAME=""
-export FOLDER_NAME MODEL_NAME_OR_PATH
 # ---- where
 PORT="${PORT:-29501}"
 NUM_MACHINES="${NUM_MACHINES:-1}"
 MACHINE_RANK="${MACHINE_RANK:-0}"
 MAIN_PROCESS_IP="${MAIN_PROCESS_IP:-127.0.0.1}"
 CONFIG_FILE="${CONFIG_FILE:-}"                        # accelerate config; empty: chosen below
-
-active_python() {
-  if [[ -n "${PYTHON:-}" ]]; then
-    echo "${PYTHON}"
-  elif [[ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]] && command -v python >/dev/null; then
-    command -v python
-  elif [[ -x "${ROOT}/.venv/bin/python" ]]; then
-    echo "${ROOT}/.venv/bin/python"
-  else
-    command -v python3 || command -v python || fail "no python found: activate an environment or create ${ROOT}/.venv"
-  fi
-}
 
 count_gpus() {
   if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
@@ -54,7 +35,9 @@ count_gpus() {
 
 # Whether the base, with some room for activations, fits into the memory of one GPU.
 base_fits() {
-  local folder="${MODEL_NAME_OR_PATH:-${ROOT}/ckpt/${FOLDER_NAME}}" weights memory
+  local name="${FOLDER_NAME:-$(in_run folder_name)}" folder="${MODEL_NAME_OR_PATH:-$(in_run model_name_or_path)}"
+  local weights memory
+  [[ -n "${folder}" && -z "${FOLDER_NAME:-}" ]] || folder="${ROOT}/ckpt/${name:-tiny-llama-mod}"
   weights="$(du -Lcm "${folder}"/*.safetensors 2>/dev/null | tail -n 1 | cut -f 1)"
   memory="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | sort -n | head -n 1)"
   (( ${weights:-0} * 13 / 10 + 4000 < ${memory:-0} ))
@@ -76,7 +59,11 @@ choose_config() {
   echo "${ROOT}/configs/accelerate/${name}.yaml"
 }
 
-PYTHON_BIN="$(active_python)"
+if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "${ROOT}/.venv/bin/python" ]]; then
+  PATH="${ROOT}/.venv/bin:${PATH}"
+fi
+PYTHON_BIN="${PYTHON:-$(command -v python || command -v python3)}" ||
+  fail "no python found: activate an environment or create ${ROOT}/.venv"
 packages='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("accelerate", "transformers"))))'
 "${PYTHON_BIN}" -c "${packages}" ||
   fail "${PYTHON_BIN} has not the packages of requirements.txt: pip install -r requirements.txt, or activate their environment"
@@ -103,30 +90,19 @@ arguments=(--environment)
 entrypoint="${ROOT}/entrypoints/finetune/finetune_mod.py"
 
 # Several processes that each use all cores are many times slower than one.
-threads="${OMP_NUM_THREADS:-$(nproc)}"
-if (( NUM_PROCESSES > 1 )); then
-  threads="${OMP_NUM_THREADS:-1}"
-fi
-export OMP_NUM_THREADS="${threads}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$( (( NUM_PROCESSES > 1 )) && echo 1 || nproc)}"
 # Threads that wait by spinning slow each other down twentyfold where other programs use the cores too.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-if (( GPUS == 0 )); then
-  export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
-fi
+(( GPUS > 0 )) || export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
 # DeepSpeed compiles its CPU communication with the tools of the environment.
 PATH="$(dirname "${PYTHON_BIN}"):${PATH}"
 export PATH
 
 told="config: ${CONFIG_FILE#"${ROOT}/"}, ${NUM_PROCESSES} process(es) on ${NUM_MACHINES} machine(s)"
-for argument in "$@"; do
-  if [[ "${argument}" == --dry_run || "${argument}" == --dry-run ]]; then
-    echo "${told}"
-    exec "${PYTHON_BIN}" "${entrypoint}" "${arguments[@]}" --num_processes "${NUM_PROCESSES}" "$@"
-  fi
-done
-
-# A mistake is told once, before several processes start.
-if (( NUM_PROCESSES > 1 )); then
+if [[ " $* " =~ \ --dry[_-]run ]]; then
+  echo "${told}"
+  exec "${PYTHON_BIN}" "${entrypoint}" "${arguments[@]}" --num_processes "${NUM_PROCESSES}" "$@"
+elif (( NUM_PROCESSES > 1 )); then  # a mistake is told once, before several processes start
   "${PYTHON_BIN}" "${entrypoint}" "${arguments[@]}" --num_processes "${NUM_PROCESSES}" --check_inputs "$@" \
     >/dev/null || exit $?
 fi
@@ -140,7 +116,7 @@ launch=(
   --machine_rank "${MACHINE_RANK}"
   --main_process_ip "${MAIN_PROCESS_IP}"
   --main_process_port "${PORT}"
-  --num_cpu_threads_per_process "${threads}"
+  --num_cpu_threads_per_process "${OMP_NUM_THREADS}"
   --quiet
 )
 deepspeed_json="$(sed -n 's/^ *deepspeed_config_file: *//p' "${CONFIG_FILE}")"
@@ -163,7 +139,5 @@ wait "${group}" || code=$?
 while kill -0 -- "-${group}" 2>/dev/null; do
   sleep 0.2
 done
-if [[ -s "${ROUTER_TUNING_EXIT_CODE_FILE}" ]]; then
-  code="$(<"${ROUTER_TUNING_EXIT_CODE_FILE}")"
-fi
+[[ ! -s "${ROUTER_TUNING_EXIT_CODE_FILE}" ]] || code="$(<"${ROUTER_TUNING_EXIT_CODE_FILE}")"
 exit "${code}"

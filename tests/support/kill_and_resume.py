@@ -37,7 +37,7 @@ import engine_worker  # noqa: E402
 import tiny_tuning  # noqa: E402
 
 from router_tuning.provenance import provenance  # noqa: E402
-from router_tuning.tuning.recipes import load_recipe  # noqa: E402
+from router_tuning.tuning.recipes import paper  # noqa: E402, F401  imported once, for all ranks
 from router_tuning.tuning.trainer.checkpoints import checkpoints, newest_complete  # noqa: E402
 
 WORLD = 2
@@ -178,7 +178,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10, help="three steps each, a checkpoint after every step")
     parser.add_argument("--output", type=Path, default=None, help="JSON with every kill")
     args = parser.parse_args()
-    load_recipe("paper")
     rng, names = random.Random(args.seed), args.engines.split(",")
     kills: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

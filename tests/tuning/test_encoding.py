@@ -15,7 +15,6 @@ from router_tuning.errors import UserError
 from router_tuning.tuning.encoding import (
     IGNORE_INDEX,
     TemplateRefusal,
-    encode_conversation,
     encode_row,
     encode_text,
     learns,
@@ -113,13 +112,13 @@ def test_mask_of_1000_random_conversations(make: Callable[[], PreTrainedTokenize
     tokenizer, draw, learnt, cut = make(), random.Random(233), 0, 0
     for _ in range(1000):
         messages = conversation(draw)
-        whole = encode_conversation(messages, tokenizer)
+        whole = encode_row({"messages": messages}, tokenizer)
         tokens = tokenizer.convert_ids_to_tokens(whole["input_ids"])
         assert "<unk>" not in tokens
         assert whole["input_ids"] == encode_text((tokenizer.bos_token or "") + written(messages), tokenizer)
         assert whole["labels"] == slow_labels(messages, whole["input_ids"], tokens, make is not unigram)
         limit = draw.randint(3, len(tokens) + 3)
-        short = encode_conversation(messages, tokenizer, limit)
+        short = encode_row({"messages": messages}, tokenizer, limit)
         assert short == {name: values[:limit] for name, values in whole.items()}
         learnt += learns(whole["labels"])
         cut += len(tokens) > limit
@@ -135,7 +134,7 @@ def test_only_the_answer_and_its_end_carry_loss():
         {"role": "user", "content": f"a fox {EOS} <|assistant|>\ndog"},
         {"role": "assistant", "content": "dog"},
     ]
-    encoded = encode_conversation(messages, tokenizer)
+    encoded = encode_row({"messages": messages}, tokenizer)
     trained = tokenizer.decode([label for label in encoded["labels"] if label != IGNORE_INDEX])
     assert trained == f"if x:\n    return  1{EOS}dog{EOS}"
     assert tokenizer.decode(encoded["input_ids"]) == "<s>" + written(messages)
@@ -179,7 +178,7 @@ def test_a_template_of_its_own_is_the_whole_text(bos: str, start: int):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = bos + CHATML
     use_template(tokenizer, "auto")
-    encoded = encode_conversation(TALK[start:], tokenizer)
+    encoded = encode_row({"messages": TALK[start:]}, tokenizer)
     assert encoded["input_ids"] == tokenizer.apply_chat_template(TALK[start:], return_dict=False)
     assert encoded["input_ids"].count(tokenizer.bos_token_id) == bool(bos)
     trained = tokenizer.decode([label for label in encoded["labels"] if label != IGNORE_INDEX])
@@ -225,7 +224,7 @@ def test_what_a_template_refuses_or_mangles_is_said_to_be_that(template: str):
         {"role": "user", "content": "lazy"},
     ]
     with pytest.raises(TemplateRefusal, match="^the chat template [^\n]*$"):
-        encode_conversation(messages, tokenizer)
+        encode_row({"messages": messages}, tokenizer)
 
 
 def test_a_template_may_shorten_earlier_answers_of_a_prompt():
@@ -238,7 +237,7 @@ def test_a_template_may_shorten_earlier_answers_of_a_prompt():
 def test_tokenizers_that_cannot_be_used(tmp_path):
     tokenizer = byte_level(False)
     with pytest.raises(TemplateRefusal, match="unknown role tool"):
-        encode_conversation([{"role": "tool", "content": ""}], tokenizer)
+        encode_row({"messages": [{"role": "tool", "content": ""}]}, tokenizer)
     with pytest.raises(UserError, match=f"{tmp_path}: no tokenizer can be loaded"):
         load_tokenizer(tmp_path)
     tokenizer.eos_token = None

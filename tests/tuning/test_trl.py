@@ -46,20 +46,17 @@ def mean_capacity(parts, folder, scale, peft, **settings):
 
 
 @pytest.mark.parametrize(
-    ("peft", "settings"),
+    ("scale", "peft", "settings", "capacity"),
     [
-        (False, {"label_smoothing_factor": 0.1}),
-        (False, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}),
-        (True, {}),
+        (1.0, False, {"label_smoothing_factor": 0.1}, 0.5),
+        (1.0, False, {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}, 0.5),
+        (1.0, True, {}, 0.5),
+        (0.0, False, {}, 0.85),
     ],
-    ids=["smoothed", "accumulated", "adapter"],
+    ids=["smoothed", "accumulated", "adapter", "no penalty"],
 )
-def test_capacity_goes_to_the_target(parts, tmp_path, peft, settings):
-    assert mean_capacity(parts, tmp_path, 1.0, peft, **settings) == pytest.approx(0.5, abs=0.15)
-
-
-def test_without_a_scale_the_routers_stay_open(parts, tmp_path):
-    assert mean_capacity(parts, tmp_path, 0.0, peft=False) > 0.7
+def test_capacity_goes_to_the_target_and_stays_open_without_a_penalty(parts, tmp_path, scale, peft, settings, capacity):
+    assert mean_capacity(parts, tmp_path, scale, peft, **settings) == pytest.approx(capacity, abs=0.15)
 
 
 def test_dpo_trains_an_export_against_a_reference_of_the_same_folder(parts, tmp_path):

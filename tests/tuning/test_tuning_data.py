@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from router_tuning.errors import UserError
 from router_tuning.tuning import tuning_data
-from router_tuning.tuning.encoding import encode_conversation, encode_row
+from router_tuning.tuning.encoding import encode_row
 from router_tuning.tuning.tuning_data import check_file, encode_file
 
 GOOD = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]}
@@ -57,7 +57,7 @@ def test_rows_are_encoded_as_the_encoder_does_and_limited(tmp_path, parts, token
     data = encode_file(check_file(parts["data"], 5), tokenizer, 100)
     assert len(data.rows) == 5 and data.left_out == ""
     for row, line in zip(data.rows, parts["data"].read_text().splitlines(), strict=False):
-        expected = encode_conversation(json.loads(line)["messages"], tokenizer, 100)
+        expected = encode_row(json.loads(line), tokenizer, 100)
         assert (row["input_ids"], row["labels"]) == (expected["input_ids"], expected["labels"])
     assert data.lengths == [len(row["input_ids"]) for row in data.rows]
     assert 0 < data.cut == sum(length == 100 for length in data.lengths)
@@ -75,7 +75,7 @@ def test_rows_that_teach_nothing_are_left_out_and_counted_by_reason(tmp_path, to
     assert len(data.rows) == 2
     refused = "refused by the chat template: 1 (the chat template refuses this conversation: no system turn)"
     assert data.left_out == f"without assistant text: 2, {refused}, cut before their answer: 1"
-    with pytest.raises(UserError, match="no row to learn from within 3 tokens .*cut before their answer: 2"):
+    with pytest.raises(UserError, match="no row to learn from within 3 tokens .*cut before their answer: 3"):
         encode_file(check_file(path, 0), strict, 3)
 
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS, generate
 from router_tuning.files import publish, read_json, scratch_folder
-from router_tuning.tuning.encoding import IGNORE_INDEX, PUBLISHED, encode_conversation
+from router_tuning.tuning.encoding import IGNORE_INDEX, PUBLISHED, encode_row
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
 WORDS = r"\n| ?[A-Z]?[a-z]+|[A-Z]|[0-9]|[^\w\s]+ ?|[ \t]+(?=[ \t])|\s"
@@ -137,7 +137,7 @@ class SampleStream(IterableDataset):
             text = self.tokenizer.bos_token + item.answer + self.tokenizer.eos_token
             ids = self.tokenizer(text)["input_ids"]
             return {"input_ids": ids, "labels": [IGNORE_INDEX, *ids[1:]]}
-        row = encode_conversation(item.messages, self.tokenizer, self.tokenizer.model_max_length)
+        row = encode_row({"messages": item.messages}, self.tokenizer, self.tokenizer.model_max_length)
         end = max(place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX) + 1
         return {key: values[:end] for key, values in row.items()}
 

@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from router_tuning.bases.description import dense_config
-from router_tuning.errors import UserError
 from router_tuning.model import route
 from router_tuning.tuning.command.command_line import Command
 from router_tuning.tuning.run import steps_of
@@ -18,7 +17,7 @@ _PER_TRAINED = 12
 
 
 def dry_run(command: Command) -> str:
-    """The plan as text; needs the base's ``config.json`` alone. UserError for a routing that does not fit."""
+    """The plan as text; needs the base's ``config.json`` alone. UserError for routing or data that do not fit."""
     base = locate_base(command.model, weights=False)
     config = dense_config(base, command.model.trust_remote_code)
     routing, micro = command.routing, command.training.per_device_train_batch_size
@@ -47,10 +46,6 @@ def dry_run(command: Command) -> str:
 def _steps(command: Command) -> str:
     data, training = command.data, command.training
     there = data.path.is_file() or not data.max_train_samples
-    try:
-        rows = check_file(data.path, data.max_train_samples).rows if there else data.max_train_samples
-        steps = steps_of(training, rows)
-    except UserError as error:
-        return f"none: {error}"
-    known = "rows of" if there else "rows, which are not there yet, of"
-    return f"{steps} of {training.global_batch_size} sequences, from {rows:,} {known} {data.path}"
+    rows = check_file(data.path, data.max_train_samples).rows if there else data.max_train_samples
+    told = f"{steps_of(training, rows)} of {training.global_batch_size} sequences, from {rows:,} rows of {data.path}"
+    return told if there else f"{told}, which is not there yet"

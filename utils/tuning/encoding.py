@@ -142,13 +142,6 @@ def encode_row(
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
-def encode_conversation(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> dict[str, list[int]]:
-    """:func:`encode_row` of a conversation."""
-    return encode_row({"messages": messages}, tokenizer, max_length)
-
-
 def learns(labels: Sequence[int]) -> bool:
     """Whether a row teaches anything. The first label is never predicted: a causal loss shifts by one."""
     return any(label != IGNORE_INDEX for label in labels[1:])

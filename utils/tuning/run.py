@@ -29,6 +29,7 @@ from router_tuning.tuning.trainer.interruption import StopOnSignal
 from router_tuning.tuning.tuning_data import RawData, TrainingData, check_file, encode_file, tokenizer_hash
 from router_tuning.tuning.tuning_model import (
     cpu_dtype,
+    identify,
     load_base,
     locate_base,
     mark_trainable,
@@ -42,6 +43,7 @@ class Run:
     Attributes:
         model: routed, and only what trains requires a gradient. data: encoded.
         settings: what a run must share with a checkpoint to continue it.
+        base_fingerprint: for ``router_config.json``; read before an engine cuts the weights.
         resume: the checkpoint to continue, complete and checked, or None. notes: on how it was chosen.
         skip_explained: share of each module's variance that its skip path explained where it was fitted.
 
@@ -52,6 +54,7 @@ class Run:
 
     model: PreTrainedModel
     data: TrainingData
+    base_fingerprint: dict[str, Any]
     skip_explained: dict[str, float]
 
     def __init__(self, command: Command, stop: StopOnSignal | None = None) -> None:
@@ -150,6 +153,7 @@ class Run:
             raise UserError(str(error)) from None
         self.model = mark_trainable(model, self.routing)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.base_fingerprint = identify(self.model, self.base)
 
     def _add_routing(self, model: PreTrainedModel) -> dict[str, float]:
         routing = self.routing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from importlib import import_module
 from typing import Any
 
 import transformers
@@ -14,7 +15,7 @@ from router_tuning.errors import UserError
 from router_tuning.files import publish, read_json, write_json, write_text
 from router_tuning.model import save_routers
 from router_tuning.provenance import provenance
-from router_tuning.tuning.recipes import load_recipe
+from router_tuning.tuning.recipes import RECIPES
 from router_tuning.tuning.run import Run, TunedRun, steps_of
 from router_tuning.tuning.run_folder import TEMPLATE, clear_folder, write_results
 from router_tuning.tuning.trainer import checkpoints
@@ -22,7 +23,6 @@ from router_tuning.tuning.trainer.engine_state import gather_weights
 from router_tuning.tuning.trainer.engines import running
 from router_tuning.tuning.trainer.routing_statistics import CAPACITY
 from router_tuning.tuning.tuning_data import tokenizer_hash
-from router_tuning.tuning.tuning_model import identify
 
 logger = logging.getLogger(__name__)
 _FEW_STEPS = 10
@@ -54,7 +54,7 @@ def run_tuning(run: Run) -> TunedRun:
     if training.activation_checkpointing:
         training.activation_checkpointing_kwargs = {"use_reentrant": False}
     describe(run)
-    recipe = load_recipe(run.routing.recipe)
+    recipe = import_module(RECIPES[run.routing.recipe])
     tuned = recipe.tune(run)
     if run.stop.signal:  # the checkpoint is there, results are not
         return tuned
@@ -129,28 +129,22 @@ def save_trained(run: Run, tuned: TunedRun) -> None:
 def save_measured(run: Run, tuned: TunedRun) -> None:
     """Routers with their thresholds and calibration, and the record with what was measured. Collective."""
     if run.training.should_save:
-        base = identify(run.base, run.config)
         routing = {name: value for name, value in tuned.weights.items() if "mod_router" in name or "mod_skip" in name}
         routers = {_router_name(name): value for name, value in routing.items()}
-        save_routers(tuned.model, run.output, state=routers, extra={**tuned.extra, "base": base})
+        save_routers(tuned.model, run.output, state=routers, extra={**tuned.extra, "base": run.base_fingerprint})
         if (config := run.output / "model" / "config.json").is_file():  # calibration has moved the thresholds
             threshold = {"mod_threshold": tuned.model.config.mod_threshold}
             write_json(config, read_json(config) | threshold)
-        write_results(run.output, record_of(run, tuned), losses_of(tuned))
+        log = [row for row in tuned.trainer.state.log_history if "loss" in row]
+        write_results(run.output, record_of(run, tuned), log)
         reached, asked = tuned.measured.get(CAPACITY), run.routing
         if reached is not None and abs(reached - asked.target_capacity) > _TOLERANCE:
             logger.warning(missed_target(reached, asked.target_capacity, asked.recipe))
     tuned.trainer.accelerator.wait_for_everyone()
 
 
-def losses_of(tuned: TunedRun) -> list[dict[str, Any]]:
-    """Log lines of training, each with ``step``, losses and ``capacity*``."""
-    return [row for row in tuned.trainer.state.log_history if "loss" in row]
-
-
 def record_of(run: Run, tuned: TunedRun) -> dict[str, Any]:
     """What ``run.json`` says of a run; every path in it is absolute."""
-    losses = losses_of(tuned)
     return {
         "arguments": run.command.values(),
         **provenance(),
@@ -174,8 +168,6 @@ def record_of(run: Run, tuned: TunedRun) -> dict[str, Any]:
         "target_capacity": run.routing.target_capacity,
         "reached_capacity": tuned.measured.get(CAPACITY),
         "capacity_by_router": {k: v for k, v in tuned.measured.items() if k.startswith(f"{CAPACITY}_layer")},
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from router_tuning.bases.description import read_config, row_reader
+from router_tuning.bases.description import read_config
 from router_tuning.bases.preparing import downloaded
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
@@ -119,8 +120,15 @@ def mark_trainable(model: PreTrainedModel, routing: RoutingArguments) -> PreTrai
     return model
 
 
-def identify(base: Path, config: PretrainedConfig) -> dict[str, Any]:
-    """:func:`base_fingerprint` of a base by its files: an engine may have cut the weights of a loaded one."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-    return base_fingerprint(model, row_reader(base)) | {"name_or_path": read_config(base).get("mod_base", base.name)}
+def identify(model: PreTrainedModel, base: Path) -> dict[str, Any]:
+    """:func:`base_fingerprint` of a fresh model, also where ZeRO-3 has already cut its weights. Collective."""
+    norms = (parameter for name, parameter in model.named_parameters() if name.endswith("model.norm.weight"))
+    parts = [model.get_input_embeddings().weight, *norms]
+    gathered = nullcontext()
+    if hasattr(parts[0], "ds_id"):
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(parts)
+    with gathered:
+        found = base_fingerprint(model)
+    return found | {"name_or_path": read_config(base).get("mod_base", found["name_or_path"])}

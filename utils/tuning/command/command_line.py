@@ -30,8 +30,7 @@ from router_tuning.tuning.command.arguments import (
     RoutingArguments,
     TuningArguments,
 )
-from router_tuning.tuning.command.parser import VARIABLES, Parser, notes_on
-from router_tuning.tuning.command.published_names import RENAMED, WITHOUT_EFFECT
+from router_tuning.tuning.command.parser import RENAMED, VARIABLES, WITHOUT_EFFECT, Parser, notes_on
 from router_tuning.tuning.recipes import recipe_defaults
 from router_tuning.tuning.recipes.budget.budget_arguments import BudgetArguments
 from router_tuning.tuning.trainer.checkpoints import NEUTRAL

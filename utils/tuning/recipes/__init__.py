@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 RECIPES = {"paper": "router_tuning.tuning.recipes.paper", "budget": "router_tuning.tuning.recipes.budget.recipe"}
@@ -31,8 +29,3 @@ def recipe_defaults(name: str | None, granularity: str | None) -> dict[str, Any]
     """Where the defaults of a run differ from the published ones; single experts have no skip path."""
     defaults = RECIPE_DEFAULTS.get(name, {})
     return {k: v for k, v in defaults.items() if "skip" not in k or granularity != "expert_token"}
-
-
-def load_recipe(name: str) -> ModuleType:
-    """The module of a recipe; KeyError for an unknown name."""
-    return import_module(RECIPES[name])

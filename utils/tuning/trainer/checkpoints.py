@@ -44,7 +44,7 @@ def describe(folder: Path, settings: Mapping[str, Any]) -> None:
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         _flush(path)
         files[path.relative_to(folder).as_posix()] = _describe(path)
-    manifest = {"format": FORMAT, "settings": dict(settings), "files": files}
+    manifest = {"format": FORMAT, "settings": settings, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     _flush(folder / MANIFEST)
 

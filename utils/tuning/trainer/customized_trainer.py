@@ -46,13 +46,13 @@ class RouterTrainer(Trainer):
         target_capacity: float,
         gradient_scale: float,
         order: StepOrder,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any],
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
         config = self.model.config
         config.mod_target_capacity, config.mod_gradient_scale = target_capacity, gradient_scale
-        self.order, self.settings = order, dict(settings or {})
+        self.order, self.settings = order, settings
         self.statistics = RoutingStatistics(self.args.device)
         self._micro = (-1, 0)  # step under way, micro-batches of it seen by this process
         self._read_at = 0
@@ -148,17 +148,13 @@ class RouterTrainer(Trainer):
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
                 for script in folder.glob("zero_to_*.py"):  # they merge whole models, which is not what lies here
                     script.unlink()
-                self._export_callbacks()
+                exported = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
+                self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in exported}
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
                 checkpoints.describe(folder, self.settings)
         if self.args.should_save:
             checkpoints.rotate(place.parent, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
-
-    def _export_callbacks(self) -> None:
-        stateful = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
-        for callback in stateful:
-            self.state.stateful_callbacks[type(callback).__name__] = callback.state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: weights are restored with the optimizer, when the engine has wrapped the model."""

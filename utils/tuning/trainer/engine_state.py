@@ -45,6 +45,14 @@ def full_tensor(value: Tensor) -> Tensor:
     return value.detach().cpu().clone()
 
 
+def placed(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole ``value`` as the engine holds ``parameter``: where that is cut, this rank's part of it."""
+    if not isinstance(parameter, DTensor):
+        return value.to(parameter.device)
+    mesh = parameter.device_mesh
+    return distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
+
+
 def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     """What a run learns, whole, on the CPU. Collective: every rank calls."""
     return {name: full_tensor(parameter).contiguous() for name, parameter in learnt(model).items()}
@@ -70,11 +78,7 @@ def load_weights(model: nn.Module, file: Path, frozen_only: bool = False) -> Non
     for name, parameter in parameters.items():
         if frozen_only and parameter.requires_grad:
             continue
-        value = saved[name]
-        if isinstance(parameter, DTensor):
-            value = value.to(parameter.device_mesh.device_type)
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+        parameter.copy_(placed(saved[name], parameter))
 
 
 def load_optimizer(model: nn.Module, optimizer: Any, file: Path) -> None:

@@ -66,8 +66,8 @@ class RoutingStatistics:
 
     def read(self, steps: int) -> dict[str, float]:
         """Means over the ``steps`` optimizer steps since the last reading, and a reset. Collective."""
-        seconds, world = time.perf_counter() - self.started, torch.ones((), device=self.device)
-        found = {name: float(value) for name, value in summed({**self.sums, "world": world}, self.device).items()}
+        seconds = time.perf_counter() - self.started
+        found = {name: float(value) for name, value in summed(self.sums, self.device).items()}
         names = [name.removeprefix("counted ") for name in found if name.startswith("counted ")]
         counted = {name: found[f"counted {name}"] for name in names}
         capacity = {name: found[f"executed {name}"] / count if count else 1.0 for name, count in counted.items()}
@@ -78,7 +78,6 @@ class RoutingStatistics:
             CAPACITY: sum(capacity.values()) / len(capacity),
             **capacity,
             "tokens_per_second": found["real"] / seconds,
-            "tokens_per_gpu": found["real"] / found["world"],
             "padding": 1 - found["real"] / found["slots"],
             "memory_gb": peak_memory_gb(self.device),
         }

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from router_tuning.model import capacity_penalty, record_routing, routed_modules
@@ -29,6 +28,7 @@ from router_tuning.tuning.recipes.budget.closed_form import Start
 from router_tuning.tuning.recipes.budget.damage import drawn
 from router_tuning.tuning.recipes.budget.gates import Gate, Seen, curve_of, gates, predicting, router_of
 from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
+from router_tuning.tuning.trainer.engine_state import placed
 from router_tuning.tuning.trainer.routing_statistics import summed
 
 _CLIP = 40.0
@@ -41,15 +41,14 @@ class MicroBatch(NamedTuple):
     """What a forward pass leaves for the routers to learn from after its backward pass.
 
     Attributes:
-        gates: by router. slopes: gradients of ``log q(y)`` as of the gates' ``m``, ``[n, E]``.
-        factor: by which the loss was multiplied. decided: decisions that the loss speaks of, ``[n, E]``.
+        gates: by router, with decisions that the loss speaks of. slopes: gradients of ``log q(y)`` as of the gates'
+            ``m``, ``[n, E]``, by router. factor: by which the loss was multiplied.
         budget: ``[b]``. threshold: ``[b]``. predictions: of each sequence, ``[b]``.
     """
 
     gates: dict[str, Gate]
-    slopes: list[Tensor]
+    slopes: dict[str, Tensor]
     factor: float
-    decided: list[Tensor]
     budget: Tensor
     threshold: Tensor
     predictions: Tensor
@@ -129,16 +128,16 @@ class RegressionTrainer(RouterTrainer):
         weight = torch.exp(-_GROWTH / 2 * (1 - share)).to(routed.device)[predicts.nonzero()[:, 0]]
         surprise = (weight.sqrt() * routed.gather(1, drawn(routed.detach().exp()))[:, 0]).sum()
         gated = {name: gated[name] for name in self.modules}
-        seen = list(gated.values())
-        slopes = torch.autograd.grad(surprise, [gate.leaf for gate in seen], retain_graph=True)
+        slopes = torch.autograd.grad(surprise, [gate.leaf for gate in gated.values()], retain_graph=True)
+        for gate in gated.values():
+            gate.decided = gate.where(matters)
         counted = num_items_in_batch is not None
         tokens = num_items_in_batch if counted else predicts.sum().clamp(min=1)
         factor = (self.accelerator.num_processes if counted else 1) / float(tokens)
         self._micro_batch = MicroBatch(
             gated,
-            [gate.gradient(slope) for gate, slope in zip(seen, slopes, strict=True)],
+            {name: gate.gradient(slope) for (name, gate), slope in zip(gated.items(), slopes, strict=True)},
             factor if counted else factor / self.current_gradient_accumulation_steps,
-            [gate.where(matters) for gate in seen],
             budget,
             threshold,
             predicts.sum(1).clamp(min=1),
@@ -170,51 +169,48 @@ class RegressionTrainer(RouterTrainer):
         """Collect the step that this micro-batch asks of every router."""
         bins = self.policy.bins(batch.budget)
         rows = bins.bincount(minlength=BINS)
-        each = zip(self.modules, self.saved, batch.slopes, batch.decided, strict=True)
-        measured = [self._measured(batch, *parts) for parts in each]
+        costs = {name: self._damage(batch, name, saved) for name, saved in zip(self.modules, self.saved, strict=True)}
         ratio = torch.zeros_like(self.policy.ratio)
-        for gate, (per_operation, decided) in zip(batch.gates.values(), measured, strict=True):
-            pair = torch.stack([per_operation.clamp(-20 * _CLIP, 20 * _CLIP), gate.score.exp()])
-            by_row = (pair * decided).sum(-1).view(2, len(bins), -1).sum(-1)
+        for name, gate in batch.gates.items():
+            pair = torch.stack([costs[name].clamp(-20 * _CLIP, 20 * _CLIP), gate.score.exp()])
+            by_row = (pair * gate.decided).sum(-1).view(2, len(bins), -1).sum(-1)
             ratio.index_add_(0, bins, by_row.T.double().cpu())
         sums = self.policy.ratio_with(ratio, rows)
         common = (sums[:, 0].clamp(min=0.05 * sums[:, 1]) / sums[:, 1])[bins].float()
         found = {"ratio": ratio, "rows": rows}
         kept = {}
-        for (name, gate), (per_operation, decided) in zip(batch.gates.items(), measured, strict=True):
+        for name, gate in batch.gates.items():
             expected, least = gate.score.exp(), gate.by_row(batch.threshold.exp())
-            excess = (per_operation / gate.by_row(common) - expected) / (expected + least)
-            found[f"{name} step"], found[f"{name} count"] = self._step(name, gate, excess, decided)
-            some = decided.any(1).nonzero()[:, 0]
+            excess = (costs[name] / gate.by_row(common) - expected) / (expected + least)
+            found |= {f"{name} step": self._step(name, gate, excess), f"{name} count": gate.decided.sum()}
+            some = gate.decided.any(1).nonzero()[:, 0]
             some = some[:: max(1, -(-len(some) // _KEPT))]
-            kept[name] = (gate.score[some], gate.hidden[some], decided[some])
+            kept[name] = (gate.score[some], gate.hidden[some], gate.decided[some])
         for name, value in found.items():
             self._pending[name] = self._pending.get(name, 0) + value.double().cpu()
         self._kept.append(kept)
 
-    def _measured(
-        self, batch: MicroBatch, name: str, saved: float, slope: Tensor, decided: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What skipping costs per operation that it saves, and of which decisions it is known, ``[n, E]``."""
+    def _damage(self, batch: MicroBatch, name: str, saved: float) -> Tensor:
+        """What skipping costs per operation that it saves, ``[n, E]``."""
         gate = batch.gates[name]
         gradient = gate.gradient(gate.leaf.grad) / batch.factor
         ran = (gate.score >= gate.by_row(batch.threshold)).float()
-        damage = -gradient + (ran - 0.5) * slope.square()
+        damage = -gradient + (ran - 0.5) * batch.slopes[name].square()
         if self.modules[name].mod_level == "sequence":
             damage = damage / gate.by_row(batch.predictions)
-        decisions = decided.sum() / decided.any(1).sum().clamp(min=1)  # of experts, of which each token has several
-        return damage * decisions / saved, decided
+        of_a_token = gate.decided.sum() / gate.decided.any(1).sum().clamp(min=1)  # several, where experts decide
+        return damage * of_a_token / saved
 
-    def _step(self, name: str, gate: Gate, excess: Tensor, decided: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums over the decisions of the steps of weights ``[E, d]`` and bias, ``[E, d + 1]``; and their number."""
-        mean, factor = self.metric[name]
+    def _step(self, name: str, gate: Gate, excess: Tensor) -> Tensor:
+        """Sums over the decisions of the steps of weights ``[E, d]`` and bias, ``[E, d + 1]``."""
+        (mean, factor), decided = self.metric[name], gate.decided
         excess = excess.clamp(-_CLIP, _CLIP) * decided
         count = decided.sum().clamp(min=1)
         middle = excess.sum() / count if self.modules[name].mod_part != "expert" else 0.0
         towards = ((excess - middle) * decided).T @ (gate.hidden.float() - mean)
         weight = torch.cholesky_solve(towards.T, factor).T
         bias = middle * count - weight @ mean
-        return torch.cat([weight, bias[:, None]], 1), decided.sum()
+        return torch.cat([weight, bias[:, None]], 1)
 
     @torch.no_grad()
     def _apply(self) -> None:
@@ -227,7 +223,8 @@ class RegressionTrainer(RouterTrainer):
             rate = 1 / max(self.prior[name] + policy.seen[name] / 2, 2 * count)
             step = rate * sums[f"{name} step"].float()
             policy.seen[name] += count
-            _add(router_of(module).weight, step[:, :-1])
+            weight = router_of(module).weight
+            weight.add_(placed(step[:, :-1], weight))
             if module.mod_part != "expert":
                 policy.bias[name] += float(step[0, -1])
             for part in kept:
@@ -248,13 +245,6 @@ class RegressionTrainer(RouterTrainer):
     def _restore(self, folder: Path) -> None:
         super()._restore(folder)
         self.policy.restore(folder)
-
-
-def _add(weight: Tensor, step: Tensor) -> None:
-    step = step.to(weight.device)
-    if isinstance(weight, DTensor):
-        step = distribute_tensor(step, weight.device_mesh, weight.placements, src_data_rank=None)
-    weight.add_(step)
 
 
 def _path_rate(matrix: Tensor, learning_rate: float) -> float:
