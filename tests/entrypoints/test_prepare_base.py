@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from pathlib import Path
 
 import pytest
@@ -83,26 +83,18 @@ def test_weights_are_linked_small_files_copied_and_both_load(base: Path, variant
     assert tokenizers[0] == tokenizers[1], "a second call brings them back"
 
 
-def test_another_base_replaces_the_first_and_leaves_no_stale_shard(base: Path, variant: Path, tmp_path: Path):
+def test_another_base_replaces_the_first_and_leaves_no_stale_shard_or_link(base: Path, variant: Path, tmp_path: Path):
     prepare_base(variant, str(base))
+    moved = base.rename(tmp_path / "moved")
+    with refused(r"links to .*base.*, which is gone", UserError):
+        weight_map(variant)
     single = tmp_path / "single"
-    LlamaForCausalLM.from_pretrained(base).save_pretrained(single)
-    AutoTokenizer.from_pretrained(base).save_pretrained(single)
+    LlamaForCausalLM.from_pretrained(moved).save_pretrained(single)
+    AutoTokenizer.from_pretrained(moved).save_pretrained(single)
     prepare_base(variant, str(single))
     assert [path.name for path in variant.glob("*.safetensors")] == ["model.safetensors"]
     assert not (variant / INDEX).exists()
     assert all(path.stat().st_mode & 0o044 for path in variant.iterdir() if not path.is_symlink())
-
-
-def test_links_that_lead_nowhere_are_brought_anew(base: Path, variant: Path, tmp_path: Path):
-    moved = base.rename(tmp_path / "moved")
-    shutil.copytree(moved, base)
-    prepare_base(variant, str(base))
-    shutil.rmtree(base)
-    with refused(r"links to .*base.*, which is gone", UserError):
-        weight_map(variant)
-    prepare_base(variant, str(moved))
-    assert LlamaForCausalLM.from_pretrained(variant, config=LlamaConfig(**SIZES))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -116,16 +108,6 @@ def test_a_new_name_gets_a_configuration_with_half_of_the_layers_routed(tmp_path
     assert is_routed(model) and fields["architectures"] == [type(model).__name__.replace("Mod", "")]
     dense = tiny_logits(AutoModelForCausalLM.from_pretrained(source))
     torch.testing.assert_close(tiny_logits(model), dense, atol=1e-5, rtol=0)
-
-
-def test_a_name_that_is_taken(base: Path, tmp_path: Path):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("dear")
-    with refused("choose another name", UserError):
-        prepare_base(tmp_path / "thesis", str(base))
-    with refused("new name.*--source", UserError):
-        prepare_base(tmp_path / "mine")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "thesis"]
 
 
 def test_a_gguf_file_is_converted_into_the_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast):
@@ -162,29 +144,14 @@ def test_hub_download_is_linked_from_the_cache(base: Path, variant: Path, monkey
     assert json.loads((variant.with_name("mine") / "config.json").read_text())["mod_base"] == "other/tiny"
 
 
-def test_hub_failure_is_one_line_and_changes_nothing(variant: Path, monkeypatch: pytest.MonkeyPatch):
-    def fake(*_: object, **__: object) -> str:
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(module, "snapshot_download", fake)
-    with refused("someone/tiny did not come from the hub: no route", UserError):
-        prepare_base(variant)
-    assert [path.name for path in variant.iterdir()] == ["config.json"]
+def index_of(base: Path, **changes: str | None) -> None:
+    """Change the weight index of the base: other files, or none, for some tensors."""
+    index = json.loads((base / INDEX).read_text())["weight_map"] | changes
+    (base / INDEX).write_text(json.dumps({"weight_map": {key: name for key, name in index.items() if name}}))
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(base: Path, tmp_path: Path, full_disk):
-    with full_disk(4096), pytest.raises(UserError, match="cannot be written: File too large"):
-        prepare_base(tmp_path / "ckpt" / "mine", str(base))
-    assert list((tmp_path / "ckpt").iterdir()) == []
-
-
-def last_shard(base: Path) -> Path:
-    return sorted(base.glob("*.safetensors"))[-1]
-
-
-def without_last_shard(base: Path) -> dict:
-    index = json.loads((base / INDEX).read_text())
-    return {key: name for key, name in index["weight_map"].items() if name != last_shard(base).name}
+def shard(base: Path) -> Path:
+    return min(base.glob("*.safetensors"))
 
 
 def only_a_pickle(base: Path) -> None:
@@ -193,60 +160,56 @@ def only_a_pickle(base: Path) -> None:
     (base / "pytorch_model.bin").touch()
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda base: last_shard(base).unlink(), r"model-.* is missing"),
-        (lambda base: last_shard(base).write_bytes(last_shard(base).read_bytes()[:-4]), "is no whole safetensors"),
-        (
-            lambda base: (base / INDEX).write_text(json.dumps({"weight_map": without_last_shard(base)})),
-            "tensors are missing, the first is",
-        ),
-        (only_a_pickle, "pytorch_model.bin is a pickle"),
-        (
-            lambda base: (base / INDEX).write_text('{"weight_map": {"lm_head.weight": "../secret.safetensors"}}'),
-            "no safetensors file of this folder",
-        ),
-        (lambda base: (base / "tokenizer.json").unlink(), "holds no tokenizer"),
-        (lambda base: (base / "config.json").unlink(), "config.json: no such file"),
-        (lambda base: (base / INDEX).write_text("{"), "no weight index"),
-    ],
-)
-def test_damaged_base_is_refused_untouched(base: Path, variant: Path, damage, message: str):
-    damage(base)
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+SPOILT = [
+    (lambda base, _: shard(base).unlink(), r"model-.* is missing"),
+    (lambda base, _: shard(base).write_bytes(shard(base).read_bytes()[:-4]), "is no whole safetensors file"),
+    (lambda base, _: index_of(base, **{"lm_head.weight": None}), "1 of .* tensors are missing, the first is lm_head"),
+    (lambda base, _: only_a_pickle(base), "pytorch_model.bin is a pickle"),
+    (lambda base, _: index_of(base, **{"lm_head.weight": "../x.safetensors"}), "no safetensors file of this folder"),
+    (lambda base, _: (base / INDEX).write_text("{"), "no weight index"),
+    (lambda base, _: (base / "tokenizer.json").unlink(), "holds no tokenizer"),
+    (lambda base, _: (base / "config.json").unlink(), "config.json: no such file"),
+    (lambda _, variant: write_variant(variant, hidden_size=32), "hidden_size is 16, not 32"),
+    (
+        lambda _, variant: write_variant(variant, num_hidden_layers=4, vocab_size=65),
+        "vocab_size is 64, not 65; num_hidden_layers is 3, not 4",
+    ),
+    (lambda _, variant: write_variant(variant, rope_parameters=ROPE), "rope_parameters is"),
+    (lambda _, variant: write_variant(variant, model_type="mistral_mod"), "is a llama model, .* needs a mistral"),
+    (lambda _, variant: write_variant(variant, model_type="unheard_of"), "no causal language model of type 'unheard"),
+    (lambda _, variant: (variant / "model.safetensors").write_bytes(b"mine"), "was not brought by this command"),
+    (lambda _, variant: (variant / "config.json").rename(variant / "dear.txt"), "choose another name"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT)
+def test_what_does_not_fit_is_refused_and_nothing_touched(base: Path, variant: Path, spoil, message: str):
+    spoil(base, variant)
+    before = content(base), content(variant)
     with refused(message, UserError):
         prepare_base(variant, str(base))
-    assert [path.name for path in variant.iterdir()] == ["config.json"]
+    assert (content(base), content(variant)) == before and os.listdir(variant.parent) == [variant.name]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("source", "message"),
     [
-        ({"hidden_size": 32}, "hidden_size is 16, not 32"),
-        ({"num_hidden_layers": 4, "vocab_size": 65}, "vocab_size is 64, not 65; num_hidden_layers is 3, not 4"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters is"),
-        ({"model_type": "mistral_mod"}, "is a llama model, .* needs a mistral model"),
-        ({"model_type": "unheard_of"}, "no causal language model of type 'unheard_of'"),
+        *[
+            (name, "no folder, no .gguf file, and no hub id")
+            for name in ("/none", "./none", "none", "models/none.gguf")
+        ],
+        (None, "someone/tiny did not come from the hub: no route"),
     ],
 )
-def test_wrong_architecture_names_the_numbers(base: Path, variant: Path, changes: dict, message: str):
-    write_variant(variant, **changes)
+def test_source_that_is_nothing(variant: Path, source: str | None, message: str, monkeypatch: pytest.MonkeyPatch):
+    def fake(*_: object, **__: object) -> str:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(module, "snapshot_download", fake)
     with refused(message, UserError):
-        prepare_base(variant, str(base))
-    assert [path.name for path in variant.iterdir()] == ["config.json"]
-
-
-def test_own_weights_are_never_replaced(base: Path, variant: Path):
-    (variant / "model.safetensors").write_bytes(b"mine")
-    with refused("was not brought by this command", UserError):
-        prepare_base(variant, str(base))
-    assert (variant / "model.safetensors").read_bytes() == b"mine"
-
-
-@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "just-a-name", "models/none.gguf"])
-def test_source_that_is_nothing(variant: Path, source: str):
-    with refused("no folder, no .gguf file, and no hub id", UserError):
         prepare_base(variant, source)
+    assert os.listdir(variant) == ["config.json"]
 
 
 def test_command_line(base: Path, variant: Path, command, capsys, monkeypatch: pytest.MonkeyPatch):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from router_tuning.bases.shards import read_rows, weight_map
+from router_tuning.bases.shards import weight_map
 from router_tuning.errors import UserError
 from router_tuning.files import read_json
 from router_tuning.model import ModConfig
@@ -70,12 +68,6 @@ def skeleton(base: Path) -> PreTrainedModel:
     """The dense model without memory for its weights (meta device)."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(dense_config(base))
-
-
-def row_reader(base: Path) -> Callable[[str, slice], Tensor | None]:
-    """Rows of a weight by its name, from the shards; None for a name that they lack."""
-    files = weight_map(base)
-    return lambda name, rows: read_rows(files, name, rows) if name in files else None
 
 
 def fingerprint(folder: Path) -> str:

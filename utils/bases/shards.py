@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -58,10 +59,17 @@ def tensor_shapes(files: dict[str, Path]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_rows(files: dict[str, Path], name: str, rows: slice) -> Tensor:
-    """Some rows of one tensor of :func:`weight_map`."""
-    with _opened(files[name]) as file:
-        return file.get_slice(name)[rows]
+def row_reader(folder: Path) -> Callable[[str, slice], Tensor | None]:
+    """Reads rows of a weight by its name, from the shards of a folder; None for a name that they lack."""
+    files = weight_map(folder)
+
+    def read(name: str, rows: slice) -> Tensor | None:
+        if name not in files:
+            return None
+        with _opened(files[name]) as file:
+            return file.get_slice(name)[rows]
+
+    return read
 
 
 def bring(source: Path, target: Path, link: bool = False) -> int:

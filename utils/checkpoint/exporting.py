@@ -11,8 +11,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
-from router_tuning.bases.description import dense_config, row_reader, skeleton
-from router_tuning.bases.shards import INDEX, WEIGHTS, bring, tensor_names, weight_map
+from router_tuning.bases.description import dense_config, skeleton
+from router_tuning.bases.shards import INDEX, WEIGHTS, bring, row_reader, tensor_names, weight_map
 from router_tuning.errors import UserError
 from router_tuning.files import new_folder, read_json, write_json
 from router_tuning.model import load_routers
