@@ -9,7 +9,8 @@ from tiny_checkpoint import write_base
 from tiny_models import random_batch
 from transformers import AutoModelForCausalLM
 
-from router_tuning.bases.description import row_reader, skeleton
+from router_tuning.bases.description import skeleton
+from router_tuning.bases.shards import row_reader
 from router_tuning.checkpoint.import_published import import_published
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers, record_routing, route, routed_modules

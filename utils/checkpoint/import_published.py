@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from router_tuning.bases.description import row_reader, skeleton
-from router_tuning.bases.shards import weight_map
+from router_tuning.bases.description import skeleton
+from router_tuning.bases.shards import row_reader, weight_map
 from router_tuning.errors import UserError
 from router_tuning.files import new_folder
 from router_tuning.model import route, routed_modules, save_routers
