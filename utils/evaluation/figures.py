@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from router_tuning.evaluation.records import METRICS, Record, grouped  # noqa: E402
+from router_tuning.evaluation.records import Record, grouped, score_names  # noqa: E402
 from router_tuning.files import publish  # noqa: E402
 
 _LINES = {"routed": "o-", "static": "s--", "random": "x:"}
@@ -20,24 +20,16 @@ _LINES = {"routed": "o-", "static": "s--", "random": "x:"}
 
 def quality_figure(records: Sequence[Record], path: Path) -> Path | None:
     """Mean score and divergence over the share of operations, a line per policy; None if nothing can be drawn."""
-    groups = grouped(records)
-    values = {metric: {id(g): g.averages(metric) for g in groups} for metric in dict.fromkeys(METRICS.values())}
-    texts = dict.fromkeys(name for record in records for name in record.get("texts", {}))
-    spent = {name: {id(g): [r.get("share", r["capacity"]) for r in g.records] for g in groups} for name in values}
-    for text in texts:
-        values[f"KL, {text} (nats)"] = {id(g): g.texts(text, "kl") for g in groups}
-        spent[f"KL, {text} (nats)"] = {id(g): g.texts(text, "share") for g in groups}
-    values = {name: found for name, found in values.items() if any(found.values())}
-    if not values:
+    groups, names = grouped(records), score_names(records)
+    if not names:
         return None
-    figure, axes = plt.subplots(1, len(values), figsize=(4.6 * len(values), 3.6), layout="constrained", squeeze=False)
-    for axis, (name, found) in zip(axes[0], values.items(), strict=True):
+    figure, axes = plt.subplots(1, len(names), figsize=(4.6 * len(names), 3.6), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
         lines: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
-        for group in groups:
-            if found[id(group)]:
-                share = statistics.fmean(spent[name][id(group)] or [1.0])
-                key = (group.cell["policy"], group.label, group.cell.get("granularity") or "")
-                lines.setdefault(key, []).append((share, statistics.fmean(found[id(group)])))
+        for group in (group for group in groups if group.score(name)):
+            key = (group.cell["policy"], group.label, group.cell.get("granularity") or "")
+            spent = statistics.fmean(group.spent(name) or group.values("capacity"))
+            lines.setdefault(key, []).append((spent, statistics.fmean(group.score(name))))
         for (policy, label, granularity), points in lines.items():
             if policy == "dense":
                 axis.axhline(points[0][1], color="black", linestyle=":", label=label)

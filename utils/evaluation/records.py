@@ -17,6 +17,8 @@ from router_tuning.files import read_json_lines
 Record = Mapping[str, Any]
 COMPARISON = "evaluation/comparison.jsonl"
 """Where a run keeps the records of its comparison, below the run's folder."""
+KL = "KL, "
+"""Before the name of a text: divergence from the dense base there."""
 METRICS = {"exact_match": "exact match", "acc_norm": "choices", "acc": "choices", "word_perplexity": "word perplexity"}
 """What a table calls the metric that a task is judged by."""
 
@@ -84,6 +86,16 @@ class Group:
             found += [statistics.fmean(means)] if means else []
         return found
 
+    def score(self, name: str) -> list[float]:
+        """One of :func:`score_names`, one value per seed."""
+        text = name.removeprefix(KL)
+        return self.averages(name) if text == name else self.texts(text, "kl")
+
+    def spent(self, name: str) -> list[float]:
+        """Share of the decoder's operations that was left where that was scored."""
+        text = name.removeprefix(KL)
+        return self.values("share") if text == name else self.texts(text, "share")
+
     def texts(self, name: str, key: str) -> list[Any]:
         """A value of ``compare_texts``, one per seed."""
         return [r["texts"][name][key] for r in self.records if key in r.get("texts", {}).get(name, {})]
@@ -128,10 +140,8 @@ def summary_table(records: Sequence[Record]) -> Table:
             "FLOPs": group.mean("share"),
             "capacity": group.mean("capacity"),
         }
-        row |= {metric: with_deviation(group.averages(metric)) for metric in METRICS.values()}
-        for text in _text_names(records):
-            row[f"KL, {text}"] = with_deviation(group.texts(text, "kl"))
-            row[f"ppl, {text}"] = with_deviation(group.texts(text, "perplexity"))
+        row |= {name: with_deviation(group.score(name)) for name in score_names(records)}
+        row |= {f"ppl, {text}": with_deviation(group.texts(text, "perplexity")) for text in text_names(records)}
         for phase in ("prefill", "generate"):
             row[f"FLOPs, {phase}"] = with_deviation(group.costs(phase, "share"))
             row[f"time, {phase}"] = with_deviation(group.costs(phase, "time_ratio"))
@@ -148,24 +158,21 @@ def control_table(records: Sequence[Record]) -> Table:
     """
     groups, rows = grouped(records), []
     controls = [name for name in dict.fromkeys(g.cell["policy"] for g in groups) if name != "routed"]
-    for score in [*_metrics(groups)[:1], *_text_names(records)]:
-        of_text = score in _text_names(records)
-
-        def values(group: Group, score: str = score, of_text: bool = of_text) -> list[float]:
-            return group.texts(score, "kl") if of_text else group.averages(score)
-
-        for ours in (group for group in groups if group.cell["policy"] == "routed" and values(group)):
-            found = {g.cell["policy"]: with_deviation(values(g)) for g in groups if _is_control(g.cell, ours.cell)}
-            if len(found) < 2 and ours.cell.get("budget") is not None:
+    tasks = [name for name in score_names(records) if not name.startswith(KL)]
+    for score in (name for name in score_names(records) if name not in tasks[1:]):
+        text = score.removeprefix(KL)
+        for ours in (group for group in groups if group.cell["policy"] == "routed" and group.score(score)):
+            beside = {group.cell["policy"]: group for group in groups if _is_control(group.cell, ours.cell)}
+            if len(beside) < 2 and ours.cell.get("budget") is not None:
                 continue
-            row = {"score": f"KL, {score}" if of_text else score, "policy": ours.label, **_place(ours)}
-            spent = ours.texts(score, "share") if of_text else ours.values("share")
-            row |= {"FLOPs": with_deviation(spent), "capacity": None if of_text else ours.mean("capacity")}
-            row |= {"ours": with_deviation(values(ours))}
-            row |= {name.replace("_", " ", 1): found.get(name) for name in controls if name != "dense" or not of_text}
-            pairs = zip(ours.texts(score, "perplexity"), ours.texts(score, "dense_perplexity"), strict=True)
-            row |= {"agreement": with_deviation(ours.texts(score, "agreement"))}
-            rows.append({**row, "perplexity": with_deviation([a / b for a, b in pairs])})
+            row = {"score": score, "policy": ours.label, **_place(ours), "FLOPs": with_deviation(ours.spent(score))}
+            row |= {"capacity": ours.mean("capacity") if score in tasks else None}
+            row |= {"ours": with_deviation(ours.score(score))}
+            for name in (name for name in controls if name != "dense" or score in tasks):
+                row[name.replace("_", " ", 1)] = with_deviation(beside[name].score(score)) if name in beside else None
+            pairs = zip(ours.texts(text, "perplexity"), ours.texts(text, "dense_perplexity"), strict=True)
+            row |= {"agreement": with_deviation(ours.texts(text, "agreement"))}
+            rows.append({**row, "perplexity": with_deviation([mine / its for mine, its in pairs])})
     return Table.of(rows)
 
 
@@ -177,8 +184,7 @@ def difference_table(records: Sequence[Record]) -> Table | None:
     groups, rows = grouped(records), []
     for ours in (group for group in groups if group.cell["policy"] == "routed"):
         for other in (group for group in groups if _is_control(group.cell, ours.cell)):
-            found = {metric: task_difference(ours, other, metric) for metric in _metrics(groups)}
-            found |= {f"KL, {text}": text_difference(ours, other, text) for text in _text_names(records)}
+            found = {name: difference(ours, other, name) for name in score_names(records)}
             if any(found.values()):
                 told = {name: gap and with_error(*gap, digits=4) for name, gap in found.items()}
                 rows.append({"policy": ours.label, **_place(ours), "less": other.label, **told})
@@ -189,10 +195,6 @@ def _place(group: Group) -> dict[str, Cell]:
     return {name: group.cell.get(name) for name in ("granularity", "budget")}
 
 
-def _metrics(groups: Sequence[Group]) -> list[str]:
-    return [name for name in dict.fromkeys(METRICS.values()) if any(group.averages(name) for group in groups)]
-
-
 def _is_control(cell: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
     if cell["policy"] in ("dense", "routed"):
         return cell["policy"] == "dense"
@@ -200,26 +202,26 @@ def _is_control(cell: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
     return same and cell.get("recipe") in (None, of.get("recipe"))
 
 
-def task_difference(ours: Group, other: Group, metric: str) -> tuple[float, float] | None:
-    """Mean over tasks of the mean difference over documents (of the means over seeds), and its standard error."""
-    found = []
+def difference(ours: Group, other: Group, score: str) -> tuple[float, float] | None:
+    """Mean difference of a score (of the means over seeds) and its standard error, paired by document.
+
+    Of tasks, the mean over them; of a text, that of the divergence per token: a ratio of sums over documents.
+    """
+    if (text := score.removeprefix(KL)) != score:
+        found = [group.texts(text, "documents") for group in (ours, other)]
+        if not all(found) or len(found[0][0]["tokens"]) < 2 or len({len(d["kl"]) for side in found for d in side}) > 1:
+            return None
+        return _paired(*([document["kl"] for document in side] for side in found), found[0][0]["tokens"])
+    gaps = []
     left, right = ([group.units(record) for record in group.records] for group in (ours, other))
     for name, (kind, values) in left[0].items():
         sides = [[units[name][1] for units in side if name in units] for side in (left, right)]
-        if kind == metric and all(sides) and len(values) > 1 and len({len(v) for side in sides for v in side}) == 1:
-            found.append(_paired(*sides, [1] * len(values)))
-    if not found:
+        if kind == score and all(sides) and len(values) > 1 and len({len(v) for side in sides for v in side}) == 1:
+            gaps.append(_paired(*sides, [1] * len(values)))
+    if not gaps:
         return None
-    means, errors = zip(*found, strict=True)
+    means, errors = zip(*gaps, strict=True)
     return statistics.fmean(means), math.hypot(*errors) / len(means)
-
-
-def text_difference(ours: Group, other: Group, text: str) -> tuple[float, float] | None:
-    """Difference of the mean divergence per token, and the standard error of this ratio of sums over documents."""
-    found = [group.texts(text, "documents") for group in (ours, other)]
-    if not all(found) or len(found[0][0]["tokens"]) < 2 or len({len(d["kl"]) for side in found for d in side}) > 1:
-        return None
-    return _paired(*([document["kl"] for document in side] for side in found), found[0][0]["tokens"])
 
 
 def _paired(ours: Sequence[Sequence[float]], other: Sequence[Sequence[float]], sizes: Sequence[float]) -> tuple:
@@ -250,5 +252,13 @@ def _column(record: Record) -> str:
     return label if budget is None else f"{label} {budget:.3g}"
 
 
-def _text_names(records: Sequence[Record]) -> list[str]:
+def text_names(records: Sequence[Record]) -> list[str]:
+    """Texts that were scored."""
     return list(dict.fromkeys(name for record in records for name in record.get("texts", {})))
+
+
+def score_names(records: Sequence[Record]) -> list[str]:
+    """What there is a score of, as columns name it: metrics of tasks, and :data:`KL` on each text."""
+    groups = grouped(records)
+    metrics = [name for name in dict.fromkeys(METRICS.values()) if any(group.averages(name) for group in groups)]
+    return metrics + [f"{KL}{text}" for text in text_names(records)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from router_tuning.evaluation.figures import save_figure
-from router_tuning.evaluation.records import Group, Record, grouped
+from router_tuning.evaluation.records import Group, Record, grouped, text_names
 from router_tuning.evaluation.tables import Table
 
 GRANULARITY = "attn_token+mlp_token"
@@ -24,8 +24,7 @@ LINES = {
 
 def divergence(group: Group) -> float | None:
     """Mean over kinds of text of the divergence from the dense model, nats per token; mean over seeds."""
-    names = dict.fromkeys(name for record in group.records for name in record.get("texts", {}))
-    found = [statistics.fmean(group.texts(name, "kl")) for name in names]
+    found = [statistics.fmean(group.texts(name, "kl")) for name in text_names(group.records)]
     return statistics.fmean(found) if found else None
 
 

@@ -1,22 +1,19 @@
-"""Routed models of vLLM: its own classes, of which the modules named in the configuration are routed."""
+"""Routed models of vLLM, ``LlamaModForCausalLM`` and so on: its own classes, of which some modules are routed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.gemma3 import Gemma3ForCausalLM
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from router_tuning.model.router import threshold_logit
+from router_tuning.serving import FAMILIES
 from router_tuning.serving.routed_modules import (
     KeptQueries,
     Pass,
@@ -85,21 +82,8 @@ class RoutedCausalLM:
         return loaded
 
 
-class LlamaModForCausalLM(RoutedCausalLM, LlamaForCausalLM):
-    """Llama with routed layers."""
-
-
-class MistralModForCausalLM(RoutedCausalLM, MistralForCausalLM):
-    """Mistral with routed layers."""
-
-
-class Qwen2ModForCausalLM(RoutedCausalLM, Qwen2ForCausalLM):
-    """Qwen2 with routed layers."""
-
-
-class Qwen3ModForCausalLM(RoutedCausalLM, Qwen3ForCausalLM):
-    """Qwen3 with routed layers."""
-
-
-class Gemma3ModForCausalLM(RoutedCausalLM, Gemma3ForCausalLM):
-    """Gemma 3 with routed layers."""
+for _family in FAMILIES:
+    _module = import_module(f"vllm.model_executor.models.{_family.lower()}")
+    _parents = (RoutedCausalLM, getattr(_module, f"{_family}ForCausalLM"))
+    _about = {"__module__": __name__, "__doc__": f"{_family} with routed layers."}
+    globals()[f"{_family}ModForCausalLM"] = type(f"{_family}ModForCausalLM", _parents, _about)
