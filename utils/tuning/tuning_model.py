@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from router_tuning.bases.description import read_config
 from router_tuning.bases.preparing import downloaded
-from router_tuning.bases.shards import row_reader
 from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import select_layers
