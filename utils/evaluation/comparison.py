@@ -5,34 +5,36 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from router_tuning.evaluation.records import METRICS, Group, Record, grouped
+from router_tuning.evaluation.records import KL, Group, Record, grouped, score_names
 from router_tuning.evaluation.tables import Table
 
 NAMES = {"dense": "dense model", "published": "published recipe"}
 NAMES |= {"static": "modules removed for good", "random": "decisions at random"}
+CLOSENESS = f"{KL}answers"
 ORDER = ("dense", "routed", "published", "static", "random")
 
 
 def comparison_table(records: Sequence[Record]) -> Table:
     """A row per policy: what is left of the operations, quality, and time and cache as shares of the dense model's."""
-    metric, rows = _metric(records), []
+    rows = []
     for kind, group in _by_kind(records).items():
-        row = {"": NAMES.get(kind) or f"routers, recipe {group.cell.get('recipe')}", "FLOPs": group.values("share")}
-        row |= {metric or "score": group.averages(metric) if metric else [], "KL": group.texts("answers", "kl")}
+        row = {"": NAMES.get(kind) or f"routers, recipe {group.cell.get('recipe')}"}
+        values = {"FLOPs": group.values("share")}
+        values |= {name.removesuffix(", answers"): group.score(name) for name in (_main(records), CLOSENESS)}
         costs = {"time, prompts": ("prefill", "time_ratio"), "time, answers": ("generate", "time_ratio")}
         for name, keys in {**costs, "KV cache": ("kv_share",)}.items():
-            row[name] = [1.0] if kind == "dense" else group.costs(*keys)
-        rows.append({name: statistics.fmean(v) if isinstance(v, list) and v else v or None for name, v in row.items()})
+            values[name] = [1.0] if kind == "dense" else group.costs(*keys)
+        rows.append(row | {name: statistics.fmean(found) for name, found in values.items() if found})
     return Table.of(rows)
 
 
 def legend(records: Sequence[Record]) -> str:
     """What each column of :func:`comparison_table` is, with the numbers behind it."""
-    metric, ours = _metric(records), _by_kind(records)["routed"].records[0]
+    score, ours = _main(records), _by_kind(records)["routed"].records[0]
     lines = ["FLOPs: share of the decoder's operations that is left; what stands in for skipped work is counted."]
-    if metric:
+    if score != CLOSENESS:
         documents = sum(task["samples"] for task in ours["tasks"].values())
-        lines.append(f"{metric}: mean over {len(ours['tasks'])} tasks, {documents} held-out items in all.")
+        lines.append(f"{score}: mean over {len(ours['tasks'])} tasks, {documents} held-out items in all.")
     text = ours["texts"]["answers"]
     lines.append(
         f"KL: divergence from the dense model's predictions, nats per token of {text['tokens']} in held-out answers."
@@ -49,18 +51,15 @@ def legend(records: Sequence[Record]) -> str:
 
 def reading(records: Sequence[Record]) -> str:
     """The table in a sentence."""
-    groups, metric = _by_kind(records), _metric(records)
-    value = {}
-    for kind, group in groups.items():
-        found = group.averages(metric) if metric else group.texts("answers", "kl")
-        value[kind] = f"{statistics.fmean(found):.3f}"
+    groups, score = _by_kind(records), _main(records)
+    value = {kind: f"{statistics.fmean(group.score(score)):.3f}" for kind, group in groups.items()}
     others = {"published": "the published recipe", "static": "removing modules for good", "random": "random decisions"}
-    told = [f"{text} {value[kind]}" for kind, text in others.items() if kind in value]
-    share = statistics.fmean(record["share"] for record in groups["routed"].records)
-    dense = (
-        f"{metric} {value['routed']} of the dense model's {value['dense']}" if metric else f"a KL of {value['routed']}"
-    )
-    return f"With {share:.2f} of the operations the routers keep {dense}; at the same share: {', '.join(told)}."
+    told = ", ".join(f"{text} {value[kind]}" for kind, text in others.items() if kind in value)
+    share = statistics.fmean(groups["routed"].values("share"))
+    kept = f"{score} {value['routed']} of the dense model's {value['dense']}"
+    if score == CLOSENESS:
+        kept = f"a KL of {value['routed']}"
+    return f"With {share:.2f} of the operations the routers keep {kept}; at the same share: {told}."
 
 
 def _by_kind(records: Sequence[Record]) -> dict[str, Group]:
@@ -72,7 +71,6 @@ def _by_kind(records: Sequence[Record]) -> dict[str, Group]:
     return {kind: found[kind] for kind in ORDER if kind in found}
 
 
-def _metric(records: Sequence[Record]) -> str | None:
-    groups = grouped(records)
-    names = dict.fromkeys(METRICS.values())
-    return next((name for name in names if all(group.averages(name) for group in groups)), None)
+def _main(records: Sequence[Record]) -> str:
+    """The first score that all policies have."""
+    return next(name for name in score_names(records) if all(group.score(name) for group in grouped(records)))
