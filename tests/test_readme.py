@@ -137,7 +137,8 @@ def record(policy, share, kl, recipe="budget", granularity="attn_token+mlp_token
 
 
 def test_picture_and_table_of_real_bases(tmp_path):
-    from router_tuning.experiments.front import bases_table, front_figure
+    from router_tuning.evaluation.figures import front_figure
+    from router_tuning.experiments.readme import bases_table
 
     records = [record("dense", 1.0, 0.0, None, None, None), record("routed", 0.81, 0.2)]
     records += [record("random", 0.82, 0.9), record("static_low_rank", 0.8, 0.6), record("static_zero", 0.8, 3.0)]

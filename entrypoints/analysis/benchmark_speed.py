@@ -26,18 +26,29 @@ from pathlib import Path
 import psutil
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from router_tuning.bases.description import dense_config
 from router_tuning.errors import UserError, cli, parser_of
 from router_tuning.files import read_json_lines
 from router_tuning.model import ModConfig, is_routed
+from router_tuning.places import ROOT
 from router_tuning.provenance import provenance
 from router_tuning.speed.benchmark import Setting, benchmark, routed_copy
 from router_tuning.speed.cells import Cell, Row, free_memory, measured, run_cells
-from router_tuning.speed.shapes import SHAPES, random_model
 from router_tuning.speed.steps import compiled_decode, training_step
 from router_tuning.speed.table import line_of, speed_tables
 
+BASES = ("llama3-8b", "mistral-7b", "qwen-2.5-7b")
+SMALL = {
+    "small": LlamaConfig(
+        hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, vocab_size=2048
+    ),
+    "tiny": LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=256,
+    ),
+}  # fmt: skip
 PHASES = {"prefill": (4, 512, 0), "decode": (1, 256, 0), "tune": (8, 128, 3), "train": (8, 128, 3)}
 PHASES["compiled"] = (1, 256, 64)
 """Batch, length and rounds (in decoding, tokens); 0: as ``--repeats`` says."""
@@ -48,7 +59,9 @@ _OF_MALLOC = (-1, -3)
 def parse_args() -> argparse.Namespace:
     """Command line; lists are comma-separated."""
     parser = parser_of(__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="random weights of this architecture")
+    parser.add_argument(
+        "--shape", choices=(*SMALL, *BASES), default="small", help="random weights of this architecture"
+    )
     parser.add_argument("--model", help="folder of a dense checkpoint instead of --shape")
     parser.add_argument("--mod_n", type=int, help="routed layers (default: half)")
     parser.add_argument("--phases", default="prefill,decode", help="what is timed, in this order, each with its size")
@@ -140,11 +153,14 @@ def timed_rows(dense: PreTrainedModel, setting: Setting) -> list[Row]:
 
 
 def load(args: argparse.Namespace) -> PreTrainedModel:
-    """The dense model."""
+    """The dense model; random weights are made on their device."""
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     if args.model is None:
-        return random_model(args.shape, device, dtype)
+        config = SMALL[args.shape] if args.shape in SMALL else dense_config(ROOT / "ckpt" / f"{args.shape}-mod")
+        torch.manual_seed(0)
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(device).eval()
     if is_routed(model):
         raise UserError(f"--model {args.model} is routed: name its base; compare_run.py times what a run decides")

@@ -21,7 +21,7 @@ from router_tuning.evaluation.comparison import comparison_table, legend, readin
 from router_tuning.evaluation.controls import random_masks, removal_order, removed
 from router_tuning.evaluation.documents import encoded, prompt_batches, read_rows, rendered
 from router_tuning.evaluation.records import COMPARISON, difference_table, task_table
-from router_tuning.evaluation.scoring import Benchmark, score
+from router_tuning.evaluation.scoring import Benchmark, score, scored_parts
 from router_tuning.files import write_text
 from router_tuning.model import set_thresholds
 from router_tuning.model.dial import Batch, calibrate
@@ -96,7 +96,7 @@ def main() -> None:
         other = turned(base, args.beside, args.dtype, ours["share"], batches)
         beside = {"policy": "routed", "recipe": recipe_of(args.beside), "budget": cell["budget"]}
         records.append(score(benchmark, dense, other, tokenizer, beside))
-    rates = {**ours.get("tasks", {}), **ours["texts"], "prompts": ours["cost"]}
+    rates = scored_parts(ours)
     order = removal_order(dense, tuned, search, collate, min(part["share"] for part in rates.values()))
     for policy, under in {
         "random": lambda name: random_masks(tuned, rates[name]["capacity"], seed=0),

@@ -12,8 +12,7 @@ from tiny_routed import LAYERS
 
 from router_tuning.model import GRANULARITIES as EVERY
 from router_tuning.model import ModConfig, force_routing, record_routing, route, routed_modules
-from router_tuning.speed.benchmark import Setting, benchmark, imposed, random_masks
-from router_tuning.speed.ideal import reduced
+from router_tuning.speed.benchmark import Setting, benchmark, imposed, random_masks, reduced
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -96,6 +96,16 @@ class Group:
         text = name.removeprefix(KL)
         return self.values("share") if text == name else self.texts(text, "share")
 
+    def closeness(self) -> float | None:
+        """Divergence from the dense model in nats per token, mean over texts and seeds."""
+        found = [statistics.fmean(self.texts(name, "kl")) for name in text_names(self.records)]
+        return statistics.fmean(found) if found else None
+
+    def left(self, of: str) -> float | None:
+        """Share of the decoder's operations that was left, mean over the ``texts`` or ``tasks`` and over seeds."""
+        parts = [part for record in self.records for part in record.get(of, {}).values()]
+        return statistics.fmean(part.get("share", 1.0) for part in parts) if parts else None
+
     def texts(self, name: str, key: str) -> list[Any]:
         """A value of ``compare_texts``, one per seed."""
         return [r["texts"][name][key] for r in self.records if key in r.get("texts", {}).get(name, {})]

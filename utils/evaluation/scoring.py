@@ -84,3 +84,9 @@ def score(
     fields = {name: value for name, value in model.config.to_dict().items() if name.startswith("mod_")}
     about = {"class": type(model).__name__, "dtype": str(model.dtype), "routing": fields if routed else None}
     return record | {"model": about, "provenance": provenance()}
+
+
+def scored_parts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What ran and was left of every task and text of a record, and of the timed ``prompts``."""
+    timed = {"prompts": record["cost"]} if "cost" in record else {}
+    return {**record.get("tasks", {}), **record.get("texts", {}), **timed}

@@ -22,7 +22,7 @@ from router_tuning.errors import UserError
 from router_tuning.evaluation.controls import Removed, random_masks, removal_order, removed
 from router_tuning.evaluation.documents import Document, prompt_batches, read_documents, read_rows, rendered
 from router_tuning.evaluation.records import Record, cell_name
-from router_tuning.evaluation.scoring import Benchmark, score
+from router_tuning.evaluation.scoring import Benchmark, score, scored_parts
 from router_tuning.evaluation.tasks import requested_tokens
 from router_tuning.evaluation.texts import batches_of, vocabulary
 from router_tuning.experiments.plan import Cell, Plan
@@ -163,8 +163,7 @@ class Laboratory:
             raise UserError(f"{cell.name} is a control of {ours.name}, which has not run: name it with --only")
         if "refused" in record:
             raise OutOfReach(record["refused"])
-        timed = {"prompts": record["cost"]} if "cost" in record else {}
-        return {**record.get("tasks", {}), **record.get("texts", {}), **timed}
+        return scored_parts(record)
 
     def trained(self, cell: Cell) -> Path:
         """Folder of a cell's tuning run, which is made, continued or found there.

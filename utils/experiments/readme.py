@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from router_tuning.evaluation import records as tables
 from router_tuning.evaluation.comparison import comparison_table
-from router_tuning.evaluation.records import Record, read_records
+from router_tuning.evaluation.figures import GRANULARITY, front_figure
+from router_tuning.evaluation.records import Record, grouped, read_records
 from router_tuning.evaluation.tables import Table
-from router_tuning.experiments.front import bases_table, front_figure
 from router_tuning.files import read_json, read_json_lines
 from router_tuning.places import ROOT
 from router_tuning.speed.cells import measured
@@ -48,6 +49,32 @@ def bases_block() -> str:
     files = {name: [FIGURES / "experiments" / f"{plan}.jsonl" for plan in plans] for name, plans in BASES.items()}
     found = {name: [r for file in own if file.is_file() for r in read_records(file)] for name, own in files.items()}
     return bases_table((name, records) for name, records in found.items() if records).markdown()
+
+
+def bases_table(bases: Iterable[tuple[str, Sequence[Record]]]) -> Table:
+    """A row per base and budget: ours beside removal with the same skip path, and beside random decisions.
+
+    Args:
+        bases: name, and records of its experiment.
+    """
+    rows = []
+    for name, records in bases:
+        groups = grouped(records)
+        [dense] = (group for group in groups if group.cell["policy"] == "dense")
+        for ours in (g for g in groups if g.cell["policy"] == "routed" and g.cell.get("granularity") == GRANULARITY):
+            if ours.cell.get("budget") is None:
+                continue
+            same = [g for g in groups if all(g.cell.get(k) == ours.cell.get(k) for k in ("granularity", "budget"))]
+            found = {group.cell["policy"]: group for group in same}
+            shown = {"ours": ours, "removed": found.get("static_low_rank"), "random": found.get("random")}
+            row = {"base": name, "FLOPs, texts": ours.left("texts")}
+            row |= {f"KL: {policy}": group and group.closeness() for policy, group in shown.items()}
+            row |= {"FLOPs, tasks": (scored := ours.left("tasks"))}
+            for policy, group in {"dense": dense, "ours": ours, "removed": shown["removed"]}.items():
+                values = group.averages("choices") if group and scored else []
+                row[f"tasks: {policy}"] = statistics.fmean(values) if values else None
+            rows.append(row)
+    return Table.of(rows)
 
 
 def draw_front() -> Path:

@@ -2,11 +2,13 @@
 
 Two bounds stand beside every ratio: the share of the decoder's operations that is left, and the *ideal*, measured in
 the same rounds: at capacity c, ``(1 − c)`` of the time by which the dense model is slower than itself without the
-routed modules (:mod:`.ideal`).
+routed modules: a copy of it that lacks them, or whose attention only projects keys and values (the part that
+``kv_policy="keep"`` cannot skip).
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,8 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from router_tuning.evaluation.timing import in_turns, spread, timed
 from router_tuning.model import ModConfig, flops_share, kv_cache_bytes, route, routed_modules
+from router_tuning.model.keys_values import project_kv
 from router_tuning.speed.cells import Row, free_memory
-from router_tuning.speed.ideal import reduced, shared_copy
 from router_tuning.speed.steps import peak_bytes, profile_step
 
 
@@ -97,6 +99,32 @@ def imposed(model: PreTrainedModel, masks: Mapping[tuple[int, str], Tensor]) -> 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def shared_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with its own modules and the same weights."""
+    memo = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def reduced(dense: PreTrainedModel, routing: ModConfig) -> PreTrainedModel:
+    """The dense model without the modules that ``routing`` names, or with what ``keep`` leaves of them."""
+    model = shared_copy(dense)
+    for index, part in routing.targets:
+        layer, keys_only = model.model.layers[index], routing.kv_policy == "keep" and routing.parts[part] == "token"
+        if part in ("mlp", "block"):
+            layer.mlp.forward = lambda hidden_states: hidden_states.new_zeros(())
+        if part in ("attn", "block"):
+
+            def attend(hidden_states: Tensor, position_embeddings, past_key_values=None, own=layer.self_attn,
+                       keys_only=keys_only, **_):  # fmt: skip
+                states = project_kv(own, hidden_states, position_embeddings) if keys_only else None
+                if keys_only and past_key_values is not None:
+                    past_key_values.update(*states, own.layer_idx)
+                return hidden_states.new_zeros(()), None
+
+            layer.self_attn.forward = attend
+    return model
 
 
 class Variant:
