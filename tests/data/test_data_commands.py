@@ -40,6 +40,10 @@ def test_published_command_lines_from_another_folder(tmp_path: Path, run, monkey
     assert len(mixed) == 58 + 4 * 20 and not any(row["dataset"] == "alpaca" for row in mixed)
     report = json.loads((tmp_path / "data" / "mixed" / "mix.json").read_text())
     assert report["seed"] == 233 and report["sets"]["vicuna_sharegpt"]["mixed"] == 58
+    by_id = {
+        row["id"]: row for name in FORMATS for row in read_jsonl(tmp_path / "data/reformatted" / name / "data.jsonl")
+    }
+    assert all(row == by_id[row["id"]] for row in mixed)
 
 
 def test_absent_sets_are_named(tmp_path: Path, run):

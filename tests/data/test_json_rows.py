@@ -72,30 +72,6 @@ def test_no_damaged_array_is_read_in_silence(rows, style, place: float, byte: in
     assert found == wanted if isinstance(wanted, list) else any(isinstance(row, Reject) for row in found)
 
 
-LINE = st.one_of(
-    VALUE.map(lambda value: json.dumps(value, ensure_ascii=False).encode()),
-    st.binary(max_size=6).map(lambda raw: raw.replace(b"\n", b"")),
-    st.sampled_from([b"", b" ", b"\t\r", b"{}", b'{"a":1},{}', b'{"a":[1', b"2]}", b'"\\ud800"', b"NaN", b"\xff"]),
-)
-
-
-@settings(max_examples=500, deadline=None)
-@given(content=st.lists(LINE, max_size=8), end=st.sampled_from([b"\n", b"\r\n"]), last=st.booleans())
-def test_lines_are_read_one_by_one(content: list[bytes], end: bytes, last: bool):
-    data = b"".join(line + end for line in content)
-    data = data if last else data.removesuffix(end)
-    wanted = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip(b" \t\r\n")]
-    found = list(line_rows(io.BytesIO(data)))
-    assert [number for number, _ in found] == [number for number, _ in wanted]
-    for (_, row), (_, line) in zip(found, wanted, strict=True):
-        try:
-            value = json.loads(line.decode())
-        except ValueError:
-            assert isinstance(row, Reject) and row.reason in ("not_json", "invalid_utf8") and row.detail
-        else:
-            assert row == value or (row != row and value != value)
-
-
 ODD = {
     b'{"a": NaN}': "nan",
     b'{"a": -Infinity}': -math.inf,
