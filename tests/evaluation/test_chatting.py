@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 
 import pytest
 import torch
 from refused import refused
-from tiny_checkpoint import write_run
+from tiny_checkpoint import write_dial, write_run
 from transformers import AutoTokenizer
 
 from router_tuning.errors import UserError
@@ -46,11 +45,7 @@ def test_summary_line():
 
 
 def test_terminal_session(tmp_path, base, command, capsys, monkeypatch):
-    run = write_run(tmp_path / "run", base)
-    config = json.loads((run / "router_config.json").read_text())
-    logits = {f"{layer}.attn": [9.0, -9.0] for layer in (1, 2, 3)}
-    config["dial"] = {"capacity": [0.0, 1.0], "flops": [0.5, 1.0], "logit": logits}
-    (run / "router_config.json").write_text(json.dumps(config))
+    run = write_dial(write_run(tmp_path / "run", base))
     refusing = "{% if messages | length > 2 %}{{ raise_exception('one turn, please') }}{% endif %}"
     template = AutoTokenizer.from_pretrained(base).chat_template
     (run / "chat_template.jinja").write_text(refusing + template)  # the run's own, not the base's

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from tiny_checkpoint import write_run
+from tiny_checkpoint import write_dial, write_run
 
 TASKS = ["mod_copy_gen", "mod_math_mc"]
 
@@ -85,11 +85,7 @@ def test_wrong_input_is_one_line(command, tmp_path, capsys):
 
 
 def test_a_run_is_exported_and_both_are_shown(command, root, base, tmp_path, capsys):
-    run = write_run(tmp_path / "run", base)
-    config = json.loads((run / "router_config.json").read_text())
-    logits = {f"{layer}.attn": [9.0, -9.0] for layer in (1, 2, 3)}
-    config["dial"] = {"capacity": [0.0, 1.0], "flops": [0.5, 1.0], "logit": logits}
-    (run / "router_config.json").write_text(json.dumps(config))
+    run = write_dial(write_run(tmp_path / "run", base))
     assert command("checkpoint/export.py", "--run", run, "--base", base, "--output", tmp_path / "full") == 0
     assert "bytes written" in capsys.readouterr().out
     prompts = ["--prompts", root / "data/sample/heldout/add.jsonl", "--per_file", "2", "--max_new_tokens", "2"]

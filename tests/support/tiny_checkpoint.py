@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -64,3 +65,12 @@ def tiny_logits(model: torch.nn.Module) -> torch.Tensor:
     """Logits of a padded batch, in evaluation mode."""
     ids, mask = random_batch(rows=6, padding="left")
     return model.eval()(ids, attention_mask=mask).logits
+
+
+def write_dial(run: Path) -> Path:
+    """Give a run whose attentions are routed a dial from half of the decoder's operations to all."""
+    config = json.loads((run / "router_config.json").read_text())
+    logits = {f"{layer}.attn": [9.0, -9.0] for layer in LAYERS}
+    config["dial"] = {"capacity": [0.0, 1.0], "flops": [0.5, 1.0], "logit": logits}
+    (run / "router_config.json").write_text(json.dumps(config))
+    return run

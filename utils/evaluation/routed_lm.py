@@ -132,13 +132,10 @@ class RoutedLM(HFLM):
     def _counted(self, task: str, run: Callable[..., list], requests: list[Instance]) -> list:
         start = time.perf_counter()
         entry: dict[str, Any] = {"requests": len(requests)}
-        with self.under(task):
-            if is_routed(self.model):
-                with record_routing(self.model) as log:
-                    answers = run(requests, True)
-                entry |= executed(self.model, log) | {"decisions": _decided(self.model, log)}
-            else:
-                answers = run(requests, True)
+        with self.under(task), record_routing(self.model) if is_routed(self.model) else nullcontext() as log:
+            answers = run(requests, True)
+        if log is not None:
+            entry |= executed(self.model, log) | {"decisions": _decided(self.model, log)}
         self.costs[task] = entry | {"seconds": time.perf_counter() - start}
         return answers
 
