@@ -33,41 +33,33 @@ def decode(model, ids, cache=None):
     return cache
 
 
-def stored_tokens(granularity, policy, keep):
-    """Tokens whose key and value a routed layer stores under ``keep``, summed over rows."""
-    part, level = granularity.split("+")[0].split("_")
-    if part in ("mlp", "expert") or (level == "token" and policy == "keep"):
-        return ROWS * TOTAL
-    return int(keep.sum()) * (TOTAL if level == "sequence" else 1)
-
-
 @pytest.mark.parametrize(("share", "dtype"), [(0.0, torch.bfloat16), (0.5, torch.float32)])
-@pytest.mark.parametrize(("granularity", "policy"), [*KINDS, ("attn_sequence+mlp_token", "keep")])
-def test_bytes_are_exactly_those_of_executed_rows_and_tokens(granularity, policy, share, dtype):
-    model = route(tiny_model().to(dtype), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+@pytest.mark.parametrize(
+    ("family", "granularity", "policy"),
+    [
+        *[("llama", *kind) for kind in (*KINDS, ("attn_sequence+mlp_token", "keep"))],
+        *[("mistral", "attn_sequence", "keep"), ("mistral", "attn_token", "drop")],
+    ],
+)
+def test_bytes_are_exactly_those_of_executed_rows_and_tokens(family, granularity, policy, share, dtype):
+    """A sliding layer of transformers holds window − 1 past tokens and, as a view of them, the newest one."""
+    model = route(tiny_model(family).to(dtype), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+    part, level = granularity.split("+")[0].split("_")
     masks = forced_masks(granularity, share)
-    attends = {(layer, granularity.split("_")[0]): mask for layer, mask in masks.items()}
-    with force_routing(model, attends):
+    with force_routing(model, {(layer, part): mask for layer, mask in masks.items()}):
         cache = decode(model, random_batch(ROWS, TOTAL)[0])
-    tokens = (DEPTH - len(LAYERS)) * ROWS * TOTAL
-    tokens += sum(stored_tokens(granularity, policy, masks[layer]) for layer in LAYERS)
+    window = getattr(model.config, "sliding_window", None)
+    held = window or TOTAL
+    tokens = (DEPTH - len(LAYERS)) * ROWS * held
+    for mask in masks.values():
+        if part == "mlp" or (level == "token" and policy == "keep"):
+            tokens += ROWS * held
+        elif level == "token":
+            tokens += int(mask[:, TOTAL - window + 1 if window else 0 :].sum())
+        else:
+            tokens += int(mask.sum()) * held
     assert kv_cache_bytes(cache) == 2 * HEADS * WIDTH * dtype.itemsize * tokens
     assert cache.get_seq_length() == TOTAL
-
-
-@pytest.mark.parametrize(("granularity", "policy"), [("attn_sequence", "keep"), ("attn_token", "drop")])
-def test_bytes_of_sliding_layers_do_not_grow_beyond_the_window(granularity, policy):
-    """A sliding layer of transformers holds window − 1 past tokens and, as a view of them, the newest one."""
-    model = route(tiny_model("mistral"), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
-    window = model.config.sliding_window
-    masks = forced_masks(granularity, 0.5)
-    with force_routing(model, masks):
-        cache = decode(model, random_batch(ROWS, TOTAL)[0])
-    if policy == "keep":
-        routed = sum(int(mask.sum()) * window for mask in masks.values())
-    else:
-        routed = sum(int(mask[:, TOTAL - window + 1 :].sum()) for mask in masks.values())
-    assert kv_cache_bytes(cache) == 2 * HEADS * WIDTH * 4 * ((DEPTH - len(LAYERS)) * ROWS * window + routed)
 
 
 def test_bytes_follow_selected_repeated_and_cropped_rows():
@@ -118,15 +110,15 @@ def test_a_cache_of_another_routing_is_refused():
         ({"mod_layers": [1, 2], "granularity": "attn_token"}, "another routing"),
         ({"mod_layers": [2, 3], "granularity": "attn_sequence"}, "layer 1: .* another routing"),
     ]
-    models = {words + str(routing): (route(tiny_model(), **routing), words) for routing, words in others}
     with torch.no_grad():
-        for model, words in models.values():
+        for model, words in [(route(tiny_model(), **routing), words) for routing, words in others]:
             with refused(words):
                 model(ids[:, :1], past_key_values=cache)
-        for model, _ in models.values() if reset_empties() else ():
-            cache.reset()
-            expected = model(ids, use_cache=False).logits
-            assert torch.equal(model(ids, past_key_values=cache).logits, expected), "an empty cache serves any routing"
+    cache.reset()
+    for routing, _ in others if reset_empties() else ():
+        model = route(tiny_model(), **routing)
+        assert torch.equal(model(ids, past_key_values=cache).logits, model(ids, use_cache=False).logits)
+        cache.reset()
 
 
 def test_a_static_cache_serves_routed_mlps():

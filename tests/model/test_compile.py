@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model
-from tiny_routed import LAYERS, routed_model
+from tiny_routed import LAYERS, routed_model, with_reference
 
-CASES = [
-    ("attn_sequence", "keep"),
-    pytest.param("block_token", "drop", marks=pytest.mark.full),
-    pytest.param("attn_token+mlp_token", "keep", marks=pytest.mark.full),
-]
+CASES = [("attn_sequence", "keep"), ("block_token", "drop"), ("attn_token+mlp_token", "keep")]
 
 
 class Compiled:
@@ -31,12 +27,7 @@ class Compiled:
             return self.model(*args, **kwargs)
 
 
-@pytest.fixture(autouse=True)
-def _clean():
-    yield
-    torch._dynamo.reset()
-
-
+@pytest.mark.full
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 def test_a_routed_module_breaks_the_graph_a_fixed_number_of_times(granularity, policy):
     model = routed_model("llama", granularity, kv_policy=policy)
@@ -56,17 +47,12 @@ def test_a_routed_module_breaks_the_graph_a_fixed_number_of_times(granularity, p
 @pytest.mark.full
 @pytest.mark.parametrize(("granularity", "policy"), CASES)
 def test_decoding_stops_compiling(granularity, policy):
-    model = routed_model("llama", granularity, kv_policy=policy)
-    ids, _ = random_batch(2, 20)
-    compiled = Compiled(model)
-    with torch.no_grad():
-        expected = model(ids, use_cache=False).logits if "sequence" not in granularity else None
-    cache = compiled(ids[:, :6], use_cache=True).past_key_values
-    graphs = []
-    for step in range(6, 20):
-        logits = compiled(ids[:, step : step + 1], past_key_values=cache, use_cache=True).logits
-        if expected is not None:
-            assert torch.allclose(logits[:, 0], expected[:, step], atol=1e-4)
+    (model, reference), (ids, _) = with_reference("llama", granularity, policy), random_batch(2, 20)
+    compiled, cache, graphs = Compiled(model), None, []
+    for start, end in ((0, 6), *((step, step + 1) for step in range(6, 20))):
+        out = compiled(ids[:, start:end], past_key_values=cache, use_cache=True)
+        cache, expected = out.past_key_values, reference.logits(ids[:, :end], hold=start > 0)
+        assert torch.allclose(out.logits, expected[:, start:], atol=1e-4)
         graphs.append(compiled.graphs)
     assert graphs[-1] == graphs[-5], "the last steps must run what is compiled"
 
@@ -81,5 +67,6 @@ ONE_GRAPH = {
 @pytest.mark.parametrize("way", ONE_GRAPH)
 def test_one_graph_is_refused_in_a_line_that_names_the_frozen_form(way):
     ids, _ = random_batch(1)
+    torch._dynamo.reset()
     with torch.no_grad(), pytest.raises(Exception, match="depends on its decisions.*freeze_static"):
         ONE_GRAPH[way](routed_model(), ids)

@@ -14,7 +14,7 @@ from torch.nn.attention import flex_attention
 from transformers import AutoModelForCausalLM
 from transformers.integrations import flex_attention as integration
 
-from router_tuning.model import force_routing, packing, record_routing, route, routed_modules, unroute
+from router_tuning.model import force_routing, packing, record_routing, route, routed_modules
 
 
 def masks(rows, tokens):
@@ -117,27 +117,22 @@ def test_scores_are_float32_under_autocast():
     assert torch.allclose(half, hidden.bfloat16().float() @ module.mod_router.weight.T, atol=1e-6)
 
 
-@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.bfloat16()])
-def test_routers_stay_float32_when_the_model_is_cast(cast):
-    model = cast(routed_model("llama", "attn_token+mlp_token"))
-    dtypes = {("mod_router" in name): parameter.dtype for name, parameter in model.named_parameters()}
-    assert dtypes[True] == torch.float32 and dtypes[False] != torch.float32
-
-
-def test_routers_stay_float32_when_loaded_in_half_precision(tmp_path):
-    model = routed_model("llama")
-    model.save_pretrained(tmp_path)
-    for dtype in (torch.bfloat16, "auto"):
-        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-        for name, parameter in again.named_parameters():
-            if "mod_router" in name:
-                assert torch.equal(parameter, model.get_parameter(name)), "bits must survive loading"
-            elif dtype != "auto":
-                assert parameter.dtype == dtype
-    plain = tmp_path / "plain"
-    unroute(model).to(torch.bfloat16).save_pretrained(plain)
-    late = route(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), mod_n=2)
-    assert {p.dtype for n, p in late.named_parameters() if "mod_router" in n} == {torch.float32}
+def test_routers_stay_float32_in_a_model_of_another_type(tmp_path):
+    model, load = routed_model("llama", "attn_token+mlp_token"), AutoModelForCausalLM.from_pretrained
+    model.save_pretrained(tmp_path / "routed")
+    tiny_model().save_pretrained(tmp_path / "plain")
+    others = {
+        "cast": copy.deepcopy(model).to(torch.bfloat16),
+        "halved": copy.deepcopy(model).half(),
+        "loaded": load(tmp_path / "routed", dtype=torch.bfloat16),
+        "loaded as it is": load(tmp_path / "routed", dtype="auto"),
+        "routed later": route(load(tmp_path / "plain", dtype=torch.bfloat16), mod_n=2),
+    }
+    for way, other in others.items():
+        for name, parameter in other.named_parameters():
+            assert (parameter.dtype == torch.float32) == ("mod_router" in name or way == "loaded as it is"), way
+            if "mod_router" in name and way != "routed later":
+                assert torch.equal(parameter, model.get_parameter(name)), f"{way}: bits must survive"
 
 
 # ---------------------------------------------------------------- flex attention

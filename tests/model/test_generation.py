@@ -107,14 +107,20 @@ def test_generations_in_threads_do_not_disturb_each_other(granularity, policy):
     assert all(map(torch.equal, together, alone))
 
 
-HELPERS = ["itself, dense", "another", "prompt look-up", "its first layers"]
+HELPERS = {
+    "itself, dense": lambda family, seed: {"assistant_model": tiny_model(family)},
+    "another": lambda family, seed: {"assistant_model": tiny_model(family, seed=9)},
+    "another, routed": lambda family, seed: {"assistant_model": routed_model(family, seed=9)},
+    "prompt look-up": lambda family, seed: {"prompt_lookup_num_tokens": 3},
+    "its first layers": lambda family, seed: {"assistant_early_exit": 1 + seed},
+}
 
 
 @pytest.mark.parametrize(
     ("family", "granularity", "policy", "helper"),
     [
         *[("llama", *case, helper) for case in CASES[::3] for helper in HELPERS],
-        *[("mistral", *case, HELPERS[1]) for case in CASES],
+        *[("mistral", *case, "another") for case in CASES],
     ],
 )
 def test_assisted_decoding_gives_the_text_of_plain_decoding(family, granularity, policy, helper):
@@ -122,26 +128,14 @@ def test_assisted_decoding_gives_the_text_of_plain_decoding(family, granularity,
     for seed in range(2):
         prompt = random_batch(1, 7, seed=seed)[0]
         prompt = torch.cat([prompt, prompt[:, :3]], 1)  # something that a look-up finds
-        if helper == "prompt look-up":
-            assistance = {"prompt_lookup_num_tokens": 3}
-        elif helper == "its first layers":
-            assistance = {"assistant_early_exit": 1 + seed}
-        else:
-            assistance = {"assistant_model": tiny_model(family, seed=0 if helper == "itself, dense" else 9)}
         with record_routing(model) as log:
             plain = model.generate(prompt, **GREEDY)
         with record_routing(model) as assisted_log:
-            assisted = model.generate(prompt, **GREEDY, **assistance)
+            assisted = model.generate(prompt, **GREEDY, **HELPERS[helper](family, seed))
         assert torch.equal(assisted, plain) and model.config.num_hidden_layers == 5
         for key, keep in log.decisions.items():
             if keep.dim() == 1:
                 assert torch.equal(assisted_log.decisions[key], keep), "candidates must not be pooled"
-
-
-def test_a_routed_model_may_assist():
-    model, dense = routed_model("llama"), tiny_model("llama", seed=3)
-    prompt = random_batch(1, 7)[0]
-    assert torch.equal(dense.generate(prompt, assistant_model=model, **GREEDY), dense.generate(prompt, **GREEDY))
 
 
 @pytest.mark.parametrize(("granularity", "policy"), CASES[::3])

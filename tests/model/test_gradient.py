@@ -1,4 +1,4 @@
-"""The straight-through gradient against the relaxed formula, and that of the capacity penalty by hand."""
+"""Training: the straight-through gradient against the relaxed formula, what autograd records, checkpointing."""
 
 from __future__ import annotations
 
@@ -7,144 +7,52 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from refused import refused
 from tiny_models import random_batch, tiny_model
-from tiny_routed import CASES, LAYERS, routed_model
-from tiny_training import gradients, labels_of, same
-from torch.nn import functional
+from tiny_routed import CASES, routed_model, with_reference
+from tiny_training import freeze_base, gradients, labels_of, same
+from transformers import DynamicCache
 
 from router_tuning.model import force_routing, kv_cache_bytes, record_routing, routed_modules
 
-# ---------------------------------------------------------------- the gradient
 
-
-def relax(model, granularity, policy):
-    """The relaxed formula on a dense model: ``x + (m + s − stop(s))·F(h)``, written with hooks and plain autograd."""
-    real = {}
-
-    def gate(router, hidden, level):
-        if level == "sequence":
-            weight = real["mask"].float()
-            hidden = (hidden.float() * weight[..., None]).sum(1, keepdim=True) / weight.sum(1)[:, None, None]
-        score = torch.sigmoid(functional.linear(hidden.float(), router))
-        keep = (score >= 0.5).float()
-        if level == "token":
-            keep = keep * real["mask"][..., None]
-        return keep + score - score.detach()
-
-    def seen_keys(keep, mask):
-        """Under drop a token sees the kept ones and itself."""
-        tokens = keep.shape[1]
-        seen = keep.bool()[:, None, :] | torch.eye(tokens).bool()
-        causal = torch.ones(tokens, tokens).tril().bool()[None, None] if mask is None else mask
-        return causal & seen[:, None]
-
-    routers = torch.nn.ParameterDict()
-    for part, level in (name.split("_") for name in granularity.split("+")):
-        for layer in LAYERS:
-            block, key = model.model.layers[layer], f"{layer}_{part}"
-            routers[key] = torch.nn.Parameter(torch.zeros(4 if part == "expert" else 1, 32))
-            state = {}
-
-            def look(hidden, key=key, level=level, state=state):
-                state["gate"] = gate(routers[key], hidden, level)
-
-            def before(_, args, kwargs, look=look, key=key, block=block, part=part, state=state):
-                hidden = args[0] if args else kwargs["hidden_states"]
-                if part == "expert":
-                    score = torch.sigmoid(functional.linear(hidden, routers[key])).gather(1, args[1])
-                    keep = (score >= 0.5) & real["mask"].bool().flatten()[:, None]
-                    return (*args[:2], args[2] * (keep + score - score.detach())), kwargs
-                look(block.input_layernorm(hidden) if part == "block" else hidden)
-                if policy == "drop" and part != "mlp":
-                    mask = seen_keys(state["gate"][..., 0], kwargs["attention_mask"])
-                    kwargs = {**kwargs, "attention_mask": mask}
-                return args, kwargs
-
-            def after(_, args, output, part=part, state=state):
-                if part == "expert":
-                    return output
-                if part == "attn":
-                    return (state["gate"] * output[0], *output[1:])
-                return args[0] + state["gate"] * (output - args[0]) if part == "block" else state["gate"] * output
-
-            module = {"attn": block.self_attn, "mlp": block.mlp, "block": block}
-            module = block.mlp.experts if part == "expert" else module[part]
-            module.register_forward_pre_hook(before, with_kwargs=True)
-            module.register_forward_hook(after)
-    return routers, real
-
-
-@pytest.mark.parametrize(("family", "granularity", "policy"), CASES)
-def test_gradient_is_that_of_the_relaxed_formula(family, granularity, policy):
-    """For every weight of the model, routers and base alike, at a batch where decisions differ."""
-    model = routed_model(family, granularity, kv_policy=policy).train()
-    relaxed = tiny_model(family).train()
-    routers, real = relax(relaxed, granularity, policy)
+@pytest.mark.parametrize(
+    ("family", "granularity", "policy", "skip"),
+    [
+        *[(*case, "zero") for case in CASES],
+        *[
+            ("llama", g, "keep", "low_rank")
+            for g in ("attn_sequence+mlp_token", "attn_token+mlp_token", "block_token")
+        ],
+    ],
+)
+def test_gradient_is_that_of_the_relaxed_formula(family, granularity, policy, skip):
+    """For every weight of the model, routers, paths and base alike, at a batch where decisions differ."""
+    model, reference = with_reference(family, granularity, policy, skip=skip)
     ids, mask = random_batch(padding="right")
-    real["mask"] = mask
-    with torch.no_grad():
-        for module in routed_modules(model).values():
-            routers[f"{module.mod_layer}_{module.mod_part}"].copy_(module.mod_router.weight)
+    labels, theirs = labels_of(ids, mask), {}
+    for name, module in model.named_modules():
+        key = getattr(module, "mod_layer", None), getattr(module, "mod_part", None)
+        if key in reference.weights:
+            reference.weights[key] = theirs[f"{name}.mod_router.weight"] = copied(module.mod_router.weight)
+        if key in reference.paths:
+            reference.paths[key] = [*map(copied, reference.paths[key])]
+            path = zip(("down", "up", "bias"), reference.paths[key], strict=True)
+            theirs |= {f"{name}.mod_skip.{part}": values for part, values in path}
     with record_routing(model) as log:
-        loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
-    expected = relaxed(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
+        loss = model.train()(ids, attention_mask=mask, labels=labels).loss
+    expected = reference.outputs(ids, mask, labels=labels).loss
     assert 0 < log.capacity()["total"] < 1
     assert torch.allclose(loss, expected, atol=1e-6)
     loss.backward()
     expected.backward()
-    ours, theirs = gradients(model), gradients(relaxed)
-    for module in routed_modules(model).values():
-        key = f"{module.mod_layer}_{module.mod_part}"
-        name = next(n for n, m in model.named_modules() if m is module) + ".mod_router.weight"
-        theirs[name] = routers[key].grad
-        assert theirs[name].abs().max() > 1e-5, "a zero gradient would prove nothing"
-    same(ours, theirs, tolerance=1e-4)
+    theirs = {name: values.grad for name, values in theirs.items()}
+    assert all(gradient.abs().max() > 1e-5 for gradient in theirs.values()), "a zero gradient would prove nothing"
+    same(gradients(model), {**gradients(reference.model), **theirs}, tolerance=1e-4)
 
 
-# ---------------------------------------------------------------- the penalty
-
-
-def test_penalty_is_the_sum_over_layers_of_what_exceeds_the_target():
-    model = routed_model("llama", "attn_token").train()
-    ids, mask = random_batch(padding="right")
-    with record_routing(model) as log:
-        model(ids, attention_mask=mask)
-    real = mask.bool()
-    shares = {layer: (keep & real).sum() / real.sum() for layer, keep in log.decisions.items()}
-    for target in (0.0, 0.3, 0.5, 1.0):
-        expected = sum(max(float(share) - target, 0.0) for share in shares.values())
-        assert log.penalty(target).item() == pytest.approx(expected, abs=1e-6)
-    assert log.capacity() == {
-        "total": pytest.approx(float(sum(shares.values())) / 3),
-        **{layer: pytest.approx(float(share)) for layer, share in shares.items()},
-    }
-    for layer, value in log.capacity_tensors().items():
-        assert value.shape == () and not value.requires_grad and value.dtype == torch.float32
-        assert float(value) == pytest.approx(float(shares[layer]))
-
-
-@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token", "mlp_sequence"])
-@pytest.mark.parametrize("target", [0.1, 0.9])
-def test_gradient_of_the_penalty(granularity, target):
-    """``∂/∂W ReLU(c − target)`` is the mean of ``s(1−s)·h`` over real rows or tokens, above the target."""
-    model = routed_model("llama", granularity, mod_layers=[2]).train()
-    ids, mask = random_batch(padding="right")
-    features = {}
-    for name, module in routed_modules(model).items():
-        module.mod_router.register_forward_pre_hook(
-            lambda m, args, name=name: features.update({name: args[0].detach()})
-        )
-    with record_routing(model) as log:
-        model(ids, attention_mask=mask)
-    log.penalty(target).backward()
-    for name, module in routed_modules(model).items():
-        h = features[name]
-        score = torch.sigmoid(h @ module.mod_router.weight.detach().T)
-        per_item = score * (1 - score) * h
-        per_item = per_item.mean(0) if h.dim() == 2 else per_item[mask.bool()].mean(0)
-        above = float(log.capacity_tensors()[module.mod_key]) > target
-        assert above == (target == 0.1)
-        assert torch.allclose(module.mod_router.weight.grad[0], per_item * above, atol=1e-6), name
+def copied(parameter):
+    return parameter.detach().clone().requires_grad_()
 
 
 # ---------------------------------------------------------------- evaluation mode
@@ -205,3 +113,71 @@ def test_a_router_never_misses_a_gradient_silently(granularity, policy):
     for module in routed_modules(model).values():
         module.mod_router.weight.requires_grad_(False)
     model(ids, past_key_values=past).logits.sum().backward()
+
+
+# ---------------------------------------------------------------- what autograd keeps
+
+
+def test_training_with_a_cache_is_refused():
+    model = routed_model("llama").train()
+    with refused("past_key_values"):
+        model(random_batch()[0], past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_autograd_records_nothing_below_the_first_routed_layer(checkpointing):
+    model = freeze_base(routed_model("llama", mod_layers=[3]))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids, _ = random_batch()
+    output = model(ids, output_hidden_states=True, labels=ids)
+    recorded = [hidden.requires_grad for hidden in output.hidden_states]
+    assert recorded == [False] * 4 + [True] * 2  # the input of layers 0-3, then what layers 3 and 4 gave
+    output.loss.backward()
+
+
+# ---------------------------------------------------------------- gradient checkpointing
+
+
+@pytest.mark.parametrize(
+    ("family", "granularity", "policy", "frozen", "when"),
+    [*[(*case, True, "before") for case in CASES], *[(*case, False, "after") for case in CASES[::3]]],
+)
+def test_gradient_checkpointing_gives_the_same_gradients(family, granularity, policy, frozen, when):
+    """Whether it was enabled before the model was routed or after."""
+    ids, mask = random_batch(padding="right")
+
+    def run(checkpointing):
+        model = tiny_model(family)
+        if checkpointing and when == "before":
+            model.gradient_checkpointing_enable()
+        model = routed_model(family, granularity, model=model, kv_policy=policy).train()
+        if frozen:
+            freeze_base(model)
+        if checkpointing and when == "after":
+            model.gradient_checkpointing_enable()
+        with record_routing(model) as log:
+            loss = model(ids, attention_mask=mask, labels=labels_of(ids, mask)).loss
+        (loss + log.penalty(0.1)).backward()
+        return gradients(model), log
+
+    plain, log = run(False)
+    checkpointed, log_again = run(True)
+    same(checkpointed, plain)
+    for key, keep in log.decisions.items():
+        assert torch.equal(log_again.decisions[key], keep), "recomputation must not be logged again"
+        assert len(log_again.records[key]) == 1
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "block_token"])
+def test_reentrant_checkpointing_is_refused(granularity):
+    model = freeze_base(routed_model("llama", granularity))
+    ids, _ = random_batch()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with refused("use_reentrant"):
+        model(ids, labels=ids)
+    with torch.no_grad():
+        model(ids)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(ids, labels=ids).loss.backward()
+    assert len(gradients(model)) == len(routed_modules(model))

@@ -13,7 +13,7 @@ from tiny_routed import CASES, LAYERS, routed_model
 from tiny_training import dense_answers, freeze_base, gradients, labels_of, same
 from torch.nn.functional import cross_entropy
 
-from router_tuning.model import capacity_penalty, record_routing, route
+from router_tuning.model import capacity_penalty, record_routing, route, routed_modules
 from router_tuning.model.recording import routed_base
 
 SCALE, TARGET = 3.0, 0.1
@@ -38,6 +38,36 @@ def expected(family="llama", granularity="attn_sequence", rows=slice(None), **op
     task, penalty = by_hand(model, ids[rows], mask[rows])
     (task + SCALE * penalty).backward()
     return gradients(model), task, penalty
+
+
+def test_it_is_the_sum_over_layers_of_what_exceeds_the_target():
+    model, (ids, mask) = routed_model("llama", "attn_token").train(), random_batch(padding="right")
+    with record_routing(model) as log:
+        model(ids, attention_mask=mask)
+    shares = {layer: float(keep[mask.bool()].float().mean()) for layer, keep in log.decisions.items()}
+    for target in (0.0, 0.3, 0.5, 1.0):
+        assert log.penalty(target).item() == pytest.approx(sum(max(c - target, 0) for c in shares.values()), abs=1e-6)
+    assert log.capacity() == pytest.approx({"total": sum(shares.values()) / 3, **shares})
+    assert not any(value.requires_grad for value in log.capacity_tensors().values())
+
+
+@pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token", "block_token", "mlp_sequence"])
+@pytest.mark.parametrize("target", [0.1, 0.9])
+def test_its_gradient_by_hand(granularity, target):
+    """``∂/∂W ReLU(c − target)`` is the mean of ``s(1−s)·h`` over real rows or tokens, above the target."""
+    model, features = routed_model("llama", granularity, mod_layers=[2]).train(), []
+    ids, mask = random_batch(padding="right")
+    [module] = routed_modules(model).values()
+    module.mod_router.register_forward_pre_hook(lambda _, args: features.append(args[0].detach()))
+    with record_routing(model) as log:
+        model(ids, attention_mask=mask)
+    log.penalty(target).backward()
+    [h], router = features, module.mod_router.weight
+    score = torch.sigmoid(h @ router.detach().T)
+    slope = score * (1 - score) * h
+    expected = slope.mean(0) if h.dim() == 2 else slope[mask.bool()].mean(0)
+    assert (log.capacity()["total"] > target) == (target == 0.1)
+    assert torch.allclose(router.grad[0], expected * (target == 0.1), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +106,6 @@ def ignored_loss(model, ids, mask, labels):
     return task_loss(model(ids, attention_mask=mask, labels=labels).logits, labels)
 
 
-def from_the_output(model, ids, mask, labels):
-    out = model(ids, attention_mask=mask)
-    return task_loss(out.logits, labels) + SCALE * out.mod_penalty
-
-
 def public(model, ids, mask, labels):
     return logits_alone(model, ids, mask, labels) + SCALE * capacity_penalty(model)
 
@@ -89,7 +114,7 @@ def in_a_tuple(model, ids, mask, labels):
     return model(ids, attention_mask=mask, labels=labels, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("loss", [fused, logits_alone, ignored_loss, from_the_output, public, in_a_tuple])
+@pytest.mark.parametrize("loss", [fused, logits_alone, ignored_loss, public, in_a_tuple])
 def test_whatever_computes_the_loss_it_counts_once(loss):
     ids, mask = random_batch(6, padding="right")
     model = regularised(granularity="attn_token+mlp_token")

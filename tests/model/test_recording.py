@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -35,8 +35,9 @@ def forward(model, **kwargs):
 )
 def test_keys_shapes_and_types(granularity, keys, shape):
     model = routed_model("mixtral", granularity)
+    plain = forward(model).logits
     with record_routing(model) as log:
-        forward(model)
+        assert torch.equal(forward(model).logits, plain), "recording changes nothing"
     assert list(log.decisions) == keys and set(log.capacity()) == {"total", *keys}
     for key in keys:
         assert log.decisions[key].shape == log.scores[key].shape == shape
@@ -79,27 +80,31 @@ def test_generation_is_logged_whole(granularity, shape):
     assert all(len(records) == passes for records in log.records.values()), "a held decision is logged once"
 
 
-def test_recording_changes_nothing_and_keeps_no_graph_in_evaluation():
-    model = routed_model("llama", "attn_token")
-    plain = forward(model).logits
-    with record_routing(model) as log:
-        assert torch.equal(forward(model).logits, plain)
-    assert not any(record.logits.requires_grad for records in log.records.values() for record in records)
-
-
 # ---------------------------------------------------------------- forcing
 
 
-def test_true_and_false_and_their_end():
-    model, dense = routed_model(), tiny_model()
-    own = forward(model).logits
-    with force_routing(model, True):
-        assert torch.equal(forward(model).logits, forward(dense).logits)
-        with force_routing(model, False), record_routing(model) as log:
+def test_blocks_hold_until_their_end_and_may_end_in_any_order():
+    model, first, second = routed_model("llama", "attn_token"), ExitStack(), ExitStack()
+
+    def share():
+        with record_routing(model) as log:
             forward(model)
-        assert log.capacity()["total"] == 0.0 and log.scores == {}
-        assert torch.equal(forward(model).logits, forward(dense).logits), "the outer block holds again"
-    assert torch.equal(forward(model).logits, own)
+        return log.capacity()["total"], log.scores == {}
+
+    own, logits = share(), forward(model).logits
+    assert 0.0 < own[0] < 1.0 and not own[1]
+    first.enter_context(force_routing(model, True))
+    assert share() == (1.0, True)
+    second.enter_context(force_routing(model, False))  # of another thread
+    assert share() == (0.0, True)
+    first.close()
+    assert share() == (0.0, True)
+    first.enter_context(force_routing(model, True))
+    assert share() == (1.0, True)
+    first.close()
+    assert share() == (0.0, True), "the outer block holds again"
+    second.close()
+    assert share() == own and torch.equal(forward(model).logits, logits)
 
 
 def test_routers_that_are_not_named_decide_for_themselves():
@@ -163,14 +168,13 @@ def test_one_mask_serves_a_whole_generation():
         model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
 
 
-@pytest.mark.parametrize("forced", [False, True])
-def test_padding_is_never_kept_and_is_no_capacity(forced):
-    model = routed_model("llama", "attn_token") if forced else route(tiny_model(), mod_n=3, granularity="attn_token")
+def test_padding_is_never_kept_and_is_no_capacity():
     ids, mask = random_batch(padding="left")
-    imposed = force_routing(model, True) if forced else nullcontext()
-    with imposed, record_routing(model) as log, torch.no_grad():
-        model(ids, attention_mask=mask)
-    assert torch.equal(log.decisions[1], mask.bool()) and log.capacity()["total"] == 1.0
+    zero, forced = route(tiny_model(), mod_n=3, granularity="attn_token"), routed_model("llama", "attn_token")
+    for model, keep in ((zero, {}), (forced, True)):
+        with force_routing(model, keep), record_routing(model) as log, torch.no_grad():
+            model(ids, attention_mask=mask)
+        assert torch.equal(log.decisions[1], mask.bool()) and log.capacity()["total"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -200,22 +204,3 @@ def test_masks_of_another_shape_type_or_name_are_refused(granularity, keep):
     with refused(words), force_routing(model, keep):
         forward(model)
     assert torch.equal(forward(model).logits, own), "nothing stays behind"
-
-
-def test_blocks_of_several_threads_may_end_in_any_order():
-    model = routed_model("llama", "attn_token")
-    first, second = ExitStack(), ExitStack()
-
-    def share():
-        with record_routing(model) as log:
-            forward(model)
-        return log.capacity()["total"]
-
-    own = share()
-    first.enter_context(force_routing(model, True))
-    second.enter_context(force_routing(model, False))
-    assert share() == 0.0
-    first.close()
-    assert share() == 0.0
-    second.close()
-    assert share() == own not in (0.0, 1.0)

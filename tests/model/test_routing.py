@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
+from masked_reference import check, close
 from refused import refused
 from tiny_models import FAMILIES, MOE, logits_of, random_batch, state_of, tiny_model
-from tiny_routed import LAYERS, random_skip_paths, routed_model, split_inputs
+from tiny_routed import KINDS, LAYERS, routed_model, with_reference
 from transformers import AutoModelForCausalLM
 
 from router_tuning.model import (
-    GRANULARITIES,
     force_routing,
     is_routed,
     load_routers,
@@ -28,10 +28,10 @@ from router_tuning.model.configuration_mod import parse_granularity, select_laye
 WHERE = {"attn": "self_attn.", "mlp": "mlp.", "block": "", "expert": "mlp.experts."}
 
 
-def granularities(family: str) -> list[str]:
-    """All that a family has, and two combinations."""
-    experts = ["attn_token+expert_token"] if family in MOE else ["attn_sequence+mlp_token"]
-    return [g for g in GRANULARITIES if "expert" not in g or family in MOE] + experts
+def kinds(family: str) -> list[tuple[str, str]]:
+    """All granularities that a family has with their policies of keys, and combinations."""
+    experts = [("expert_token", "keep"), ("attn_token+expert_token", "drop")] if family in MOE else []
+    return [*KINDS, ("attn_sequence+mlp_token", "keep"), *experts]
 
 
 # ---------------------------------------------------------------- which layers, which granularity
@@ -61,30 +61,20 @@ BY_PART = {"attn": [0, 3], "mlp": [1, 3, 4]}
 )
 def test_parts_may_be_routed_in_layers_of_their_own(granularity, policy, tmp_path):
     """Everything that reads the layers copes: caches, saving, forcing, thresholds, and the way back."""
-    dense = tiny_model()
-    model = route(copy.deepcopy(dense), mod_layers=BY_PART, granularity=granularity, kv_policy=policy, skip="low_rank")
+    model, reference = with_reference("llama", granularity, policy, skip="low_rank", mod_layers=BY_PART)
     names = ["0.attn", "1.mlp", "3.attn", "3.mlp", "4.mlp"]
     assert list(routed_modules(model)) == names
-    split_inputs(model)
-    random_skip_paths(model)
-    ids, mask = random_batch(padding="left")
-    whole = model(ids, attention_mask=mask, use_cache=False).logits
-    cached = model(ids[:, :8], attention_mask=mask[:, :8])
-    if "sequence" not in granularity:
-        rest = model(ids[:, 8:], attention_mask=mask, past_key_values=cached.past_key_values).logits
-        assert torch.allclose(rest, whole[:, 8:], atol=1e-5)
-    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4, num_beams=2)
-    assert out.shape == (3, 16)
+    check(model, reference)
     with force_routing(model, {(0, "attn"): True, (1, "mlp"): True, 3: True, (4, "mlp"): True}):
-        difference = logits_of(model) - logits_of(dense)
-        assert difference[mask.bool()].abs().max() < 1e-5
+        close(logits_of(model), logits_of(tiny_model()), random_batch(padding="left")[1], tolerance=1e-5)
     with refused("names no router: .0, 'mlp'"), force_routing(model, {(0, "mlp"): True}):
         pass
     save_routers(model, tmp_path)
+    expected = logits_of(model)
     set_thresholds(model, dict.fromkeys(names, 0.4))
     model.save_pretrained(tmp_path / "whole")
-    again = load_routers(copy.deepcopy(dense), tmp_path)
-    assert torch.equal(again(ids, attention_mask=mask, use_cache=False).logits, whole)
+    again = load_routers(tiny_model(), tmp_path)
+    assert torch.equal(logits_of(again), expected)
     for same in (again, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
         assert same.config.mod_layers == BY_PART and list(routed_modules(same)) == names
     assert not any("mod_" in name for name in unroute(model).state_dict())
@@ -153,13 +143,9 @@ def test_what_is_routed_already_wrapped_or_dense_is_refused():
     with refused("Sequential: unwrap"):
         unroute(wrapper)
     assert is_routed(wrapper)
-    for call in (
-        unroute,
-        lambda dense: record_routing(dense).__enter__(),
-        lambda d: force_routing(d, True).__enter__(),
-    ):
+    for enter in (unroute, lambda d: record_routing(d).__enter__(), lambda d: force_routing(d, True).__enter__()):
         with refused("not routed"):
-            call(tiny_model())
+            enter(tiny_model())
     with refused("transformers model"):
         route(torch.nn.Linear(2, 2), mod_n=1)
 
@@ -172,7 +158,7 @@ def test_only_router_weights_are_new_and_unroute_takes_all_back(family):
     model = tiny_model(family, "eager")
     keys, count = set(model.state_dict()), sum(p.numel() for p in model.parameters())
     before, logits = state_of(model), logits_of(model)
-    for granularity in granularities(family):
+    for granularity in dict(kinds(family)):
         routed_model(granularity=granularity, model=model)
         assert is_routed(model)
         parts = parse_granularity(granularity)
@@ -187,49 +173,17 @@ def test_only_router_weights_are_new_and_unroute_takes_all_back(family):
         assert not [name for module in model.modules() for name in vars(module) if name.startswith("mod_")]
 
 
-# ---------------------------------------------------------------- keep all, skip all
-
-
 @pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
 def test_keeping_all_is_the_dense_model_exactly(family):
-    dense = tiny_model(family, "eager")
-    ids, mask = random_batch(padding="left")
-    with torch.no_grad():
-        whole, padded = dense(ids).logits, dense(ids, attention_mask=mask).logits
-        for granularity in granularities(family):
-            for policy in ("keep", "drop"):
-                model = route(copy.deepcopy(dense), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
-                assert torch.equal(model(ids).logits, whole), (granularity, policy)
-                assert torch.equal(model(ids, use_cache=False).logits, whole)
-                exact = model(ids, attention_mask=mask, use_cache=False).logits
-                real = mask.bool()
-                if policy == "keep" or "token" not in granularity:
-                    assert torch.equal(exact[real], padded[real]), (granularity, policy)
-                else:  # padding is never kept, so its rows are packed: the same sums in another shape
-                    assert (exact - padded)[real].abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "cohere", "mixtral"])
-def test_skipping_all_is_a_model_whose_modules_return_zero(family):
-    ids, _ = random_batch()
-    for granularity in granularities(family):
-        model, dense = tiny_model(family, "eager"), tiny_model(family, "eager")
-        for layer in LAYERS:
-            for part in parse_granularity(granularity):
-                silence(dense.model.layers[layer], part)
-        for policy in ("keep", "drop"):
-            route(model, mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
-            with torch.no_grad(), force_routing(model, False):
-                assert torch.equal(model(ids).logits, dense(ids).logits), (granularity, policy)
-            unroute(model)
-
-
-def silence(layer, part):
-    """Hooks that make a module of a dense layer return zero (a layer: its input)."""
-    if part == "attn":
-        layer.self_attn.register_forward_hook(lambda m, args, out: (torch.zeros_like(out[0]), *out[1:]))
-    elif part == "block":
-        layer.register_forward_hook(lambda m, args, out: args[0])
-    else:
-        module = layer.mlp if part == "mlp" else layer.mlp.experts
-        module.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
+    dense, (ids, mask) = tiny_model(family, "eager"), random_batch(padding="left")
+    whole, padded, real = dense(ids).logits, dense(ids, attention_mask=mask).logits, mask.bool()
+    for granularity, policy in kinds(family):
+        model = route(copy.deepcopy(dense), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
+        for use_cache in (True, False):
+            assert torch.equal(model(ids, use_cache=use_cache).logits, whole), (granularity, policy)
+        exact = model(ids, attention_mask=mask, use_cache=False).logits
+        if policy == "keep":
+            assert torch.equal(exact[real], padded[real]), granularity
+        else:  # padding is never kept, so its rows are packed: the same sums in another shape
+            assert (exact - padded)[real].abs().max() < 1e-5

@@ -2,14 +2,18 @@
 
 It shares no code with the engine: hooks on the plain modules compute ``m = 1[σ(W·h) ≥ τ]`` from the router weights
 and choose between the module's output and the skip path. Under ``kv_policy="drop"`` the keys of skipped tokens are
-masked as well.
+masked as well. With gradients it is the relaxed formula ``x + (m + s − stop(s))·F(h)`` in plain autograd.
 """
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack, contextmanager
 
 import torch
+from tiny_models import random_batch
+
+from router_tuning.model import record_routing
 
 
 class MaskedReference:
@@ -27,29 +31,35 @@ class MaskedReference:
     @torch.no_grad()
     def logits(self, ids, mask=None, hold=False, **inputs):
         """Dense logits under the masks; with ``hold`` the sequence decisions of the first call are kept."""
-        self.real = torch.ones_like(ids).bool() if mask is None or mask.dim() == 4 else mask.bool()
         if not hold:
             self.held = {}
+        return self.outputs(ids, mask, **inputs).logits
+
+    def outputs(self, ids, mask=None, **inputs):
+        """All outputs, with gradients."""
+        self.real = torch.ones_like(ids).bool() if mask is None or mask.dim() == 4 else mask.bool()
         with self._hooks():
-            return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
+            return self.model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
+
+    def scores(self, layer, part, hidden):
+        return torch.sigmoid(hidden.float() @ self.weights[layer, part].float().T)
 
     def decide(self, layer, part, hidden):
-        """Bool ``[b, t]``."""
-        score = torch.sigmoid(hidden.float() @ self.weights[layer, part].float().T)
+        """Decision and score, ``[b, t]`` each."""
         if self.parts[part] == "token":
-            keep = (score[..., 0] >= self.threshold) & self.real
-            return self.with_first(layer, part, keep)
-        total = (hidden.float() * self.real[..., None]).sum(1) / self.real.sum(1, keepdim=True)
-        score = torch.sigmoid(total @ self.weights[layer, part].float().T)
-        now = torch.where(self.real.any(1, keepdim=True), (score >= self.threshold).float(), torch.nan)
-        held = self.held.get((layer, part), now)
-        self.held[layer, part] = held = torch.where(held.isnan(), now, held)  # a row of padding alone still waits
-        return self.with_first(layer, part, (held == 1).expand(hidden.shape[:2]))
-
-    def with_first(self, layer, part, keep):
-        """``keep``, and the first real token of each sequence where there is a skip path."""
+            score = self.scores(layer, part, hidden)[..., 0]
+            keep = (score >= self.threshold) & self.real
+        else:
+            count = self.real.sum(1, keepdim=True).clamp(min=1)
+            score = self.scores(layer, part, (hidden.float() * self.real[..., None]).sum(1) / count)
+            now = torch.where(self.real.any(1, keepdim=True), (score >= self.threshold).float(), torch.nan)
+            held = self.held.get((layer, part), now)
+            self.held[layer, part] = held = torch.where(held.isnan(), now, held)  # a row of padding alone still waits
+            keep, score = (held == 1).expand(hidden.shape[:2]), score.expand(hidden.shape[:2])
+        if (layer, part) not in self.paths:
+            return keep, score
         first = self.real & (self.real.cumsum(1) == 1)
-        return keep | first if (layer, part) in self.paths else keep
+        return keep | first, torch.where(first, score.detach(), score)
 
     def skipped(self, layer, part, hidden):
         """``P(h)``."""
@@ -68,10 +78,11 @@ class MaskedReference:
 
     def _install(self, layer, part):
         block = self.model.model.layers[layer]
-        decision = {}
+        names = {"attn": "self_attn", "mlp": "mlp", "expert": "mlp.experts", "block": ""}
+        module, state = block.get_submodule(names[part]), {}
 
         def drop_keys(keep, kwargs):
-            if self.kv_policy == "keep" or self.parts[part] == "sequence":
+            if self.kv_policy == "keep" or self.parts[part] == "sequence" or part == "mlp":
                 return kwargs
             tokens = keep.shape[1]
             seen = keep[:, None, None, :] | torch.eye(tokens, dtype=torch.bool)[None, None]
@@ -87,44 +98,68 @@ class MaskedReference:
                 mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
             return {**kwargs, "attention_mask": mask}
 
-        def attn_pre(module, args, kwargs):
+        def before(_, args, kwargs):
             hidden = args[0] if args else kwargs["hidden_states"]
-            decision["m"] = self.decide(layer, part, hidden)
-            decision["P"] = self.skipped(layer, part, hidden)
-            return args, drop_keys(decision["m"], kwargs)
+            normed = block.input_layernorm(hidden) if part == "block" and hasattr(block, "input_layernorm") else hidden
+            keep, score = self.decide(layer, part, normed)
+            path = self.skipped(layer, part, normed)
+            state.update(keep=keep[..., None], score=score[..., None], path=hidden + path if part == "block" else path)
+            return args, drop_keys(keep, kwargs)
 
-        def attn_post(module, args, kwargs, output):
-            return (torch.where(decision["m"][..., None], output[0], decision["P"]), *output[1:])
+        def after(_, args, output):
+            whole = output[0] if isinstance(output, tuple) else output
+            merged = torch.where(state["keep"], whole, state["path"])
+            if torch.is_grad_enabled():
+                merged = merged + (state["score"] - state["score"].detach()) * (whole - state["path"])
+            return (merged, *output[1:]) if isinstance(output, tuple) else merged
 
-        def mlp_post(module, args, output):
-            keep, hidden = self.decide(layer, part, args[0]), args[0]
-            return torch.where(keep[..., None], output, self.skipped(layer, part, hidden))
-
-        def block_pre(module, args, kwargs):
-            norm = getattr(block, "input_layernorm", None)
-            hidden = args[0] if norm is None else norm(args[0])
-            decision["m"], decision["P"] = self.decide(layer, part, hidden), self.skipped(layer, part, hidden)
-            return args, drop_keys(decision["m"], kwargs)
-
-        def block_post(module, args, kwargs, output):
-            return torch.where(decision["m"][..., None], output, args[0] + decision["P"])
-
-        def expert_pre(module, args):
+        def experts_before(_, args):
             hidden, index, weight = args
-            score = torch.sigmoid(hidden.float() @ self.weights[layer, part].float().T)
-            keep = (score.gather(1, index) >= self.threshold) & self.real.flatten()[:, None]
-            return hidden, index, weight * keep
+            score = self.scores(layer, part, hidden).gather(1, index)
+            keep = (score >= self.threshold) & self.real.flatten()[:, None]
+            return hidden, index, weight * (keep + score - score.detach())
 
-        if part == "attn":
-            return (
-                block.self_attn.register_forward_pre_hook(attn_pre, with_kwargs=True),
-                block.self_attn.register_forward_hook(attn_post, with_kwargs=True),
-            )
-        if part == "mlp":
-            return (block.mlp.register_forward_hook(mlp_post),)
         if part == "expert":
-            return (block.mlp.experts.register_forward_pre_hook(expert_pre),)
+            return (module.register_forward_pre_hook(experts_before),)
         return (
-            block.register_forward_pre_hook(block_pre, with_kwargs=True),
-            block.register_forward_hook(block_post, with_kwargs=True),
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
         )
+
+
+# ---------------------------------------------------------------- comparing
+
+
+def close(actual, expected, real, tolerance=1e-4):
+    """Logits are the same at real tokens."""
+    difference = (actual - expected).abs().amax(-1)[real.bool()].max().item()
+    assert difference <= tolerance, f"logits differ by {difference:.2e}"
+
+
+@torch.no_grad()
+def check(model, reference, tolerance=1e-4):
+    """The routed model equals its reference on padded batches, whole and through a cache, and alone in a batch."""
+    mixed = False
+    for rows, padding in ((3, None), (3, "left"), (3, "right"), (1, None)):
+        ids, mask = random_batch(rows, padding=padding)
+        with record_routing(model) as log:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        mixed |= 0 < log.capacity()["total"] < 1
+        close(logits, reference.logits(ids, mask), mask, tolerance)
+        if padding != "right":
+            check_cached(model, reference, ids, mask, tolerance)
+    assert mixed, "the routers must split these inputs, or nothing is tested"
+
+
+def check_cached(model, reference, ids, mask, tolerance):
+    """Chunks and single steps through a cache equal one recomputation, under the decisions of the cache.
+
+    The first chunk may hold nothing of a row but padding: what begins it, and decides on it, then comes later.
+    """
+    cache = None
+    for start, end in itertools.pairwise((0, 3, 10, 11, 12)):
+        out = model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        expected = reference.logits(ids[:, :end], mask[:, :end], hold=start > 0)
+        close(out.logits, expected[:, start:], mask[:, start:end], tolerance)
+    assert cache.get_seq_length() == ids.shape[1]

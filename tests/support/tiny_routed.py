@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from contextlib import ExitStack
 
 import torch
 from masked_reference import MaskedReference
@@ -70,16 +72,18 @@ def with_reference(family="llama", granularity="attn_sequence", policy="keep", a
 @torch.no_grad()
 def split_inputs(model, seed: int = 0) -> None:
     """Random router directions orthogonal to the mean feature: about half of rows and tokens fall on either side."""
-    ids, mask = random_batch(rows=6)
-    for module in routed_modules(model).values():
-        captured = []
-        handle = module.mod_router.register_forward_pre_hook(lambda _, args, to=captured: to.append(args[0]))
+
+    def aim(layer, router, args):
+        mean = args[0].float().flatten(0, -2).mean(0)
+        weight = torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(100 * seed + layer))
+        router.weight.copy_(weight - (weight @ mean)[:, None] * mean / mean.dot(mean).clamp(min=1e-6))
+
+    with ExitStack() as stack:  # each is aimed just before it decides: what it sees depends on those before it
+        for module in routed_modules(model).values():
+            hook = functools.partial(aim, module.mod_layer)
+            stack.callback(module.mod_router.register_forward_pre_hook(hook).remove)
+        ids, mask = random_batch(rows=6)
         model(input_ids=ids, attention_mask=mask, use_cache=False)
-        handle.remove()
-        mean = captured[0].float().flatten(0, -2).mean(0)
-        generator = torch.Generator().manual_seed(100 * seed + module.mod_layer)
-        weight = torch.randn(module.mod_router.weight.shape, generator=generator)
-        module.mod_router.weight.copy_(weight - (weight @ mean)[:, None] * mean / mean.dot(mean).clamp(min=1e-6))
 
 
 def router_weights(model) -> dict:
