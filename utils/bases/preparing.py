@@ -14,17 +14,13 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from router_tuning.bases.description import dense_config, read_config, routed_fields, skeleton
 from router_tuning.bases.gguf import convert_gguf
-from router_tuning.bases.shards import INDEX, WEIGHTS, bring, tensor_shapes, weight_map
+from router_tuning.bases.shards import INDEX, SMALL_FILES, WEIGHTS, bring, small_files, tensor_shapes, weight_map
 from router_tuning.errors import UserError
 from router_tuning.files import read_json, scratch_folder, write_json, writing
 
 RECORD = "base.json"
 """What this command brought into a folder: source, revision, files."""
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-OTHER_FILES = tuple(
-    "tokenizer_config.json special_tokens_map.json merges.txt added_tokens.json chat_template.jinja "
-    "generation_config.json".split()
-)
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 ARCHITECTURE = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "hidden_act hidden_activation rms_norm_eps sliding_window layer_types tie_word_embeddings rope_parameters"
@@ -88,8 +84,7 @@ def _check_folder(folder: Path) -> bool:
 
 def _candidates(folder: Path) -> list[Path]:
     """The files of a folder that this command might have brought."""
-    patterns = ("*.safetensors", INDEX, *TOKENIZER_FILES, *OTHER_FILES)
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return [*sorted(folder.glob("*.safetensors")), *folder.glob(INDEX), *small_files(folder)]
 
 
 def _locate(source: str, revision: str | None, converted: Path) -> Path:
@@ -106,7 +101,7 @@ def _locate(source: str, revision: str | None, converted: Path) -> Path:
         return converted
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(".") or source.endswith(".gguf"):
         raise UserError(f"--source {source} is no folder, no .gguf file, and no hub id such as Qwen/Qwen2.5-0.5B")
-    patterns = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", *TOKENIZER_FILES, *OTHER_FILES]
+    patterns = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", *SMALL_FILES]
     return downloaded(source, patterns, revision=revision)
 
 
@@ -159,12 +154,12 @@ def _checked_files(origin: Path) -> list[str]:
     for name, value in stored.items():
         if found[name] != tuple(value.shape):
             raise UserError(f"{origin}: {name} has shape {found[name]}, the config needs {tuple(value.shape)}")
-    tokenizer = [name for name in TOKENIZER_FILES if (origin / name).is_file()]
-    if not tokenizer:
-        raise UserError(f"{origin} holds no tokenizer (one of {', '.join(TOKENIZER_FILES)})")
+    small = [path.name for path in small_files(origin)]
+    if not set(TOKENIZERS) & set(small):
+        raise UserError(f"{origin} holds no tokenizer (one of {', '.join(TOKENIZERS)})")
     shards = sorted({path.name for path in files.values()})
     index = [] if shards == [WEIGHTS] else [INDEX]
-    return [*shards, *index, *tokenizer, *(name for name in OTHER_FILES if (origin / name).is_file())]
+    return [*shards, *index, *small]
 
 
 def _move_in(draft: Path, folder: Path, names: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint folder: read by their headers, brought elsewhere by copy or by link."""
+"""The files of a checkpoint folder: weights are read by their headers, and brought elsewhere by copy or by link."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from router_tuning.errors import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SMALL_FILES = (
+    "tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt chat_template* generation_config.json"
+).split()
+"""Patterns of what a checkpoint has beside its weights and configuration."""
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
@@ -70,6 +74,11 @@ def row_reader(folder: Path) -> Callable[[str, slice], Tensor | None]:
             return file.get_slice(name)[rows]
 
     return read
+
+
+def small_files(folder: Path) -> list[Path]:
+    """Tokenizer, chat template and generation settings."""
+    return [path for pattern in SMALL_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def bring(source: Path, target: Path, link: bool = False) -> int:

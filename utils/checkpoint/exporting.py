@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from router_tuning.bases.description import dense_config, skeleton
-from router_tuning.bases.shards import INDEX, WEIGHTS, bring, row_reader, tensor_names, weight_map
+from router_tuning.bases.shards import INDEX, WEIGHTS, bring, row_reader, small_files, tensor_names, weight_map
 from router_tuning.errors import UserError
 from router_tuning.files import new_folder, read_json, write_json
 from router_tuning.model import load_routers
@@ -24,9 +24,6 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 HOLDS = {"routers": ("full", "adapter"), "routers and LoRA": ("peft", "merged"), "all weights": ("full",)}
 """Which forms of an export hold what a run trained."""
 FORMS = ("full", "adapter", "peft", "merged")
-BASE_FILES = (
-    "tokenizer* special_tokens_map.json added_tokens.json vocab* merges.txt chat_template* generation_config.json"
-).split()
 
 
 def export(
@@ -138,9 +135,8 @@ def _write_merged(run: Path, base: Path, draft: Path) -> None:
 
 def _write_tokenizer(run: Path, base: Path, folder: Path) -> None:
     """The tokenizer that the run used, with the chat template that it used, and the base's generation settings."""
-    for pattern in BASE_FILES:
-        for file in filter(Path.is_file, base.glob(pattern)):
-            bring(file, folder / file.name)
+    for file in small_files(base):
+        bring(file, folder / file.name)
     if read_run(run).get("tokenizer", {}).get("name"):
         tokenizer_of(run, base).save_pretrained(folder)
     elif (run / TEMPLATE).is_file():

@@ -19,8 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from router_tuning.bases.description import routed_fields
 from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS, generate
-from router_tuning.files import publish, read_json, scratch_folder
+from router_tuning.files import publish, scratch_folder
 from router_tuning.tuning.encoding import IGNORE_INDEX, PUBLISHED, encode_row
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -142,16 +143,6 @@ class SampleStream(IterableDataset):
         return {key: values[:end] for key, values in row.items()}
 
 
-ROUTING_FIELDS = {
-    "mod_layers": [5, 6, 7, 8, 9, 10],
-    "mod_granularity": "attn_sequence",
-    "mod_threshold": 0.5,
-    "mod_router_pooling": "sequence",
-    "mod_kv_policy": "keep",
-}
-"""The deepest six of twelve layers except the last."""
-
-
 def write_checkpoint(folder: Path, model: PreTrainedModel, log: list[dict], arguments: Mapping[str, object]) -> None:
     """Write model, tokenizer and ``training_log.json`` into ``folder``; the model card is kept.
 
@@ -165,9 +156,10 @@ def write_checkpoint(folder: Path, model: PreTrainedModel, log: list[dict], argu
     with scratch_folder(folder) as staged:
         model.save_pretrained(staged)
         build_tokenizer().save_pretrained(staged)
-        config = read_json(staged / "config.json")
-        routing = ROUTING_FIELDS if config["model_type"] == "llama" else {}
-        (staged / "config.json").write_text(json.dumps(config | routing, indent=2, sort_keys=True) + "\n")
+        if model.config.model_type == "llama":
+            (staged / "config.json").write_text(
+                json.dumps(routed_fields(model.config), indent=2, sort_keys=True) + "\n"
+            )
         losses = [{key: row[key] for key in ("step", "loss", "learning_rate")} for row in log if "loss" in row]
         record = {"arguments": arguments, "log": losses}
         (staged / "training_log.json").write_text(json.dumps(record, indent=1) + "\n")
