@@ -36,13 +36,17 @@ CHATML = (
 )
 
 
-def written(messages: list[dict]) -> str:
-    """The published rendering, turn by turn."""
-    text = ""
+def turns(messages: list[dict]) -> list[tuple[str, bool]]:
+    """The published rendering, part by part, and whether a part carries loss."""
+    parts = []
     for message in messages:
-        text += f"<|{message['role']}|>\n" + message["content"].strip()
-        text += f"{EOS}\n" if message["role"] == "assistant" else "\n"
-    return text
+        answer, text = message["role"] == "assistant", message["content"].strip()
+        parts += [(f"<|{message['role']}|>\n", False), (text, answer), (EOS * answer, answer), ("\n", False)]
+    return parts
+
+
+def written(messages: list[dict]) -> str:
+    return "".join(text for text, _ in turns(messages))
 
 
 def corpus() -> list[str]:
@@ -82,13 +86,8 @@ def unigram() -> PreTrainedTokenizerFast:
 
 
 def slow_labels(messages: list[dict], ids: list[int], tokens: list[str], by_bytes: bool) -> list[int]:
-    """One flag per character, or byte, of the text, written down turn by turn; a token has that of its first one."""
-    flags = []
-    for message in messages:
-        answer = message["role"] == "assistant"
-        ending = [(EOS, True)] if answer else []
-        parts = [(f"<|{message['role']}|>\n", False), (message["content"].strip(), answer), *ending, ("\n", False)]
-        flags += [flag for text, flag in parts for _ in (text.encode() if by_bytes else text)]
+    """One flag per character, or byte, of the text; a token has that of its first one."""
+    flags = [flag for text, flag in turns(messages) for _ in (text.encode() if by_bytes else text)]
     labels, position = [], 0
     for token, number in zip(tokens, ids, strict=True):
         if token == "<s>":  # not of the text
@@ -225,13 +224,8 @@ def test_what_a_template_refuses_or_mangles_is_said_to_be_that(template: str):
     ]
     with pytest.raises(TemplateRefusal, match="^the chat template [^\n]*$"):
         encode_row({"messages": messages}, tokenizer)
-
-
-def test_a_template_may_shorten_earlier_answers_of_a_prompt():
-    tokenizer = byte_level(False)
-    use_template(tokenizer, REFUSING["strips reasoning"])
-    talk = [*TALK[:1], {"role": "assistant", "content": "<think>quick</think>fox"}, *TALK[:1]]
-    assert render_prompt({"messages": talk}, tokenizer) == "[user]a dog[assistant]fox[user]a dog"
+    if "think" in template:  # earlier answers of a prompt may be shortened
+        assert render_prompt({"messages": messages}, tokenizer) == "[user]dog one[assistant]fox[user]lazy"
 
 
 def test_tokenizers_that_cannot_be_used(tmp_path):

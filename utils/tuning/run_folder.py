@@ -18,7 +18,7 @@ from router_tuning.places import ROOT
 from router_tuning.tuning.command.command_line import Command
 from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.tuning.recipes import recipe_defaults
-from router_tuning.tuning.trainer.checkpoints import NEUTRAL, checkpoints, find_fault, remove
+from router_tuning.tuning.trainer.checkpoints import NEUTRAL, checkpoints, find_fault
 
 TEMPLATE = "chat_template.jinja"
 """The template that a run rendered its conversations in."""
@@ -71,7 +71,7 @@ def clear_folder(folder: Path, keep_checkpoints: bool) -> None:
         # A damaged one that stayed the newest would count among those that rotation keeps.
         if keep_checkpoints and find_fault(path) is None:
             break
-        remove(path)
+        shutil.rmtree(path)
     for name in RESULTS:
         path = folder / name
         if keep_checkpoints and name == "tensorboard":

@@ -6,16 +6,16 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from router_tuning.errors import UserError
-from router_tuning.files import scratch_folder
 from router_tuning.tuning.command.arguments import DEFAULTS
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 ORIGINS = frozenset(
     "folder_name model_name_or_path model_revision trust_remote_code tokenizer_name router_dir data_type train_file "
     "max_train_samples".split()
@@ -49,16 +49,10 @@ def describe(folder: Path, settings: Mapping[str, Any]) -> None:
     _flush(folder / MANIFEST)
 
 
-def remove(folder: Path) -> None:
-    """Delete a checkpoint; a kill in between leaves a hidden folder, never half a checkpoint."""
-    with scratch_folder(folder.parent) as scratch:
-        os.replace(folder, scratch / folder.name)
-
-
 def rotate(run: Path, limit: int | None) -> None:
     """Keep the ``limit`` newest checkpoints (None or 0: all)."""
     for _, folder in checkpoints(run)[limit:] if limit else []:
-        remove(folder)
+        shutil.rmtree(folder)  # half of one, after a kill, is incomplete and the first to go
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:

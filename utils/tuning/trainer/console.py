@@ -14,8 +14,7 @@ from typing import Any
 
 import datasets
 import transformers
-from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 
 from router_tuning.tuning.duration import in_words
 
@@ -89,10 +88,3 @@ class Lines(PrinterCallback):
                 shown.append(in_words(left * (time.perf_counter() - since) / (state.global_step - first)) + " left")
             sys.stdout.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown) + "\n")
             sys.stdout.flush()
-
-
-def show_lines(trainer: Trainer) -> None:
-    """Replace the Trainer's own display."""
-    for shown in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(shown)
-    trainer.add_callback(Lines)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from router_tuning.files import publish
 from router_tuning.model import RoutingLog, capacity_penalty, record_routing
 from router_tuning.tuning.batching import StepOrder
 from router_tuning.tuning.trainer import checkpoints, engine_state
-from router_tuning.tuning.trainer.console import show_lines
+from router_tuning.tuning.trainer.console import Lines
 from router_tuning.tuning.trainer.engines import check_engine, enable_fsdp_on_cpu
 from router_tuning.tuning.trainer.routing_statistics import RoutingStatistics
 
@@ -56,7 +56,9 @@ class RouterTrainer(Trainer):
         self.statistics = RoutingStatistics(self.args.device)
         self._micro = (-1, 0)  # step under way, micro-batches of it seen by this process
         self._read_at = 0
-        show_lines(self)
+        for shown in (ProgressCallback, PrinterCallback):
+            self.remove_callback(shown)
+        self.add_callback(Lines)
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's accelerator, checked: what was launched is what runs."""
@@ -148,8 +150,6 @@ class RouterTrainer(Trainer):
                 torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
                 for script in folder.glob("zero_to_*.py"):  # they merge whole models, which is not what lies here
                     script.unlink()
-                exported = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
-                self.state.stateful_callbacks = {type(callback).__name__: callback.state() for callback in exported}
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
                 checkpoints.describe(folder, self.settings)
         if self.args.should_save:

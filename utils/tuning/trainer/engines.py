@@ -6,20 +6,16 @@ import os
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 
 from router_tuning.errors import UserError
 
 
-def _asked(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
-
-
 def requested() -> str:
     """``deepspeed``, ``fsdp``, ``ddp`` or ``one process``, as the launcher's environment says."""
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return "deepspeed"
-    if _asked("ACCELERATE_USE_FSDP"):
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return "fsdp"
     return "ddp" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "one process"
 

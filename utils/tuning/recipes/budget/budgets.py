@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 
 BINS = 5
 """Ranges of budgets that are told apart in how far scores are off."""
 _KEEPS = 0.95  # of the running sums, by row
 
 
-class Budgets(TrainerCallback, ExportableState):
+class Budgets:
     """State of the routers beside their weights, common to all processes, kept in checkpoints.
 
     Attributes:
         bias: by router. ridge: under what routers see, in mean variances.
         curve: the threshold of each budget of ``grid``.
         ratio: ``[bins, 2]``, running sums of damage and of what scores predict, by budget.
-        seen: decisions learnt from, by router. after_step: called when an optimizer step is complete.
+        seen: decisions learnt from, by router.
     """
-
-    after_step: Callable[[], None]
 
     def __init__(self, bias: Mapping[str, float], ridge: float, lowest: float, highest: float = 0.95) -> None:
         self.bias, self.ridge, self.lowest, self.highest = dict(bias), ridge, lowest, highest
@@ -58,19 +51,12 @@ class Budgets(TrainerCallback, ExportableState):
         """Move thresholds towards those that the scores ask for now."""
         self.curve = 0.8 * self.curve + 0.2 * curve.float()
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        """An optimizer step is complete."""
-        self.after_step()
-
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint keeps of it, as JSON takes it."""
         kept = {"bias": self.bias, "ridge": self.ridge, "seen": self.seen}
-        return {"args": {}, "attributes": kept | {"curve": self.curve.tolist(), "ratio": self.ratio.tolist()}}
+        return kept | {"curve": self.curve.tolist(), "ratio": self.ratio.tolist()}
 
-    def restore(self, checkpoint: Path) -> None:
+    def restore(self, kept: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state`."""
-        states = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["stateful_callbacks"]
-        kept = states[type(self).__name__]["attributes"]
-        self.bias, self.seen = dict(kept["bias"]), dict(kept["seen"])
-        self.ridge, self.curve = kept["ridge"], torch.tensor(kept["curve"])
-        self.ratio = torch.tensor(kept["ratio"], dtype=torch.float64)
+        self.bias, self.seen, self.ridge = dict(kept["bias"]), dict(kept["seen"]), kept["ridge"]
+        self.curve, self.ratio = torch.tensor(kept["curve"]), torch.tensor(kept["ratio"], dtype=torch.float64)

@@ -82,8 +82,6 @@ class RegressionTrainer(RouterTrainer):
         lowest = recipe.lowest(self.model.config.mod_target_capacity, sum(self.saved))
         self.policy = Budgets(bias, start.ridge, lowest, recipe.highest_budget)
         self.policy.curve = curve_of([scores[name] for name in self.modules], self.saved, self.policy.grid)
-        self.policy.after_step = self._apply
-        self.add_callback(self.policy)
         self._pending: dict[str, Tensor] = {}
         self._kept: list[dict[str, tuple[Tensor, Tensor, Tensor]]] = []
 
@@ -151,6 +149,8 @@ class RegressionTrainer(RouterTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._learn(self._micro_batch)
         del self._micro_batch
+        if self.accelerator.sync_gradients:  # the last of a step
+            self._apply()
         return loss
 
     @torch.no_grad()
@@ -242,9 +242,13 @@ class RegressionTrainer(RouterTrainer):
             policy.follow(found["curve"] / found["parts"])
         policy.ratio = policy.ratio_with(sums["ratio"], sums["rows"])
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        self.state.stateful_callbacks["budgets"] = self.policy.state()
+        super()._save_checkpoint(model, trial)
+
     def _restore(self, folder: Path) -> None:
         super()._restore(folder)
-        self.policy.restore(folder)
+        self.policy.restore(self.state.stateful_callbacks["budgets"])
 
 
 def _path_rate(matrix: Tensor, learning_rate: float) -> float:
