@@ -47,7 +47,7 @@ def test_arrays_and_values_are_read_as_others_read_them(rows, style, chunk: int,
     assert lines == list(starts)[:-1]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     rows=ROWS,
     style=STYLE,

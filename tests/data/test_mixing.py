@@ -127,15 +127,15 @@ def test_single_exchanges_are_rendered_in_proportion_and_the_last_rows_held_out(
 
 
 def test_every_order_is_as_likely(tmp_path: Path, monkeypatch):
-    """700 seeds, 6 orders of 3 rows over 3 buckets: 117 each but for chance (standard deviation 10)."""
+    """360 seeds, 6 orders of 3 rows over 3 buckets: 60 each but for chance (standard deviation 7)."""
     make_set(tmp_path, "a", 3)
     monkeypatch.setattr(mixing, "BUCKET_BYTES", (tmp_path / "a" / "data.jsonl").stat().st_size // 3)
     orders: Counter = Counter()
-    for seed in range(700):
+    for seed in range(360):
         mix(plan("a=1", seed=seed), tmp_path, tmp_path / "mixed")
         orders[tuple(ids(tmp_path / "mixed"))] += 1
     assert set(orders) == set(permutations(["a_0", "a_1", "a_2"]))
-    assert all(80 <= count <= 155 for count in orders.values()), orders
+    assert all(32 <= count <= 88 for count in orders.values()), orders
 
 
 @pytest.mark.parametrize("row", [None, '{"prompt": "p", "completion": "c"}'])

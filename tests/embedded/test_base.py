@@ -91,7 +91,10 @@ def train(command, tmp_path: Path):
     return lambda *more: command("checkpoint/train_tiny_base.py", *folders, "--batch_size", 4, *more)
 
 
-@pytest.mark.parametrize("experts", [(), ("--num_experts", "3", "--curriculum_at", "2")], ids=["dense", "experts"])
+EXPERTS = pytest.param(("--num_experts", "3", "--curriculum_at", "2"), marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize("experts", [(), EXPERTS], ids=["dense", "experts"])
 def test_training_resumes_to_the_same_weights_and_writes_a_whole_folder(tmp_path: Path, train, experts: tuple):
     options = ("--max_steps", "4", "--save_steps", "2", *experts)
     assert train(*options) == 0
