@@ -13,7 +13,6 @@ import pytest
 
 from router_tuning.embedded.sample_drafts import facts
 from router_tuning.embedded.sample_tasks import FREE_TASKS, TASKS, Item, distinct_items, generate, sample_files
-from router_tuning.errors import UserError
 
 COUNT = 500
 
@@ -122,9 +121,3 @@ def test_the_command_writes_these_files_and_refuses_nonsense(tmp_path: Path, roo
     assert found == {name: make() for name, make in sample_files(3).items()}
     assert set(found) == {str(p.relative_to(root / "data/sample")) for p in (root / "data/sample").rglob("*.json*")}
     assert command("data/make_sample_data.py", "--save_path", tmp_path, "--heldout_items", 0) == 2
-
-
-@pytest.mark.parametrize("names", [("sorting", "train"), ("sort", "test")])
-def test_unknown_names_are_refused(names: tuple[str, str]):
-    with pytest.raises(UserError, match="unknown (task 'sorting'|split 'test'); choose from"):
-        generate(names[0], 0, names[1])

@@ -15,10 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-from router_tuning.embedded.sample_drafts import MAKERS, Draft
-from router_tuning.errors import UserError
+from router_tuning.embedded.sample_drafts import MAKERS
 
-SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 8
 """One content in this many is held out."""
 TASKS = tuple(MAKERS)
@@ -50,26 +48,19 @@ def split_of(key: str) -> str:
 
 
 def generate(task: str, seed: int, split: str) -> Item:
-    """Draw one item; the same arguments give the same item on every platform.
+    """Draw one item of a task of :data:`TASKS`; the same arguments give the same item on every platform.
 
-    Raises :class:`UserError` for an unknown task or split.
+    Args:
+        split: ``train`` or ``heldout``.
     """
-    if task not in MAKERS:
-        raise UserError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+    if split not in ("train", "heldout"):
+        raise ValueError(f"unknown split {split!r}")
     rng = random.Random(f"{task}/{split}/{seed}")
-    while True:
+    draft = MAKERS[task](rng)
+    while (draft.split or split_of(f"{task}/{draft.key}")) != split:
         draft = MAKERS[task](rng)
-        if (draft.split or split_of(f"{task}/{draft.key}")) == split:
-            return _finish(task, draft, rng)
-
-
-def _finish(task: str, draft: Draft, rng: random.Random) -> Item:
     right = draft.messages[-1]["content"]
     wrong = [text for text in dict.fromkeys(draft.wrong) if text != right]
-    if len(wrong) < 3:
-        raise AssertionError(f"task {task} offered {len(wrong)} wrong choices for {draft.key!r}")
     choices = [right, *rng.sample(wrong, 3)]
     rng.shuffle(choices)
     return Item(task, draft.messages, draft.answer or right, choices, choices.index(right))
