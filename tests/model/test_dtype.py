@@ -141,16 +141,20 @@ def test_routers_stay_float32_in_a_model_of_another_type(tmp_path):
 @pytest.mark.parametrize("granularity", ["attn_token", "block_token", "attn_token+mlp_token"])
 @pytest.mark.parametrize("policy", ["keep", "drop"])
 def test_token_level_attention_needs_a_mask_that_it_can_pack(granularity, policy):
-    model = tiny_model()
-    model.set_attn_implementation("flex_attention")
+    model = tiny_model(attn="flex_attention")
     with refused("'sdpa' or 'eager', not 'flex_attention'"):
         route(model, mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
-    late = routed_model("llama", granularity, kv_policy=policy)
+
+
+@pytest.mark.full  # a mask for flex attention is compiled
+def test_nor_may_it_be_changed_behind_the_routing():
+    late = routed_model("llama", "attn_token")
     late.set_attn_implementation("flex_attention")
     with refused("'sdpa' or 'eager', not 'flex_attention'"), torch.no_grad():
         late(random_batch()[0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("granularity", ["attn_sequence", "block_sequence", "mlp_sequence", "mlp_token"])
 def test_flex_attention_serves_whole_sequences(granularity, monkeypatch):
     """Uncompiled, which is slow but the same arithmetic; rows of a block mask are selected with the batch."""

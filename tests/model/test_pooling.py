@@ -71,19 +71,6 @@ def test_prompt_pooling_decides_as_cached_generation_does(granularity):
     assert not torch.allclose(decisions(model, out, attention_mask=full)[0], scores, atol=1e-6)
 
 
-def boundaries(ids, mask, labels):
-    """All ways in which a batch says where its prompts end: ``(positional, keyword)`` arguments."""
-    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
-    plain = {"input_ids": ids, "attention_mask": mask}
-    return [
-        ((), {**plain, "prompt_length": prompt_length_from(labels, mask)}),
-        ((), {**plain, "labels": labels}),
-        ((ids, mask), {"labels": labels}),
-        ((), {**plain, "shift_labels": shifted}),
-        ((ids, mask), {"shift_labels": shifted, "labels": None}),
-    ]
-
-
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_prompts_end_is_the_same_however_it_is_said(padding, training):
@@ -93,7 +80,15 @@ def test_the_prompts_end_is_the_same_however_it_is_said(padding, training):
     prompts = torch.where(torch.arange(12) < 5, mask, 0)
     pooled = routed_model("llama", router_pooling="sequence")
     expected = decisions(pooled, ids, attention_mask=prompts)[0][0]  # the first router sees no other layer's padding
-    for args, kwargs in boundaries(ids, mask, labels):
+    shifted = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], 1)
+    given = {"input_ids": ids, "attention_mask": mask}
+    for args, kwargs in [
+        ((), {**given, "prompt_length": prompt_length_from(labels, mask)}),
+        ((), {**given, "labels": labels}),
+        ((), {**given, "shift_labels": shifted}),
+        ((ids, mask), {"labels": labels}),
+        ((ids, mask), {"shift_labels": shifted, "labels": None}),
+    ]:
         with torch.set_grad_enabled(training), record_routing(model) as log:
             model(*args, **kwargs)
         assert torch.allclose(log.scores[LAYERS[0]], expected, atol=1e-5)

@@ -103,7 +103,7 @@ def test_a_new_path_is_exactly_zero_and_can_learn():
 
 
 @pytest.mark.parametrize("granularity", [*GRANULARITIES, "block_sequence", "mlp_sequence"])
-def test_the_first_token_runs_and_is_counted(granularity):
+def test_the_first_token_runs_is_counted_and_teaches_nothing(granularity):
     model = routed_model("llama", granularity, skip="low_rank")
     random_skip_paths(model)
     ids, mask = random_batch(padding="left")
@@ -117,6 +117,9 @@ def test_the_first_token_runs_and_is_counted(granularity):
         with force_routing(model, keep):
             alone.append(model(ids[:, :1]).logits)
     torch.testing.assert_close(*alone)
+    with record_routing(model.train()) as log:
+        (model(ids[:, :1]).logits.sum() + 10 * log.penalty(0.0)).backward()
+    assert "sequence" in granularity or all(not m.mod_router.weight.grad.any() for m in routed_modules(model).values())
 
 
 @pytest.mark.parametrize(
