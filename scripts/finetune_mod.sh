@@ -62,7 +62,7 @@ choose_config() {
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" && -x "${ROOT}/.venv/bin/python" ]]; then
   PATH="${ROOT}/.venv/bin:${PATH}"
 fi
-PYTHON_BIN="${PYTHON:-$(command -v python || command -v python3)}" ||
+PYTHON_BIN="${PYTHON:-$(command -v python3 || command -v python)}" ||
   fail "no python found: activate an environment or create ${ROOT}/.venv"
 packages='import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ("accelerate", "transformers"))))'
 "${PYTHON_BIN}" -c "${packages}" ||
