@@ -9,24 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Who may import whom inside utils, besides the modules of the ground floor.
 GROUND = {"errors", "files", "places", "provenance"}
-BELOW = {
-    "errors": set(),
-    "__main__": set(),
-    "files": set(),
-    "places": set(),
-    "provenance": set(),
-    "model": set(),
-    "data": set(),
-    "bases": {"model"},
-    "tuning": {"model", "data", "bases"},
-    "checkpoint": {"model", "data", "bases", "tuning"},
-    "evaluation": {"model", "data", "bases", "tuning", "checkpoint"},
-    "embedded": {"model", "data", "bases", "tuning", "checkpoint", "evaluation"},
-    "speed": {"model", "data", "bases", "tuning", "checkpoint", "evaluation"},
-    "viewer": {"model", "data", "bases", "tuning", "checkpoint", "evaluation"},
-    "experiments": {"model", "data", "bases", "tuning", "checkpoint", "evaluation", "speed"},
-    "serving": {"model"},
-}
+FLOORS = ("model", "data", "bases", "tuning", "checkpoint", "evaluation", "speed", "experiments")
+BELOW = {name: set(FLOORS[:number]) for number, name in enumerate(FLOORS)}
+BELOW |= dict.fromkeys((*GROUND, "__main__", "model", "data"), set())
+BELOW |= {"bases": {"model"}, "serving": {"model"}, **dict.fromkeys(("embedded", "viewer"), BELOW["speed"])}
 SHIPPED_MAY_IMPORT = {"__future__", "collections", "contextlib", "contextvars", "dataclasses", "functools", "math"}
 SHIPPED_MAY_IMPORT |= {"copy", "inspect", "sys", "types", "typing", "weakref", "torch", "transformers"}
 MAX_LINES = 320

@@ -10,7 +10,7 @@ from masked_reference import check, close
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
 from tiny_routed import KINDS, with_reference
 
-from router_tuning.model import force_routing, packed_attention, record_routing
+from router_tuning.model import force_routing, packed_attention, record_routing, routed
 from router_tuning.model.modules import decoder_of
 
 DENSE = [*KINDS, ("attn_token+mlp_token", "keep"), ("attn_sequence+mlp_token", "keep")]
@@ -45,7 +45,10 @@ pair = functools.cache(with_reference)
 
 @pytest.fixture
 def queries(monkeypatch):
-    """``queries(how)``: kept queries run at once, in chunks as where they are many, or spread as on a GPU."""
+    """``queries(how)``: kept queries run at once, in chunks as where they are many, or spread as on a GPU.
+
+    At once a decoding step of few sequences runs for all of them or for none; otherwise for the kept ones, as of many.
+    """
     plain = packed_attention._in_chunks
 
     def run(how):
@@ -55,6 +58,7 @@ def queries(monkeypatch):
             chunks.append(len(attn_mask.behind))
             return plain(*args, attn_mask=attn_mask, **kwargs)
 
+        monkeypatch.setattr(routed, "_FEW", 32 if how == "at once" else 0)
         monkeypatch.setattr(packed_attention.SpreadQueries, "pays", lambda *_: how == "spread")
         monkeypatch.setattr(packed_attention, "_in_chunks", in_chunks)
         if how == "in chunks":
@@ -71,6 +75,7 @@ def queries(monkeypatch):
         *[(*case, attention_of(case[0]), "at once") for case in MATRIX],
         *[(f, *case, "zero", "eager", "at once") for f in ("llama", "gemma3_text") for case in ATTEND],
         *[(*case, attention_of(case[0]), how) for case in PACKED for how in ("spread", "in chunks")],
+        *[("llama", *case, "zero", "sdpa", "many") for case in DENSE if "token" in case[0]],
     ],
 )
 def test_equals_masked_dense_model(family, granularity, policy, skip, attn, how, queries):
