@@ -2,7 +2,7 @@
 # All checks: environment if needed, lint, format, tests. Arguments go to pytest:
 #   bash scripts/test.sh
 #   bash scripts/test.sh tests/model -k padding
-#   bash scripts/test.sh -m full                   # the rest of the matrix: further families, eager attention, float16
+#   bash scripts/test.sh -m full                   # the rest of the matrix: further families, eager and flex attention, float16, compilation
 #   bash scripts/test.sh -m "not real"             # both
 #   bash scripts/test.sh -m real -rs               # a real model, from PyPI
 set -euo pipefail

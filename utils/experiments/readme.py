@@ -23,7 +23,7 @@ PICTURED = ("smollm2_budgets", "smollm2")
 BASES = {
     "SmolLM2-135M-Instruct": ("smollm2_budgets", "smollm2"),
     "Qwen2.5-Coder-0.5B-Instruct": ("qwen",),
-    "Gemma-3-270m": ("gemma",),
+    "Gemma-3-270m": ("gemma", "gemma_tasks"),
 }
 """Real bases, and the experiments on each."""
 
