@@ -41,7 +41,8 @@ def tokens_read(run: Run) -> float:
     routing, lengths, budget = run.routing, run.data.lengths, run.command.budget
     layers = run.config.get_text_config().num_hidden_layers
     deep = 1.0 if routing.mod_layers == "auto" else (routing.mod_n or layers) / layers
-    passes = (2 if routing.recipe == "budget" else 1) + _BACKWARD * (1 if routing.trains == "full" else deep / 2)
+    passes = 1 + _BACKWARD * (1 if routing.trains == "full" else deep / 2)
+    passes *= 2 if routing.recipe == "budget" else 1  # the dense model beside, and a second loss backwards
     found = passes * run.steps * run.training.global_batch_size * sum(lengths) / len(lengths)
     if routing.recipe == "budget":
         times = 4 if set(routing.config().parts.values()) == {"sequence"} else 1
