@@ -60,9 +60,10 @@ def measure_cost(
             "new_tokens": new_tokens,
             "repeats": repeats,
         }
+        with record_routing(routed) as log:
+            _run_all(routed, batches, new_tokens)
+        shares = {"prefill": found["share"], "generate": executed(routed, log)["share"]}
         for phase, tokens in (("prefill", 0), ("generate", new_tokens)):
-            with record_routing(routed) as log:
-                _run_all(routed, batches, tokens)
             runs = {
                 name: lambda _, model=model, tokens=tokens: timed(
                     lambda: _run_all(model, batches, tokens), model.device
@@ -72,7 +73,7 @@ def measure_cost(
             times = in_turns(runs, repeats + 1, f"time, {phase}")
             seconds = {name: statistics.median(values[1:]) for name, values in times.items()}
             found[phase] = {
-                "share": executed(routed, log)["share"],
+                "share": shares[phase],
                 **{f"seconds_{name}": value for name, value in seconds.items()},
                 "time_ratio": seconds["routed"] / seconds["dense"],
             }

@@ -74,10 +74,8 @@ class RoutedAttention(Routed):
             if counts is None:
                 return self.mod_run(hidden_states, kwargs)
             if any(counts) and self.mod_runs_for_some(keep):
-                output = self.mod_run(hidden_states, kwargs)
-                return torch.where(
-                    keep[..., None], output, self.mod_skipped(features, self.mod_residual(hidden_states))
-                )
+                ran = self.mod_run(hidden_states, kwargs)
+                return self.mod_merge(decision, features, ran, context, self.mod_residual(hidden_states))
             return self._run_tokens(hidden_states, features, keep, counts, kwargs)
         return self.mod_unlearnt(self._run_ragged(hidden_states, features, keep, counts, kwargs, context), context)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .context import RoutingContext
 from .packing import evened, true_places
-from .routed import Routed, row_counts
+from .routed import Decision, Routed, row_counts
 
 
 class RoutedMLP(Routed):
@@ -37,7 +36,7 @@ class RoutedMLP(Routed):
                 return self.mod_skipped(hidden_states)
             if self.mod_runs_for_some(keep):
                 output = super().forward(hidden_states, *args, **kwargs)
-                return torch.where(keep[..., None], output, self.mod_skipped(hidden_states))
+                return self.mod_merge(Decision(keep, None), hidden_states, output, context)
             index = true_places(keep, sum(counts))
             ran = self._run(hidden_states.flatten(0, 1), index, *args, **kwargs)
             output = self.mod_skipped_tokens(hidden_states, keep, sum(counts))

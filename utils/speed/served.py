@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from router_tuning.evaluation.texts import executed
 from router_tuning.evaluation.timing import in_turns
-from router_tuning.model import flops_share, record_routing, routed_modules, set_thresholds
+from router_tuning.model import record_routing, set_thresholds
 from router_tuning.model.saving import read_router_config, thresholds_for
 
 if TYPE_CHECKING:
@@ -130,5 +131,4 @@ def share_left(model: PreTrainedModel, thresholds: dict[str, float], prompts: Pr
     set_thresholds(model, thresholds)
     with record_routing(model) as log:
         our_tokens(model, prompts, new_tokens)
-    kept = log.capacity_tensors()
-    return flops_share(model, {name: float(kept[module.mod_key]) for name, module in routed_modules(model).items()})
+    return executed(model, log)["share"]
