@@ -12,6 +12,7 @@ from router_tuning.errors import UserError
 from router_tuning.evaluation.records import read_records
 from router_tuning.experiments.laboratory import Laboratory, shard
 from router_tuning.experiments.plan import Cell, read_plan
+from router_tuning.model.configuration_mod import parse_granularity
 
 RUN = {"global_batch_size": 8, "max_train_samples": 16, "learning_rate": 0.01}
 PLAN = {
@@ -130,10 +131,11 @@ def test_paths_are_of_the_repository_and_name_variables_that_are_set(plan_file, 
         plan.path("$TINY_MODELS/z")
 
 
-@pytest.mark.parametrize("name", ["embedded", "moe", "smollm2"])
+@pytest.mark.parametrize("name", ["embedded", "moe", "smollm2", "smollm2_granularities"])
 def test_plans_of_the_repository_are_sound(root, name):
     plan = read_plan(root / f"configs/experiments/{name}.yaml")
     cells = [cell for group in plan.groups() for cell in group]
     assert plan.name == name and len({cell.name for cell in cells}) == len(cells)
-    assert {"dense", "routed", "random", "static_zero"} <= {cell.policy for cell in cells}
+    assert {"dense", "routed", "random"} | {f"static_{kind}" for kind in plan.static} == {c.policy for c in cells}
+    assert parse_granularity(plan.removable)
     assert json.dumps([plan.fingerprint(cell) for cell in cells])

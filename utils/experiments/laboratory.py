@@ -187,11 +187,9 @@ class Laboratory:
     def _removable(self, kind: str) -> PreTrainedModel:
         """The base, routed so that any module can be removed for an input, with skip paths in their places."""
         if kind not in self._removables:
-            parts = {name.split("_")[0] for name in "+".join(self.plan.granularities).split("+")}
-            granularity = "+".join(f"{p}_{'token' if p == 'expert' else 'sequence'}" for p in sorted(parts))
             dense = load_dense(self.base, self.plan.dtype)
             layers = list(range(dense.config.get_text_config().num_hidden_layers))
-            model = route(dense, mod_layers=layers, granularity=granularity, router_pooling="prompt").eval()
+            model = route(dense, mod_layers=layers, granularity=self.plan.removable, router_pooling="prompt").eval()
             if kind != "zero":
                 found = batches_of(self._search_documents(fit=True), Collator(self.tokenizer), vocabulary(model))
                 inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for _, batch in found]

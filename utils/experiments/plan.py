@@ -116,6 +116,14 @@ class Plan:
         if problems:
             raise UserError(f"experiment {self.name}: " + "; ".join(problems))
 
+    @property
+    def removable(self) -> str:
+        """Granularity of the modules that static removal chooses from: all that a run of the grid routes."""
+        parts = {name.split("_")[0] for name in "+".join(self.granularities).split("+")}
+        if len(parts) > 1 and "block" in parts:  # beside others a block is both of its modules
+            parts = parts - {"block"} | {"attn", "mlp"}
+        return "+".join(f"{part}_{'token' if part == 'expert' else 'sequence'}" for part in sorted(parts))
+
     def has_dial(self, recipe: str) -> bool:
         """Whether a recipe's runs can be scored at any budget."""
         return self.recipes[recipe].get("recipe", "paper") != "paper"
