@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from tiny_tuning import command
 
 from router_tuning.tuning import duration
-from router_tuning.tuning.duration import LONG, in_words, reading_rate, tokens_read
+from router_tuning.tuning.duration import LONG, backward_passes, in_words, reading_rate, tokens_read
 from router_tuning.tuning.run import Run
 
 
@@ -21,8 +21,11 @@ def encoded_run(parts, folder, **settings) -> Run:
 @pytest.mark.parametrize("hours", [0.5, 3.0])
 def test_a_long_run_is_told_how_to_be_short(parts, tmp_path, monkeypatch, caplog, hours):
     run, model, before = encoded_run(parts, tmp_path), tiny_model(), torch.get_rng_state()
-    assert reading_rate(model, 2, 32) > 0 and torch.equal(torch.get_rng_state(), before)
-    monkeypatch.setattr(duration, "reading_rate", lambda *_: tokens_read(run) / (hours * LONG))
+    assert reading_rate(model, 2, 32) > 0 and backward_passes(model, 32) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters()), "nothing is learnt from it"
+    monkeypatch.setattr(duration, "reading_rate", lambda *_: tokens_read(run, 2.0) / (hours * LONG))
+    monkeypatch.setattr(duration, "backward_passes", lambda *_: 2.0)
     caplog.set_level("INFO", logger="router_tuning")
     duration.tell_duration(run, model)
     assert f"estimate: about {in_words(hours * LONG)}" in caplog.text

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from router_tuning.tuning.trainer.engines import requested
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 LONG = 3600.0
 """Seconds beyond which a run is told how to be short."""
-_BACKWARD = 2.0  # of a module's input and weights, in forward passes; of a frozen one's input alone, half
 logger = logging.getLogger(__name__)
 
 
@@ -36,28 +36,57 @@ def reading_rate(model: PreTrainedModel, rows: int = 4, tokens: int = 256) -> fl
     return rate
 
 
-def tokens_read(run: Run) -> float:
-    """Tokens of training and, of ``budget``, start and calibration, in forward passes through the dense base."""
+def backward_passes(model: PreTrainedModel, tokens: int) -> float:
+    """How many forward passes the backward pass of frozen weights takes, by one sequence of random tokens.
+
+    By its operations it is one; where attention is fused, on a CPU in bfloat16, it has been four.
+    """
+    hidden: list[Tensor] = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda *called: hidden.append(called[-1].requires_grad_()))
+    batch = torch.arange(tokens, device=model.device)[None] % model.config.get_text_config().vocab_size
+    try:
+        for _ in range(2):  # the first one warms up
+            started = time.perf_counter()
+            with torch.enable_grad():
+                loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+            loss.item()  # waits for a GPU
+            middle = time.perf_counter()
+            torch.autograd.grad(loss, hidden[-1])[0].sum().item()
+            ended = time.perf_counter()
+    finally:
+        hook.remove()
+    return (ended - middle) / (middle - started)
+
+
+def tokens_read(run: Run, backward: float = 1.0) -> float:
+    """Tokens of training and, of ``budget``, start and calibration, in forward passes through the dense base.
+
+    Args:
+        backward: forward passes that a backward pass towards the first layer takes, see :func:`backward_passes`.
+    """
     routing, lengths, budget = run.routing, run.data.lengths, run.command.budget
     layers = run.config.get_text_config().num_hidden_layers
     deep = 1.0 if routing.mod_layers == "auto" else (routing.mod_n or layers) / layers
-    passes = 1 + _BACKWARD * (1 if routing.trains == "full" else deep / 2)
+    passes = 1 + backward * (2 if routing.trains == "full" else deep)
     passes *= 2 if routing.recipe == "budget" else 1  # the dense model beside, and a second loss backwards
     found = passes * run.steps * run.training.global_batch_size * sum(lengths) / len(lengths)
     if routing.recipe == "budget":
         times = 4 if set(routing.config().parts.values()) == {"sequence"} else 1
-        found += 4 * times * min(budget.label_tokens, sum(lengths) / times)  # rows are drawn once
+        found += (3 + backward) * times * min(budget.label_tokens, sum(lengths) / times)  # rows are drawn once
         found += 8 * min(budget.calibration_tokens, sum(lengths))
     return found
 
 
+@torch.no_grad()
 def tell_duration(run: Run, model: PreTrainedModel) -> None:
     """Log how long the run takes, and where that is hours, what makes it shorter; all ranks alike."""
     if requested() not in ("one process", "ddp"):
         return  # an engine has cut the weights, or will
     model.to(run.training.device)
-    rate = reading_rate(model, run.training.per_device_train_batch_size, min(256, run.max_length))
-    seconds = tokens_read(run) / (rate * run.training.world_size)
+    length = min(256, run.max_length)
+    rate = reading_rate(model, run.training.per_device_train_batch_size, length)
+    seconds = tokens_read(run, backward_passes(model, length)) / (rate * run.training.world_size)
     logger.info(f"estimate: about {in_words(seconds)} (one pass reads {rate:,.0f} tokens a second here)")
     if seconds > LONG:
         logger.warning(
