@@ -5,17 +5,32 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """Input that the user can mend; the message says what is wrong, where, and what to do."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """A parser that shows an entrypoint's docstring as it stands, and takes no abbreviated flags."""
-    return argparse.ArgumentParser(
-        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Type of an argument that is a whole number, and no smaller one than ``least``."""
+
+    def whole(text: str) -> int:
+        if not text.removeprefix("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least {least}")
+        return int(text)
+
+    return whole
 
 
 def cli(main: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from router_tuning.data.mix_plan import PUBLISHED_PORTIONS
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.files import write_json
 from router_tuning.places import ROOT
 from router_tuning.provenance import provenance
@@ -115,14 +115,12 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--gigabytes", type=float, default=0.2, help="of each raw file")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="needs five times as much")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each command, of which the fastest counts")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="of each command; the fastest run counts")
     parser.add_argument("--output", type=Path, default=ROOT / "figures" / "benchmark_data.json")
     args = parser.parse_args()
     size = int(args.gigabytes * 1e9)
     if size < 1 << 20:
         raise UserError(f"--gigabytes {args.gigabytes} is too little to measure")
-    if args.repeats < 1:
-        raise UserError(f"--repeats must be at least 1, not {args.repeats}")
     args.scratch.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(args.scratch).free < 5 * size:
         raise UserError(f"--scratch {args.scratch} has less than {5 * args.gigabytes:g} GB free")

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import at_least, cli, parser_of
 from router_tuning.files import append_json
 from router_tuning.model.class_swap import plain_class
 from router_tuning.provenance import provenance
@@ -46,14 +46,11 @@ def parse_args() -> argparse.Namespace:
         "--budgets", type=float, nargs="*", default=[1.0, 0.8, 0.6], help="shares of the FLOPs; none: not timed"
     )
     parser.add_argument("--timed_dtype", default="float32")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--new_tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=at_least(1), nargs="+", default=[1, 16])
+    parser.add_argument("--new_tokens", type=at_least(1), default=32)
+    parser.add_argument("--repeats", type=at_least(1), default=3)
     parser.add_argument("--output", type=Path, required=True, help="JSON lines, to which what is measured is added")
-    args = parser.parse_args()
-    if min(*args.batches, args.new_tokens, args.repeats) < 1:
-        raise UserError("--batches, --new_tokens and --repeats must be 1 or more")
-    return args
+    return parser.parse_args()
 
 
 def compare(args: argparse.Namespace, prompts: list[list[int]], note: Callable[..., None]) -> None:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from router_tuning.bases.description import dense_config
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.files import read_json_lines
 from router_tuning.model import ModConfig, is_routed
 from router_tuning.places import ROOT
@@ -63,14 +63,14 @@ def parse_args() -> argparse.Namespace:
         "--shape", choices=(*SMALL, *BASES), default="small", help="random weights of this architecture"
     )
     parser.add_argument("--model", help="folder of a dense checkpoint instead of --shape")
-    parser.add_argument("--mod_n", type=int, help="routed layers (default: half)")
+    parser.add_argument("--mod_n", type=at_least(1), help="routed layers (default: half)")
     parser.add_argument("--phases", default="prefill,decode", help="what is timed, in this order, each with its size")
     parser.add_argument("--granularities", default="attn_sequence,attn_token,mlp_sequence,mlp_token")
     parser.add_argument("--kv_policies", default="keep", help="keep and/or drop, for token-level attention and block")
     parser.add_argument("--skips", default="zero", help="skip paths: zero, mean and/or low_rank")
     parser.add_argument("--capacities", default="0,0.5,1", help="shares that run, by random masks")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds per build; ten times as many in decode")
-    parser.add_argument("--builds", type=int, default=3, help="how often the models of a cell are built anew")
+    parser.add_argument("--repeats", type=at_least(2), default=15, help="rounds per build; in decode ten times")
+    parser.add_argument("--builds", type=at_least(1), default=3, help="how often the models of a cell are built anew")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16 on a GPU")
     parser.add_argument("--profile", action="store_true", help="profile a dense and a routed pass of each cell too")
@@ -83,8 +83,6 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--shape {args.shape} is that of --model {args.model}: leave one of them out")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError(f"torch {torch.__version__} sees no GPU; rehearse on a CPU with --shape tiny --device cpu")
-    if args.repeats < 2 or args.builds < 1:
-        raise UserError(f"--repeats {args.repeats} must be at least 2, --builds {args.builds} at least 1")
     return args
 
 

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from router_tuning.checkpoint.loading import add_arguments, opened
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.evaluation.documents import encoded, read_rows
 from router_tuning.model import save_routers, set_thresholds
 from router_tuning.model.dial import calibrate
@@ -27,12 +27,10 @@ def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_arguments(parser, capacity=False)
     parser.add_argument("--data", type=Path, required=True, help="JSONL file with messages")
-    parser.add_argument("--rows", type=int, default=1000, help="conversations, drawn from the file")
-    parser.add_argument("--max_seq_length", type=int, default=2048, help="tokens; longer conversations are cut")
+    parser.add_argument("--rows", type=at_least(1), default=1000, help="conversations, drawn from the file")
+    parser.add_argument("--max_seq_length", type=at_least(2), default=2048, help="tokens; longer ones are cut")
     parser.add_argument("--capacity", type=float, help="also turn the dial to this share of the routed work")
     args = parser.parse_args()
-    if args.rows < 1:
-        raise UserError(f"--rows {args.rows} must be at least 1")
     if args.capacity is not None and not 0 <= args.capacity <= 1:
         raise UserError(f"--capacity {args.capacity} must lie in [0, 1]")
     return args

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from router_tuning.checkpoint.loading import add_arguments, opened
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.evaluation.documents import encoded, read_rows, rendered
 from router_tuning.files import write_json, write_text
 from router_tuning.model.saving import read_router_config, thresholds_for
@@ -33,14 +33,11 @@ def parse_args() -> argparse.Namespace:
     parser = parser_of(__doc__)
     add_arguments(parser, export=True)
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSONL files or folders of them")
-    parser.add_argument("--per_file", type=int, default=4, help="prompts shown per file")
-    parser.add_argument("--dial_rows", type=int, default=4, help="rows per file behind the dial curve, 0: no curve")
-    parser.add_argument("--max_new_tokens", type=int, default=32)
+    parser.add_argument("--per_file", type=at_least(1), default=4, help="prompts shown per file")
+    parser.add_argument("--dial_rows", type=at_least(0), default=4, help="rows per file of the dial curve, 0: none")
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=32)
     parser.add_argument("--output", type=Path, help="HTML file (default: routing_report.html in the run or model)")
-    args = parser.parse_args()
-    if args.per_file < 1 or args.max_new_tokens < 1:
-        raise UserError("--per_file and --max_new_tokens must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def jsonl_files(paths: list[Path]) -> list[Path]:

@@ -20,7 +20,7 @@ from router_tuning.bases.description import read_config
 from router_tuning.checkpoint.card import front_matter, training_facts
 from router_tuning.checkpoint.freeze import freeze, write_frozen
 from router_tuning.checkpoint.loading import add_arguments, load_dense, opened
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.evaluation.documents import encoded, read_rows
 from router_tuning.evaluation.tables import Table
 from router_tuning.evaluation.texts import answer_loss
@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--rows", type=Path, nargs="+", required=True, help="JSONL files or folders: what is measured on"
     )
-    parser.add_argument("--rows_per_file", type=int, default=64)
+    parser.add_argument("--rows_per_file", type=at_least(1), default=64)
     parser.add_argument("--max_use", type=float, default=0.02, help="drop modules that run for at most this share")
     parser.add_argument("--drop", nargs="+", help="drop these routers' modules instead, as 5.attn 9.block")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")

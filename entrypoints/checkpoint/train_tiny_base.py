@@ -35,7 +35,7 @@ from router_tuning.embedded.base_training import (
     write_checkpoint,
 )
 from router_tuning.embedded.muon import MuonWithAdamW
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.places import ROOT
 from router_tuning.tuning.batching import Collator
 
@@ -55,14 +55,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work_dir", type=Path, help="default: trained_models/tiny-llama-base or tiny-moe-base")
     parser.add_argument("--num_experts", type=int, default=0, help="per MLP, two of them per token; 0: a dense Llama")
     parser.add_argument("--curriculum_at", type=int, default=CURRICULUM[1][0], help="step of its second half")
-    parser.add_argument("--max_steps", type=int, default=7500)
-    parser.add_argument("--batch_size", type=int, default=32, help="items per step, over all processes")
-    parser.add_argument("--save_steps", type=int, default=500)
+    parser.add_argument("--max_steps", type=at_least(1), default=7500)
+    parser.add_argument("--batch_size", type=at_least(1), default=32, help="items per step, over all processes")
+    parser.add_argument("--save_steps", type=at_least(1), default=500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name in ("max_steps", "batch_size", "save_steps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.batch_size % WORLD:
         raise UserError(f"--batch_size {args.batch_size} cannot be split over {WORLD} processes")
     if args.num_experts == 1 or args.num_experts < 0:

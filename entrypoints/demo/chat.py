@@ -12,7 +12,7 @@ import argparse
 from transformers import TextStreamer
 
 from router_tuning.checkpoint.loading import add_arguments, opened
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.model import set_thresholds
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.viewer.chatting import answer
@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--flops", type=float, help="turn the stored dial to this share of the decoder's operations")
     parser.add_argument("--compare", action="store_true", help="generate densely as well and show the time saved")
     parser.add_argument("--system", help="system message")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=128)
     return parser.parse_args()
 
 

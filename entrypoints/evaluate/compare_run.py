@@ -16,7 +16,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from router_tuning.checkpoint.loading import add_arguments, load_dense, load_tuned, opened
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.evaluation.comparison import comparison_table, legend, reading
 from router_tuning.evaluation.controls import random_masks, removal_order, removed
 from router_tuning.evaluation.documents import encoded, prompt_batches, read_rows, rendered
@@ -40,14 +40,14 @@ def parse_args() -> argparse.Namespace:
     dial.add_argument("--flops", type=float, help="turn it to this share of the decoder's operations")
     parser.add_argument("--beside", type=Path, help="folder of another run on this base, of another recipe")
     parser.add_argument("--tasks", nargs="*", default=["mod_heldout"], help="lm-eval tasks or groups")
-    parser.add_argument("--limit", type=int, help="documents per task")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--limit", type=at_least(1), help="documents per task")
+    parser.add_argument("--batch_size", type=at_least(1), default=32)
     parser.add_argument("--prompts", type=Path, nargs="+", help="rows for divergence and cost (default: held-out)")
-    parser.add_argument("--prompts_per_file", type=int, default=16)
+    parser.add_argument("--prompts_per_file", type=at_least(1), default=16)
     parser.add_argument("--search_rows", type=Path, help="JSONL rows for the static search (default: the run's data)")
-    parser.add_argument("--search_count", type=int, default=256)
-    parser.add_argument("--new_tokens", type=int, default=16, help="tokens of the timed generation")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds")
+    parser.add_argument("--search_count", type=at_least(1), default=256)
+    parser.add_argument("--new_tokens", type=at_least(1), default=16, help="tokens of the timed generation")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="timed rounds")
     args = parser.parse_args()
     for name in ("run", "beside"):
         if (folder := getattr(args, name)) is not None and not folder.is_dir():

@@ -14,11 +14,12 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.checkpoint.loading import load_dense, opened
-from router_tuning.errors import UserError, cli, parser_of
+from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.evaluation.records import task_table
 from router_tuning.evaluation.scoring import Benchmark, score
 from router_tuning.evaluation.tasks import requested_tokens
@@ -36,20 +37,30 @@ def parse_args() -> argparse.Namespace:
     dial.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
     dial.add_argument("--flops", type=float, help="turn it to this share of the decoder's operations")
     parser.add_argument("--tasks", nargs="+", default=["mod_heldout"], help="lm-eval tasks or groups")
-    parser.add_argument("--limit", type=int, help="documents per task")
-    parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (default: what the task says)")
-    parser.add_argument("--batch_size", default="16", help="a number, or auto")
+    parser.add_argument("--limit", type=at_least(1), help="documents per task")
+    parser.add_argument("--num_fewshot", type=at_least(0), help="examples in the prompt (default: what the task says)")
+    parser.add_argument("--batch_size", type=batch_size, default=16, help="a number, or auto")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--metadata", type=json.loads, default={}, help="JSON passed to the tasks")
+    parser.add_argument("--metadata", type=json_object, default={}, help="JSON passed to the tasks")
     parser.add_argument("--output", type=Path, help="results file (default: below the run's folder)")
     args = parser.parse_args()
     if args.run is None and args.base is None:
         raise UserError("name what to score: --run (tuned) or --base (dense)")
     if args.run is None and (args.capacity, args.flops) != (None, None):
         raise UserError("--capacity and --flops turn the dial of trained routers: name them with --run")
-    if args.batch_size != "auto" and not args.batch_size.isdigit():
-        raise UserError(f"--batch_size {args.batch_size} must be a number or auto")
     return args
+
+
+def batch_size(text: str) -> int | str:
+    """Type of an argument."""
+    return text if text == "auto" else at_least(1)(text)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Type of an argument."""
+    if not isinstance(found := json.loads(text), dict):
+        raise ValueError
+    return found
 
 
 def tell_cost(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -68,8 +79,7 @@ def main() -> None:
         model, tokenizer, base, _ = opened(args, flops=args.flops)
     else:
         model, tokenizer, base = load_dense(args.base, args.dtype), load_tokenizer(args.base), args.base
-    size = args.batch_size if args.batch_size == "auto" else int(args.batch_size)
-    options = {"batch_size": size, "limit": args.limit, "num_fewshot": args.num_fewshot, "metadata": args.metadata}
+    options = {name: getattr(args, name) for name in ("batch_size", "limit", "num_fewshot", "metadata")}
     if int(os.environ.get("RANK", 0)) == 0:
         tell_cost(args, model, tokenizer)
     benchmark = Benchmark(args.tasks, options)

@@ -120,7 +120,7 @@ def test_training_resumes_to_the_same_weights_and_writes_a_whole_folder(tmp_path
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
-    [("--max_steps", "0", "must be at least 1, not 0"), ("--num_experts", "1", "at least 2, not 1")],
+    [("--max_steps", "0", "0 must be a whole number, at least 1"), ("--num_experts", "1", "at least 2, not 1")],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, train, flag, value, message, capsys):
     assert train(flag, value) == 2

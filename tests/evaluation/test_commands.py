@@ -80,8 +80,19 @@ def test_wrong_input_is_one_line(command, tmp_path, capsys):
     assert command("evaluate/evaluate_mod.py", "--base", tmp_path, "--capacity", "0.5") == 2
     assert command("evaluate/evaluate_mod.py", "--run", tmp_path) == 2
     assert command("evaluate/compare_run.py", "--run", tmp_path / "none") == 2
+    odd = {
+        "--limit": (0, -1, "x"),
+        "--batch_size": (0,),
+        "--num_fewshot": (-1,),
+        "--metadata": ("[1]", "{"),
+        "--no": (1,),
+    }
+    for flag, values in odd.items():
+        for value in values:
+            assert command("evaluate/evaluate_mod.py", "--base", tmp_path, flag, value) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 5 and all(line.startswith("error: ") for line in lines), lines
+    assert "error: --limit: 0 must be a whole number, at least 1" in lines
+    assert len(lines) == 13 and all(line.startswith("error: ") for line in lines), lines
 
 
 def test_a_run_is_exported_and_both_are_shown(command, root, base, tmp_path, capsys):

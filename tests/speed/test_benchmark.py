@@ -81,7 +81,8 @@ def test_imposed_masks_decide_though_every_router_runs():
     "flags, message",
     [
         ("--mod_n 9", "--mod_n 9 must lie in 1…7"),
-        ("--repeats 1", "--repeats 1 must be at least 2"),
+        ("--mod_n 0", "--mod_n: 0 must"),
+        ("--repeats 1", "--repeats: 1 must be a whole number, at least 2"),
         ("--phases p", "--phases 'p'"),
         ("--phases prefill:4", "--phases 'prefill:4'"),
         ("--granularities attn", "granularity 'attn'"),
