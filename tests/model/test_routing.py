@@ -12,20 +12,13 @@ from tiny_models import FAMILIES, MOE, logits_of, random_batch, state_of, tiny_m
 from tiny_routed import KINDS, LAYERS, routed_model, with_reference
 from transformers import AutoModelForCausalLM
 
-from router_tuning.model import (
-    force_routing,
-    is_routed,
-    load_routers,
-    record_routing,
-    route,
-    routed_modules,
-    save_routers,
-    set_thresholds,
-    unroute,
-)
+from router_tuning import model as package
+from router_tuning.model import force_routing, is_routed, record_routing, route, routed_modules, unroute
 from router_tuning.model.configuration_mod import parse_granularity, select_layers
 
 WHERE = {"attn": "self_attn.", "mlp": "mlp.", "block": "", "expert": "mlp.experts."}
+BY_PART = {"attn": [0, 3], "mlp": [1, 3, 4]}
+BOTH = "attn_token+mlp_token"
 
 
 def kinds(family: str) -> list[tuple[str, str]]:
@@ -34,7 +27,7 @@ def kinds(family: str) -> list[tuple[str, str]]:
     return [*KINDS, ("attn_sequence+mlp_token", "keep"), *experts]
 
 
-# ---------------------------------------------------------------- which layers, which granularity
+# ---------------------------------------------------------------- which layers
 
 
 @pytest.mark.parametrize(
@@ -44,20 +37,16 @@ def test_the_deepest_n_layers_except_the_last_are_routed(layers, n, expected):
     assert select_layers(layers, n, None) == list(expected)
 
 
-def test_mod_layers_override_mod_n():
+def test_listed_layers_override_their_number():
     model = route(tiny_model(), mod_n=1, mod_layers=[4, 0])
-    assert [key.split(".")[0] for key in routed_modules(model)] == ["0", "4"]
-    assert model.config.mod_layers == [0, 4]
-    both = route(tiny_model(), mod_layers={"mlp": [1, 2], "attn": [2, 1]}, granularity="attn_token+mlp_token")
+    assert list(routed_modules(model)) == ["0.attn", "4.attn"] and model.config.mod_layers == [0, 4]
+    both = route(tiny_model(), mod_layers={"mlp": [1, 2], "attn": [2, 1]}, granularity=BOTH)
     assert both.config.mod_layers == [1, 2], "equal lists are one"
-
-
-BY_PART = {"attn": [0, 3], "mlp": [1, 3, 4]}
 
 
 @pytest.mark.parametrize(
     ("granularity", "policy"),
-    [("attn_token+mlp_token", "keep"), ("attn_token+mlp_sequence", "drop"), ("attn_sequence+mlp_token", "keep")],
+    [(BOTH, "keep"), ("attn_token+mlp_sequence", "drop"), ("attn_sequence+mlp_token", "keep")],
 )
 def test_parts_may_be_routed_in_layers_of_their_own(granularity, policy, tmp_path):
     """Everything that reads the layers copes: caches, saving, forcing, thresholds, and the way back."""
@@ -69,14 +58,13 @@ def test_parts_may_be_routed_in_layers_of_their_own(granularity, policy, tmp_pat
         close(logits_of(model), logits_of(tiny_model()), random_batch(padding="left")[1], tolerance=1e-5)
     with refused("names no router: .0, 'mlp'"), force_routing(model, {(0, "mlp"): True}):
         pass
-    save_routers(model, tmp_path)
-    expected = logits_of(model)
-    set_thresholds(model, dict.fromkeys(names, 0.4))
+    package.save_routers(model, tmp_path)
     model.save_pretrained(tmp_path / "whole")
-    again = load_routers(tiny_model(), tmp_path)
-    assert torch.equal(logits_of(again), expected)
-    for same in (again, AutoModelForCausalLM.from_pretrained(tmp_path / "whole")):
-        assert same.config.mod_layers == BY_PART and list(routed_modules(same)) == names
+    loaded = package.load_routers(tiny_model(), tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    for again in loaded:
+        assert again.config.mod_layers == BY_PART and list(routed_modules(again)) == names
+        assert torch.equal(logits_of(again), logits_of(model))
+    package.set_thresholds(model, dict.fromkeys(names, 0.4))
     assert not any("mod_" in name for name in unroute(model).state_dict())
 
 
@@ -90,40 +78,27 @@ def test_thresholds_per_router():
 # ---------------------------------------------------------------- what is refused
 
 REFUSED = [
-    ({}, "mod_n.*mod_layers"),
+    ({"mod_n": None}, "mod_n.*mod_layers"),
     *[({"mod_n": n}, rf"mod_n {n} .*5 layers") for n in (5, 6, 0, -1)],
     *[({"mod_layers": wrong}, "mod_layers") for wrong in ([], [0, 0], [-1], [5], ["1"], "12", [1.0], [True, 2], 3)],
+    ({"mod_layers": {"attn": [1]}, "granularity": BOTH}, "mod_layers names attn; the granularity routes attn, mlp"),
+    ({"mod_layers": {"attn": [1], "mlp": [9]}, "granularity": BOTH}, "mod_layers .9. must be distinct indices in 0…4"),
+    ({"mod_layers": {"attn": [1], "mlp": []}, "granularity": BOTH}, "mod_layers .. must be distinct"),
+    *[({"granularity": typo}, typo) for typo in ("atn_sequence", "attn-sequence", "attn", "ATTN_TOKEN")],
+    *[({"granularity": wrong}, "''") for wrong in ("", "attn_token+")],
+    ({"granularity": None}, "None"),
+    ({"granularity": "attn_token+attn_sequence"}, "twice"),
+    ({"granularity": "block_token+mlp_token"}, "route it alone"),
+    ({"granularity": "mlp_token+expert_token"}, "route one of the two"),
+    *[({"threshold": wrong}, "threshold") for wrong in (1.5, float("nan"), "high", {}, {"1.attn": 0.5})],
+    ({"threshold": dict.fromkeys(f"{n}.attn" for n in range(4))}, "threshold"),
+    *[({field: "wrong"}, field) for field in ("router_pooling", "kv_policy", "target_capacity", "skip")],
+    *[
+        ({field: wrong}, field)
+        for field, wrong in (("target_capacity", 1.1), ("gradient_scale", "x"), ("skip_rank", 0))
+    ],
+    ({"skip": "mean", "granularity": "expert_token"}, "single experts have no skip path"),
 ]
-REFUSED += [
-    ({"mod_layers": layers, "granularity": "attn_token+mlp_token"}, words)
-    for layers, words in [
-        ({"attn": [1]}, "mod_layers names attn; the granularity routes attn, mlp"),
-        ({"attn": [1], "mlp": [9]}, "mod_layers .9. must be distinct indices in 0…4"),
-        ({"attn": [1], "mlp": []}, "mod_layers .. must be distinct"),
-    ]
-]
-REFUSED += [
-    ({"mod_n": 2, "granularity": granularity}, words)
-    for granularity, words in [
-        *[(typo, typo) for typo in ("atn_sequence", "attn-sequence", "attn", "ATTN_TOKEN")],
-        *[("", "''"), ("attn_token+", "''"), (None, "None"), ("attn_token+attn_sequence", "twice")],
-        *[("block_token+mlp_token", "route it alone"), ("mlp_token+expert_token", "route one of the two")],
-    ]
-]
-REFUSED += [
-    ({"mod_layers": LAYERS, field: value}, field)
-    for field, values in {
-        "threshold": [1.5, float("nan"), "high", {}, {"1.attn": 0.5}, dict.fromkeys(f"{n}.attn" for n in range(4))],
-        "router_pooling": ["promt"],
-        "kv_policy": ["dropp"],
-        "target_capacity": [1.1, "half"],
-        "gradient_scale": ["much"],
-        "skip": ["half"],
-        "skip_rank": [0],
-    }.items()
-    for value in values
-]
-REFUSED += [({"mod_n": 2, "skip": "mean", "granularity": "expert_token"}, "single experts have no skip path")]
 
 
 @pytest.mark.parametrize(("options", "words"), REFUSED)
@@ -131,23 +106,24 @@ def test_what_cannot_be_routed_is_refused_and_leaves_the_model_dense(options, wo
     model = tiny_model()
     before = state_of(model)
     with refused(words):
-        route(model, **options)
+        route(model, **{"mod_n": 2, **options})
     assert not is_routed(model) and state_of(model) == before
 
 
 def test_what_is_routed_already_wrapped_or_dense_is_refused():
     model = route(tiny_model(), mod_n=2)
-    with refused("unroute"):
-        route(model, mod_n=2)
     wrapper = torch.nn.Sequential(model)
-    with refused("Sequential: unwrap"):
-        unroute(wrapper)
+    for words, refuse in [
+        ("unroute", lambda: route(model, mod_n=2)),
+        ("Sequential: unwrap", lambda: unroute(wrapper)),
+        ("not routed", lambda: unroute(tiny_model())),
+        ("not routed", lambda: record_routing(tiny_model()).__enter__()),
+        ("not routed", lambda: force_routing(tiny_model(), True).__enter__()),
+        ("transformers model", lambda: route(torch.nn.Linear(2, 2), mod_n=1)),
+    ]:
+        with refused(words):
+            refuse()
     assert is_routed(wrapper)
-    for enter in (unroute, lambda d: record_routing(d).__enter__(), lambda d: force_routing(d, True).__enter__()):
-        with refused("not routed"):
-            enter(tiny_model())
-    with refused("transformers model"):
-        route(torch.nn.Linear(2, 2), mod_n=1)
 
 
 # ---------------------------------------------------------------- in and out again
@@ -156,17 +132,17 @@ def test_what_is_routed_already_wrapped_or_dense_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_router_weights_are_new_and_unroute_takes_all_back(family):
     model = tiny_model(family, "eager")
-    keys, count = set(model.state_dict()), sum(p.numel() for p in model.parameters())
-    before, logits = state_of(model), logits_of(model)
+    plain, before, logits = {**model.state_dict()}, state_of(model), logits_of(model)
     for granularity in dict(kinds(family)):
-        routed_model(granularity=granularity, model=model)
-        assert is_routed(model)
-        parts = parse_granularity(granularity)
-        expected = {f"model.layers.{n}.{WHERE[part]}mod_router.weight" for n in LAYERS for part in parts}
-        assert set(model.state_dict()) - keys == expected and keys < set(model.state_dict())
-        assert {name for name, _ in model.named_parameters() if "mod_router" in name} == expected
-        routers = sum(4 if part == "expert" else 1 for part in parts) * len(LAYERS)
-        assert sum(p.numel() for p in model.parameters()) == count + routers * 32
+        assert is_routed(routed_model(granularity=granularity, model=model))
+        parts, parameters = parse_granularity(granularity), dict(model.named_parameters())
+        expected = {
+            f"model.layers.{n}.{WHERE[part]}mod_router.weight": (4 if part == "expert" else 1, 32)
+            for n in LAYERS
+            for part in parts
+        }
+        new = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in plain}
+        assert new == expected and parameters.keys() >= new.keys() and plain.keys() < model.state_dict().keys()
         assert not torch.equal(logits_of(model), logits)
         assert unroute(model) is model and not is_routed(model)
         assert state_of(model) == before and torch.equal(logits_of(model), logits)
