@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import write_base
+from tiny_checkpoint import LAYERS, write_base
 
 from router_tuning.checkpoint import exporting as exports
 from router_tuning.checkpoint.loading import load_export, load_tuned
@@ -63,6 +63,17 @@ def test_weights_of_another_base_are_refused(tmp_path, export):
 def test_dense_and_absent_checkpoints_are_named(tmp_path, base):
     refused(base, "not routed")
     refused(tmp_path, "no checkpoint folder")
+
+
+@pytest.mark.parametrize("what", exports.HOLDS)
+def test_thresholds_are_those_of_the_run_as_it_was_calibrated_last(tmp_path, tuned, base, what):
+    run = shutil.copytree(tuned[what][0], tmp_path / "run")
+    config = json.loads((run / "router_config.json").read_text())
+    config["mod_threshold"] = {f"{layer}.attn": 0.25 * layer for layer in LAYERS}
+    (run / "router_config.json").write_text(json.dumps(config))
+    exports.export(run, base, tmp_path / "export", exports.HOLDS[what][-1 if "LoRA" in what else 0])
+    for model in (load_tuned(base, run), load_export(tmp_path / "export")):
+        assert model.config.mod_threshold == config["mod_threshold"]
 
 
 def test_a_pickled_or_broken_adapter_is_never_read(tmp_path, lora_run, base):

@@ -86,7 +86,9 @@ def load_tuned(
             of the decoder's operations.
     """
     if (run / MODEL).is_dir():
-        return _turned(load_export(run / MODEL, dtype), run, capacity, flops)
+        model = load_export(run / MODEL, dtype)
+        set_thresholds(model, read_router_config(run)["mod_threshold"])  # calibration moves those of the run alone
+        return _turned(model, run, capacity, flops)
     model = load_routers(load_dense(base, dtype), run, capacity=capacity, flops=flops)
     return with_lora(model, run / ADAPTER) if (run / ADAPTER).is_dir() else model.eval()
 

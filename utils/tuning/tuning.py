@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 
 from router_tuning.errors import UserError
-from router_tuning.files import publish, read_json, write_json, write_text
+from router_tuning.files import publish, write_text
 from router_tuning.model import save_routers
 from router_tuning.provenance import provenance
 from router_tuning.tuning.recipes import RECIPES
@@ -132,9 +132,6 @@ def save_measured(run: Run, tuned: TunedRun) -> None:
         routing = {name: value for name, value in tuned.weights.items() if "mod_router" in name or "mod_skip" in name}
         routers = {_router_name(name): value for name, value in routing.items()}
         save_routers(tuned.model, run.output, state=routers, extra={**tuned.extra, "base": run.base_fingerprint})
-        if (config := run.output / "model" / "config.json").is_file():  # calibration has moved the thresholds
-            threshold = {"mod_threshold": tuned.model.config.mod_threshold}
-            write_json(config, read_json(config) | threshold)
         log = [row for row in tuned.trainer.state.log_history if "loss" in row]
         write_results(run.output, record_of(run, tuned), log)
         reached, asked = tuned.measured.get(CAPACITY), run.routing
