@@ -26,7 +26,7 @@ from router_tuning.evaluation.tables import Table
 from router_tuning.evaluation.texts import answer_loss
 from router_tuning.model import record_routing, routed_modules
 from router_tuning.tuning.batching import Collator
-from router_tuning.tuning.run_folder import read_run
+from router_tuning.tuning.run_folder import read_run, trained
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,6 +49,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if trained(args.run) == "routers and LoRA":
+        raise UserError(f"--run {args.run} trained LoRA, too, which no frozen checkpoint holds: freeze one without")
     files = [file for path in args.rows for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
         raise UserError(f"--rows {' '.join(map(str, args.rows))}: no .jsonl files there")

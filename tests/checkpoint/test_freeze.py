@@ -78,9 +78,11 @@ def test_refusals(tmp_path):
     assert is_routed(model) and is_routed(experts), "a refusal changes nothing"
 
 
-def test_command_measures_the_loss(tmp_path, root, command, base, run):
+def test_command_measures_the_loss(tmp_path, root, command, base, run, lora_run, capsys):
     rows = ["--rows", root / "data/sample/heldout", "--rows_per_file", "2"]
     drop = ["--drop", f"{LAYERS[0]}.attn", "--output", tmp_path / "frozen"]
+    assert command("checkpoint/freeze_static.py", "--run", lora_run[0], *rows, *drop) == 2
+    assert "LoRA" in capsys.readouterr().err and not (tmp_path / "frozen").exists()
     assert command("checkpoint/freeze_static.py", "--run", run, "--base", base, *rows, *drop) == 0
     facts = json.loads((tmp_path / "frozen" / "frozen_routing.json").read_text())
     assert facts["silenced"] == ["1.attn"] and facts["rows"] == 26 and len(set(facts["loss"].values())) == 3
