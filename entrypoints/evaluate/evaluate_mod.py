@@ -83,12 +83,12 @@ def main() -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         tell_cost(args, model, tokenizer)
     benchmark = Benchmark(args.tasks, options)
-    budget = args.flops if args.capacity is None else args.capacity
+    axis, budget = ("flops", args.flops) if args.capacity is None else ("capacity", args.capacity)
     cell = {"policy": "routed" if args.run else "dense", "recipe": args.run and args.run.name, "budget": budget}
     record = score(benchmark, model, model, tokenizer, cell)
     if record is None:
         return
-    label = "dense" if args.run is None else "tuned" if budget is None else f"tuned-{budget:g}"
+    label = "dense" if args.run is None else "tuned" if budget is None else f"tuned-{axis}-{budget:g}"
     output = args.output or (args.run or Path("runs") / base.name) / "evaluation" / f"{label}.jsonl"
     write_text(output, json.dumps(record) + "\n")
     print(task_table([record]).text())

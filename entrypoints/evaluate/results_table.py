@@ -19,10 +19,10 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+", help="JSON-lines files of records")
     parser.add_argument("--output", type=Path, help="write OUTPUT.md and OUTPUT.tex")
     args = parser.parse_args()
-    made = all_tables([record for path in args.results for record in read_records(path)])
+    made = all_tables(read_records(*args.results))
     if args.output:
-        write_text(args.output.with_suffix(".md"), "\n\n".join(table.markdown() for table in made) + "\n")
-        write_text(args.output.with_suffix(".tex"), "\n\n".join(table.latex() for table in made) + "\n")
+        write_text(Path(f"{args.output}.md"), "\n\n".join(table.markdown() for table in made) + "\n")
+        write_text(Path(f"{args.output}.tex"), "\n\n".join(table.latex() for table in made) + "\n")
     print("\n\n".join(table.text() for table in made))
 
 

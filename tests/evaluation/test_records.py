@@ -101,6 +101,26 @@ def test_tasks_are_a_table_too(records):
     assert tasks.rows[0] == ["t", "acc", "0.750 ± 0.010", "1.000 ± 0.010"] and tasks.header[2:] == ["fit 0.7", "dense"]
 
 
+def test_tasks_have_a_column_for_every_record(records):
+    row = rows_of(all_tables(records[2:4])[-1])[0]
+    assert row["fit attn_token 0.7 0"] == "0.750 ± 0.010" and row["fit attn_token 0.7 1"] == "0.500 ± 0.010"
+    assert len(all_tables([{"cell": {"policy": "dense"}, "share": 1.0, "capacity": 1.0}])) == 1, "no task, no table"
+
+
+def test_cells_that_two_files_hold_are_no_seeds_of_each_other(records, tmp_path):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    for path, some in ((one, records[2:3] + records[4:7]), (two, records[2:3] + records[6:7])):
+        for entry in some:
+            append_json(path, entry)
+    found = read_records(one, two)
+    policies = [row["policy"] for row in rows_of(summary_table(found))]
+    assert policies == [*(f"dense, {path}" for path in (one, two)), f"fit, {one}", f"fit, {two}",
+                        *(f"random, {recipe}, {one}" for recipe in ("fit", "other"))]  # fmt: skip
+    pairs = [(row["policy"], row["less"]) for row in rows_of(difference_table(found))]
+    assert (f"fit, {one}", f"random, fit, {one}") in pairs and (f"fit, {two}", f"random, fit, {one}") not in pairs
+    assert [r["cell"] for r in read_records(one, one)] == [r["cell"] for r in read_records(one)]
+
+
 def test_a_figure_is_written_whole(records, tmp_path):
     assert quality_figure(records, tmp_path / "quality.svg").stat().st_size > 3000
     assert quality_figure(records[-1:], tmp_path / "none.svg") is None

@@ -23,16 +23,23 @@ METRICS = {"exact_match": "exact match", "acc_norm": "choices", "acc": "choices"
 """What a table calls the metric that a task is judged by."""
 
 
-def read_records(path: Path) -> list[Record]:
-    """Records of a file, the last one of each cell; :class:`UserError` if it holds none."""
-    found = {}
-    for number, record in enumerate(read_json_lines(path), 1):
-        if not isinstance(record, dict) or not isinstance(record.get("cell"), dict):
-            raise UserError(f"{path}:{number}: no record of evaluate_mod.py, compare_run.py or experiments.py")
-        found[cell_name(record["cell"])] = record
-    if not found:
-        raise UserError(f"{path}: no records there; evaluate_mod.py, compare_run.py and experiments.py write some")
-    return list(found.values())
+def read_records(*paths: Path) -> list[Record]:
+    """Records of files, the last one that a file holds of each cell; where files share a cell, cells name their file.
+
+    Raises:
+        UserError: for a file that holds none, or something else.
+    """
+    found: dict[tuple[Path, str], Record] = {}
+    for path in dict.fromkeys(paths):
+        for number, record in enumerate(read_json_lines(path), 1):
+            if not isinstance(record, dict) or not isinstance(record.get("cell"), dict):
+                raise UserError(f"{path}:{number}: no record of evaluate_mod.py, compare_run.py or experiments.py")
+            found[path, cell_name(record["cell"])] = record
+        if path not in {file for file, _ in found}:
+            raise UserError(f"{path}: no records there; evaluate_mod.py, compare_run.py and experiments.py write some")
+    if len({name for _, name in found}) == len(found):
+        return list(found.values())
+    return [record | {"cell": record["cell"] | {"file": str(path)}} for (path, _), record in found.items()]
 
 
 def cell_name(cell: Mapping[str, Any]) -> str:
@@ -57,7 +64,8 @@ class Group:
     def label(self) -> str:
         """The policy in words."""
         policy, recipe = self.cell["policy"].replace("_", " ", 1), self.cell.get("recipe")
-        return (recipe or "routed") if policy == "routed" else policy if recipe is None else f"{policy}, {recipe}"
+        told = (recipe or "routed") if policy == "routed" else policy if recipe is None else f"{policy}, {recipe}"
+        return f"{told}, {self.cell['file']}" if "file" in self.cell else told
 
     def units(self, record: Record) -> dict[str, tuple[str, list[float]]]:
         """By task (all subjects of MMLU are one): the name of its metric, and its value on every document."""
@@ -122,7 +130,7 @@ def grouped(records: Sequence[Record]) -> list[Group]:
     for record in records:
         cell = record["cell"]
         if "refused" not in record:
-            key = tuple(cell.get(name) for name in ("policy", "recipe", "granularity", "budget"))
+            key = tuple(cell.get(name) for name in ("policy", "recipe", "granularity", "budget", "file"))
             groups.setdefault(key, []).append(record)
     places = {name: place for place, name in enumerate(dict.fromkeys(key[2] for key in groups))}
     return [
@@ -208,7 +216,7 @@ def _place(group: Group) -> dict[str, Cell]:
 def _is_control(cell: Mapping[str, Any], of: Mapping[str, Any]) -> bool:
     if cell["policy"] in ("dense", "routed"):
         return cell["policy"] == "dense"
-    same = all(cell.get(name) == of.get(name) for name in ("granularity", "budget"))
+    same = all(cell.get(name) == of.get(name) for name in ("granularity", "budget", "file"))
     return same and cell.get("recipe") in (None, of.get("recipe"))
 
 
@@ -243,23 +251,35 @@ def _paired(ours: Sequence[Sequence[float]], other: Sequence[Sequence[float]], s
     return mean, math.sqrt(spread * count / (count - 1)) / sum(sizes)
 
 
-def task_table(records: Sequence[Record], errors: bool = True) -> Table:
-    """A row per task, a column per record: the value of the metric that the task is judged by, ± standard error."""
+def task_table(records: Sequence[Record], errors: bool = True) -> Table | None:
+    """A row per task, a column per record: the value of the metric that the task is judged by, ± standard error.
+
+    None where no record was scored on tasks.
+    """
     rows: list[dict[str, Cell]] = []
+    columns = _columns(records)
     for name in dict.fromkeys(name for record in records for name in record.get("tasks", {})):
-        found = {_column(record): record.get("tasks", {}).get(name, {}) for record in records}
+        found = {label: record.get("tasks", {}).get(name, {}) for label, record in columns.items()}
         metric = next((task["metric"] for task in found.values() if "metric" in task), None)
         if metric is not None:
             told = {label: with_error(t["value"], t.get("stderr") if errors else None) for label, t in found.items()
                     if "value" in t}  # fmt: skip
             rows.append({"task": name, "metric": metric, **told})
-    shares = {_column(record): record["share"] for record in records if record.get("tasks")}
-    return Table.of([*rows, {"task": "all", "metric": "share of FLOPs", **shares}])
+    shares = {label: record["share"] for label, record in columns.items() if record.get("tasks")}
+    return Table.of([*rows, {"task": "all", "metric": "share of FLOPs", **shares}]) if shares else None
 
 
-def _column(record: Record) -> str:
-    label, budget = Group([record]).label, record["cell"].get("budget")
-    return label if budget is None else f"{label} {budget:.3g}"
+def _columns(records: Sequence[Record]) -> dict[str, Record]:
+    """Records by policy and budget and, where these don't tell them apart, by granularity and seed, too."""
+    for names in (("budget",), ("granularity", "budget", "seed")):
+        found = {}
+        for record in records:
+            told = [record["cell"].get(name) for name in names]
+            told = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in told if value is not None]
+            found[" ".join([Group([record]).label, *told])] = record
+        if len(found) == len(records):
+            break
+    return found
 
 
 def text_names(records: Sequence[Record]) -> list[str]:
