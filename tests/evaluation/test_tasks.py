@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lm_eval.api.instance import Instance
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from router_tuning.evaluation import tasks
 from router_tuning.evaluation.routed_lm import RoutedLM
 from router_tuning.evaluation.tasks import evaluate, requested_tokens
 from router_tuning.model import force_routing, record_routing
@@ -23,8 +25,10 @@ def result(routed, tokenizer):
     return evaluate(routed, tokenizer, TASKS, batch_size=4, limit=6)["tasks"]
 
 
-def test_batch_size_changes_no_score(routed, tokenizer, result):
-    other = evaluate(routed, tokenizer, TASKS, batch_size=16, limit=6)["tasks"]
+@pytest.mark.parametrize("size", [16, "auto"])
+def test_batch_size_changes_no_score(routed, tokenizer, result, monkeypatch, size):
+    monkeypatch.setattr(tasks, "RoutedLM", partial(RoutedLM, max_batch_size=2))  # of "auto", which tries it out
+    other = evaluate(routed, tokenizer, TASKS, batch_size=size, limit=6)["tasks"]
     for task in TASKS:
         assert other[task]["scores"] == pytest.approx(result[task]["scores"], rel=1e-5)
         assert other[task]["capacity"] == pytest.approx(result[task]["capacity"])

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from router_tuning.evaluation.texts import executed
 from router_tuning.model import RoutingLog, is_routed, record_routing, routed_modules
+from router_tuning.model.recording import routed_base
 
 
 class RoutedLM(HFLM):
@@ -93,6 +94,17 @@ class RoutedLM(HFLM):
                 results[place] = answer
         self._answer = None
         return results
+
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        """As in ``HFLM``; what it tries is no request, and no one counts what it runs."""
+        if not is_routed(self.model):
+            return super()._detect_batch_size(*args, **kwargs)
+        decoder = routed_base(self.model)
+        logs, decoder.mod_logs = decoder.mod_logs, ()
+        try:
+            return super()._detect_batch_size(*args, **kwargs)
+        finally:
+            decoder.mod_logs = logs
 
     def _model_call(self, inps: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._answer is None:
