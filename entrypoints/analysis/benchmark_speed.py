@@ -29,9 +29,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from router_tuning.bases.description import dense_config
+from router_tuning.bases.shards import weight_map
 from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.files import read_json_lines
-from router_tuning.model import ModConfig, is_routed
+from router_tuning.model import ModConfig
+from router_tuning.model.saving import WEIGHTS_NAME
 from router_tuning.places import ROOT
 from router_tuning.provenance import provenance
 from router_tuning.speed.benchmark import Setting, benchmark, routed_copy
@@ -62,7 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--shape", choices=(*SMALL, *BASES), default="small", help="random weights of this architecture"
     )
-    parser.add_argument("--model", help="folder of a dense checkpoint instead of --shape")
+    parser.add_argument("--model", type=Path, help="folder of a base instead of --shape")
     parser.add_argument("--mod_n", type=at_least(1), help="routed layers (default: half)")
     parser.add_argument("--phases", default="prefill,decode", help="what is timed, in this order, each with its size")
     parser.add_argument("--granularities", default="attn_sequence,attn_token,mlp_sequence,mlp_token")
@@ -159,10 +161,11 @@ def load(args: argparse.Namespace) -> PreTrainedModel:
         torch.manual_seed(0)
         with device:
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, use_safetensors=True).to(device).eval()
-    if is_routed(model):
-        raise UserError(f"--model {args.model} is routed: name its base; compare_run.py times what a run decides")
-    return model
+    config, files = dense_config(args.model), weight_map(args.model)
+    if (args.model / WEIGHTS_NAME) in files.values():
+        raise UserError(f"--model {args.model} is an export: name its base; compare_run.py times what a run decides")
+    model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, use_safetensors=True)
+    return model.to(device).eval()
 
 
 def keep_freed_pages() -> None:
@@ -187,7 +190,7 @@ def main() -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     command = shlex.join(["python", "entrypoints/analysis/benchmark_speed.py", *sys.argv[1:]])
-    about = {"command": command, **provenance(), "shape": args.model or args.shape}
+    about = {"command": command, **provenance(), "shape": str(args.model or args.shape)}
     ready = (time.time() - psutil.Process().create_time()) / 60
     for row in run_cells(wanted, args.output, about, args.minutes - ready):
         tqdm.write(line_of(row))

@@ -10,9 +10,11 @@ from counted_operations import counted
 from tiny_models import tiny_model
 from tiny_routed import LAYERS
 
+from router_tuning.files import read_json_lines
 from router_tuning.model import GRANULARITIES as EVERY
 from router_tuning.model import ModConfig, force_routing, record_routing, route, routed_modules
 from router_tuning.speed.benchmark import Setting, benchmark, imposed, random_masks, reduced
+from router_tuning.speed.cells import measured
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -77,6 +79,14 @@ def test_imposed_masks_decide_though_every_router_runs():
     assert all(torch.equal(log.decisions[key], mask) for key, mask in masks.items())
 
 
+def test_a_base_whose_configuration_says_what_to_route_is_timed_dense_beside_itself(command, tmp_path):
+    cell = "--phases prefill:1x4 --granularities mlp_token --capacities 0.5 --repeats 2 --builds 1 --device cpu"
+    base, output = ["--model", ROOT / "ckpt/tiny-llama-mod"], tmp_path / "speed.jsonl"
+    assert command("analysis/benchmark_speed.py", *base, *cell.split(), "--output", output) == 0
+    [row] = measured(read_json_lines(output))
+    assert row["capacity"] == 0.5 and row["share"] < 1
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -89,6 +99,7 @@ def test_imposed_masks_decide_though_every_router_runs():
         ("--skips low", "skip 'low'"),
         ("--capacities 2", "--capacities 2.0"),
         (f"--model {ROOT / 'ckpt/tiny-llama-mod'} --shape tiny", "leave one of them out"),
+        ("--model /nowhere", "/nowhere/config.json: no such file"),
         pytest.param("--device cuda", "sees no GPU; rehearse on a CPU with --shape tiny", marks=NO_GPU),
     ],
 )
