@@ -37,7 +37,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dial_rows", type=at_least(0), default=4, help="rows per file of the dial curve, 0: none")
     parser.add_argument("--max_new_tokens", type=at_least(1), default=32)
     parser.add_argument("--output", type=Path, help="HTML file (default: routing_report.html in the run or model)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.output and args.output.suffix == ".json":
+        raise UserError(f"--output {args.output} is to be a page; its data go into a .json file beside it")
+    return args
 
 
 def jsonl_files(paths: list[Path]) -> list[Path]:

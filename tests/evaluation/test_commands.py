@@ -10,6 +10,9 @@ import sys
 import pytest
 from tiny_checkpoint import write_dial, write_run
 
+from router_tuning.checkpoint.loading import load_tuned
+from router_tuning.model.saving import thresholds_for
+
 TASKS = ["mod_copy_gen", "mod_math_mc"]
 
 
@@ -23,10 +26,10 @@ def test_scores_stand_in_a_table(command, where, tmp_path, capsys):
     assert "mod_math_mc" in capsys.readouterr().out
     found = json.loads((tmp_path / "tuned.jsonl").read_text())["tasks"]
     assert set(found) == set(TASKS) and all(0 < found[task]["share"] < 1 for task in TASKS)
-    assert command("evaluate/results_table.py", tmp_path / "tuned.jsonl", "--output", tmp_path / "table") == 0
-    table = (tmp_path / "table.md").read_text()
+    assert command("evaluate/results_table.py", tmp_path / "tuned.jsonl", "--output", tmp_path / "table-0.5") == 0
+    table = (tmp_path / "table-0.5.md").read_text()
     assert "| mod_math_mc | acc_norm |" in table and "±" in table
-    assert r"$\pm$" in (tmp_path / "table.tex").read_text()
+    assert r"$\pm$" in (tmp_path / "table-0.5.tex").read_text()
 
 
 @pytest.mark.full
@@ -108,7 +111,18 @@ def test_a_run_is_exported_and_both_are_shown(command, root, base, tmp_path, cap
     assert shown["run"]["prompts"] == shown["export"]["prompts"] and len(shown["run"]["prompts"]) == 2
     assert len(shown["run"]["dial"]) == 10 and shown["run"]["dial"] == shown["export"]["dial"]
     capsys.readouterr()
-    for arguments in (("--per_file", "0"), ("--run", run)):
+    for arguments in (("--per_file", "0"), ("--run", run), ("--output", "page.json")):
         assert command("analysis/routing_report.py", "--model", tmp_path / "full", *prompts, *arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines), lines
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), lines
+
+
+def test_a_dial_is_calibrated_on_rows_of_ones_own_and_turned(command, root, base, tmp_path):
+    run = write_run(tmp_path / "run", base)
+    before = (run / "router.safetensors").read_bytes()
+    rows = ["--data", root / "data/sample/heldout/add.jsonl", "--rows", "24", "--capacity", "0.5"]
+    assert command("analysis/calibrate.py", "--run", run, "--base", base, *rows) == 0
+    config = json.loads((run / "router_config.json").read_text())
+    assert config["mod_threshold"] == thresholds_for(config, 0.5, run)
+    assert load_tuned(base, run).config.mod_threshold == config["mod_threshold"]
+    assert (run / "router.safetensors").read_bytes() == before

@@ -10,7 +10,8 @@ from tiny_checkpoint import write_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from router_tuning.evaluation.documents import encoded
+from router_tuning.errors import UserError
+from router_tuning.evaluation.documents import encoded, rendered
 from router_tuning.model import load_routers, record_routing
 from router_tuning.tuning.batching import Collator
 from router_tuning.tuning.encoding import render_prompt
@@ -90,7 +91,11 @@ def test_collect_summarises_what_the_prompts_show(routed, token_model, tokenizer
     assert found["capacity"]["by_router"] == {name: pytest.approx(sum(keep) / 3) for name, keep in keeps.items()}
     assert found["capacity"]["by_task"]["add"]["1.attn"] == sum(keeps["1.attn"][:2]) / 2
     assert found["dynamics"]["inputs"] == 3 and "by_position" not in found["capacity"]
-    tokens = collect(token_model, tokenizer, ROWS[:1], max_new_tokens=2)
+    plain = {"prompt": "3+9=", "completion": "12"}
+    tokens = collect(token_model, tokenizer, [ROWS[0], plain], max_new_tokens=2)
+    assert [prompt["prompt"] for prompt in tokens["prompts"]] == ["What is 3+9?", "3+9="]
+    with pytest.raises(UserError, match="no prompt"):
+        rendered([{"prompt": "", "completion": "It was a dark night."}], tokenizer)
     assert tokens["dynamics"] is None and set(tokens["capacity"]["by_phase"]["1.mlp"]) == {"prompt", "generated"}
 
 

@@ -99,8 +99,14 @@ def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, **op
 
 
 def render_prompt(row: Mapping[str, object], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text that a model continues with the last answer of a row (``messages``, or ``prompt`` and ``completion``)."""
+    """Text that a model continues with the last answer of a row (``messages``, or ``prompt`` and ``completion``).
+
+    Raises:
+        TemplateRefusal: for a conversation that the template does not render whole, and a row without a prompt.
+    """
     if "messages" not in row:
+        if not row["prompt"]:
+            raise TemplateRefusal("the row has no prompt")
         return bos_of(tokenizer) + row["prompt"]
     turns = row["messages"]
     asked = turns[:-1] if turns[-1]["role"] == "assistant" else turns

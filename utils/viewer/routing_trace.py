@@ -51,11 +51,11 @@ def trace_prompts(
     for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
         new = output[number, width:].tolist()
         new = new[: next((place + 1 for place, token in enumerate(new) if token in ends), len(new))]
-        fed, left = prompt + new[:-1], width - len(prompt)
+        fed, left, asked = prompt + new[:-1], width - len(prompt), row.get("messages", [])
         traces.append(
             {
                 "task": str(row.get("task") or row.get("dataset") or "prompts"),
-                "prompt": next((turn["content"] for turn in row["messages"][::-1] if turn["role"] == "user"), ""),
+                "prompt": next((t["content"] for t in asked[::-1] if t["role"] == "user"), row.get("prompt", "")),
                 "tokens": token_texts(tokenizer, fed),
                 "prompt_tokens": len(prompt),
                 "answer": tokenizer.decode(new, skip_special_tokens=True).strip(),
