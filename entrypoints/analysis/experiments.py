@@ -1,7 +1,8 @@
 """Run what is missing of an experiment, then build its tables and its figure.
 
     python entrypoints/analysis/experiments.py configs/experiments/smollm2.yaml
-    python entrypoints/analysis/experiments.py configs/experiments/smollm2.yaml --only dense static --build_only
+    python entrypoints/analysis/experiments.py configs/experiments/smollm2.yaml --only dense static
+    python entrypoints/analysis/experiments.py configs/experiments/smollm2.yaml --build_only
     python entrypoints/analysis/experiments.py configs/experiments/smollm2.yaml --shard 1/2  # elsewhere: 2/2
 One line per cell in figures/experiments/<name>.jsonl; a cell whose line is there is not run again while its settings
 stay, so the command may be killed and repeated. Shards need nothing of each other: the lines of several machines are
@@ -36,6 +37,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--estimate", action="store_true", help="run nothing; say how long it takes")
     parser.add_argument("--build_only", action="store_true", help="run nothing; tables and figure of what is there")
     args = parser.parse_args()
+    if args.build_only and (args.only or args.estimate or args.shard != "1/1"):
+        raise UserError("--build_only runs no cell: leave out --only, --shard and --estimate, which choose some")
     number, count = map(int, args.shard.split("/")) if re.fullmatch(r"\d+/\d+", args.shard) else (0, 0)
     if not 1 <= number <= count:
         raise UserError(f"--shard {args.shard}: write which share of how many, as 2/4")
@@ -55,6 +58,9 @@ def main() -> None:
             [cell for cell in group if not args.only or any(part in cell.name for part in args.only)]
             for group in shard(plan.groups(), *args.shard)
         ]
+        if not any(groups):
+            names = ", ".join(cell.name for group in plan.groups() for cell in group)
+            raise UserError(f"no cell of this shard is named like --only {' '.join(args.only)}; cells: {names}")
         print(lab.estimate(groups))
         if args.estimate:
             return
