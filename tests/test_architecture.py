@@ -1,7 +1,5 @@
 """The shape of the repository: imports go down, shipped files stand alone, files stay short, libraries are quiet."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable
 from pathlib import Path

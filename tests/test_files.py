@@ -1,7 +1,5 @@
 """Files and folders appear whole or not at all, whatever ends the process that writes them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import stat
@@ -27,7 +25,7 @@ def content(target: Path, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_the_old_or_the_new_is_there(kind: str, tmp_path: Path):
+def test_the_old_or_the_new_is_there(kind, tmp_path):
     target = tmp_path / "above" / "made.json"
     for text in ("old", "new"):
         with publish(target) as draft:
@@ -41,7 +39,7 @@ def test_the_old_or_the_new_is_there(kind: str, tmp_path: Path):
     assert content(target, kind) == "new" and os.listdir(target.parent) == ["made.json"]
 
 
-def test_modes_are_the_usual_ones_and_linked_files_are_left_alone(tmp_path: Path):
+def test_modes_are_the_usual_ones_and_linked_files_are_left_alone(tmp_path):
     (tmp_path / "plain").write_text("")
     private = tmp_path / "private"
     private.touch(0o600)
@@ -53,7 +51,7 @@ def test_modes_are_the_usual_ones_and_linked_files_are_left_alone(tmp_path: Path
     assert modes["file"] == modes["plain"] and modes["linked"] == 0o600 and modes["made"] & 0o111
 
 
-def test_texts_and_json(tmp_path: Path):
+def test_texts_and_json(tmp_path):
     assert write_text(tmp_path / "a.txt", "é").read_bytes() == "é".encode()
     assert write_json(tmp_path / "b" / "a.json", {"x": 1}).read_text() == '{\n  "x": 1\n}\n'
 
@@ -69,7 +67,7 @@ with publish(Path(sys.argv[1])) as draft:
 """
 
 
-def test_a_kill_leaves_nothing_for_long_and_live_drafts_are_not_swept(tmp_path: Path):
+def test_a_kill_leaves_nothing_for_long_and_live_drafts_are_not_swept(tmp_path):
     target = tmp_path / "made"
     child = subprocess.Popen([sys.executable, "-c", CHILD, target], stdout=subprocess.PIPE)
     child.stdout.readline()
@@ -84,7 +82,7 @@ def test_a_kill_leaves_nothing_for_long_and_live_drafts_are_not_swept(tmp_path: 
     assert os.listdir(tmp_path) == ["made"]
 
 
-def test_what_the_system_says_is_one_line(tmp_path: Path):
+def test_what_the_system_says_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be written: (Not a directory|File exists)"):
         write_text(tmp_path / "file" / "made", "")

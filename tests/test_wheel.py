@@ -1,7 +1,5 @@
 """The built wheel holds all that its code needs, and works where nothing of this repository is."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import tomllib

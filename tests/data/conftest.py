@@ -1,7 +1,5 @@
 """Conversion of one data set in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

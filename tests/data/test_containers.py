@@ -1,7 +1,5 @@
 """Files of rows: what one is follows from its content, and a row is the same row in every container."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import lzma
@@ -31,21 +29,23 @@ def written(path: Path, data: bytes) -> Path:
     return path
 
 
+def read_columns(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key in COLUMNS} for row in rows]
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize("name", ["alpaca", "vicuna_sharegpt"])
-def test_content_decides_not_the_name(name: str, ending: str, tmp_path: Path):
+def test_content_decides_not_the_name(name, ending, tmp_path):
     rows = sample_rows(name, 50)
     data = write_rows(tmp_path / "rows", rows, ending).read_bytes()
-    wanted = [{key: value for key, value in row.items() if key in COLUMNS} for row in rows]
     for other in ("x.json", "x.gz", "x.txt"):
-        found = rows_of(written(tmp_path / other, data))
-        assert [{key: value for key, value in row.items() if key in COLUMNS} for row in found] == wanted
+        assert read_columns(rows_of(written(tmp_path / other, data))) == read_columns(rows)
 
 
 @pytest.mark.parametrize("layout", ["array", "array in lines", "lines", "spread"])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n", "\n \t\r\n"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf", b"\n \r\n"])
-def test_layouts_line_ends_and_byte_order_marks(layout: str, end: str, mark: bytes, tmp_path: Path):
+def test_layouts_line_ends_and_byte_order_marks(layout, end, mark, tmp_path):
     rows = sample_rows("alpaca", 6)
     ending, indent = {"array": (".json", 2), "array in lines": (".json", 0)}.get(layout, (".jsonl", None))
     text = write_rows(tmp_path / "rows", rows, ending, indent).read_text()
@@ -69,7 +69,7 @@ SKIPPED = struct.pack("<II", 0x184D2A53, 5) + b"pzstd"
     ids=["gzip members and padding", "zstd frames", "zstd frames to skip"],
 )
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
-def test_packed_in_several_parts(pack, ending: str, tmp_path: Path):
+def test_packed_in_several_parts(pack, ending, tmp_path):
     rows = sample_rows("alpaca", 9)
     data = write_rows(tmp_path / "rows", rows, ending).read_bytes()
     assert rows_of(written(tmp_path / "packed", pack(data[:200], data[200:]))) == rows
@@ -102,7 +102,7 @@ def test_packed_in_several_parts(pack, ending: str, tmp_path: Path):
         (gzip.compress(zstd(b"[]"), mtime=0), "a doubly compressed file"),
     ],
 )
-def test_files_without_rows_are_one_line_that_names_them(content: bytes, message: str, tmp_path: Path):
+def test_files_without_rows_are_one_line_that_names_them(content, message, tmp_path):
     with refused(f"^{tmp_path / 'rows.json'}.*{message}", UserError):
         rows_of(written(tmp_path / "rows.json", content))
 
@@ -136,32 +136,27 @@ WORDS = ["q", None, "é"]
         ([{"from": "gpt"}, None], pa.map_(pa.string(), pa.string())),
     ],
 )
-def test_types_of_columns(write, values: list, kind: pa.DataType, tmp_path: Path):
+def test_types_of_columns(write, values, kind, tmp_path):
     array = pa.array([list(value.items()) if isinstance(value, dict) else value for value in values], kind)
     table = pa.table({"other": pa.nulls(len(values)), "query": array})
     assert rows_of(write(tmp_path / "rows", table)) == [{"query": value} for value in values]
 
 
 @TABLES
-def test_columns_that_are_absent_and_rows_across_batches(write, tmp_path: Path):
-    assert rows_of(write(tmp_path / "rows", pa.table({"x": [1, 2]}))) == [{}, {}]
-    assert rows_of(write(tmp_path / "rows", pa.table({"query": pa.array([], pa.string())}))) == []
-    rows = [{"query": f"q{number}"} for number in range(600)]
-    path = write(tmp_path / "rows", pa.Table.from_pylist(rows))
-    assert list(recognise(path).rows(COLUMNS)) == list(enumerate(rows, 1))
-
-
-@TABLES
-def test_text_that_is_none(write, tmp_path: Path):
+def test_columns_that_are_absent_rows_across_batches_and_text_that_is_none(write, tmp_path):
+    path, many = tmp_path / "rows", [{"query": f"q{number}"} for number in range(600)]
+    assert rows_of(write(path, pa.table({"x": [1, 2]}))) == [{}, {}]
+    assert rows_of(write(path, pa.table({"query": pa.array([], pa.string())}))) == []
+    assert list(recognise(write(path, pa.Table.from_pylist(many))).rows(COLUMNS)) == list(enumerate(many, 1))
     raw = pa.array([b"good", b"b\xff"]).cast(pa.binary())
     bad = pa.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
-    first, second = rows_of(write(tmp_path / "rows", pa.table({"query": bad, "response": ["a", "b"]})))
+    first, second = rows_of(write(path, pa.table({"query": bad, "response": ["a", "b"]})))
     assert first == {"query": "good", "response": "a"}
     assert isinstance(second, Reject) and second.reason == "invalid_utf8"
 
 
 @TABLES
-def test_names_that_mean_two_things(write, tmp_path: Path):
+def test_names_that_mean_two_things(write, tmp_path):
     """An error if the columns that are read are not certain; others may be called what they like."""
     twice = pa.Table.from_arrays([pa.array(["a"])] * 3, ["query", "response", "response"])
     with refused("rows: 'response' is the name of two columns", UserError):
@@ -180,21 +175,21 @@ def row(**changed: object) -> dict:
 
 @pytest.mark.parametrize("ending", [*ENDINGS, ".spread"])
 @pytest.mark.parametrize(
-    ("odd", "reason"),
+    ("odd", "reason", "shown"),
     [
-        (row(), None),
-        (row(input=None), None),
-        (row(output="\x00 \u2028 🙂 \\u0041"), None),
-        (row(input=float("nan")), "wrong_type"),
-        (row(input=float("inf")), "wrong_type"),
-        (row(input=3), "wrong_type"),
-        (row(input=[["deep"]]), "wrong_type"),
-        (row(output=" \u2003"), "empty_turn"),
-        ({"instruction": "i", "input": ""}, "missing_field"),
+        (row(), None, None),
+        (row(input=None), None, None),
+        (row(output="\x00 \u2028 🙂 \\u0041"), None, None),
+        (row(input=float("nan")), "wrong_type", "NaN"),
+        (row(input=float("inf")), "wrong_type", "Infinity"),
+        (row(input=3), "wrong_type", None),
+        (row(input=[["deep"]]), "wrong_type", None),
+        (row(output=" \u2003"), "empty_turn", None),
+        ({"instruction": "i", "input": ""}, "missing_field", None),
     ],
 )
-def test_a_row_is_accepted_or_refused_for_what_it_is(odd: dict, reason: str | None, ending: str, tmp_path: Path):
-    """And shown as what it is: NaN is not null."""
+def test_a_row_is_accepted_or_refused_and_shown_for_what_it_is(odd, reason, shown, ending, tmp_path):
+    """NaN is not null."""
     path = write_rows(tmp_path / "rows", [odd], ".json" if ending == ".spread" else ending, indent=1)
     if ending == ".spread":
         path.write_bytes(path.read_bytes().strip(b"[]"))
@@ -202,7 +197,4 @@ def test_a_row_is_accepted_or_refused_for_what_it_is(odd: dict, reason: str | No
     assert outcome.reasons == ({reason: 1} if reason else {}), outcome.error
     if reason:
         (reject,) = read_jsonl(tmp_path / "out" / "alpaca" / "rejects.jsonl")
-        shown = {"inf": "Infinity", "nan": "NaN"}.get(str(odd.get("input")))
-        assert (f'"input": {shown}' in reject["text"] and "row" not in reject) if shown else reject["row"] == odd
-        kind = {"Infinity": "a number", "NaN": "NaN"}.get(shown)
-        assert not shown or reject["detail"] == f"'input' is {kind}, not a string"
+        assert f'"input": {shown}' in reject["text"] if shown else reject["row"] == odd

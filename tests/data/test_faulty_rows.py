@@ -1,11 +1,8 @@
 """Rows and files with faults: a counted reject with its place, or one clear line, and nothing half-written."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import xxhash
@@ -16,7 +13,7 @@ from router_tuning.data import reformat
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet", ".arrow", ".json"])
 @pytest.mark.parametrize("damage", ["cut at 0.3", "cut at 0.9", "cut at 0.999", "zeros"])
-def test_damaged_files(ending: str, damage: str, tmp_path: Path):
+def test_damaged_files(ending, damage, tmp_path):
     path = write_rows(tmp_path / "rows", sample_rows("alpaca", 400), ending)
     whole = path.read_bytes()
     if damage == "zeros":
@@ -42,7 +39,7 @@ BAD = {
 }
 
 
-def test_bad_lines_are_counted_with_their_place(tmp_path: Path, convert):
+def test_bad_lines_are_counted_with_their_place(tmp_path, convert):
     """The first of them looks like an array; there are blank lines, and the last line has no end."""
     bad = [("not_an_object", b"[1, 2]"), *((reason, line) for reason, lines in BAD.items() for line in lines)]
     path = tmp_path / "rows.jsonl"
@@ -61,14 +58,14 @@ def test_bad_lines_are_counted_with_their_place(tmp_path: Path, convert):
 
 
 @pytest.mark.parametrize("line", [GOOD[:-9], GOOD + GOOD, b"", GOOD.replace(b": ", b" "), b'{"a": "\\x"}'])
-def test_an_array_that_is_no_json_is_one_line_with_its_place(line: bytes, tmp_path: Path):
+def test_an_array_that_is_no_json_is_one_line_with_its_place(line, tmp_path):
     path = tmp_path / "rows.json"
     path.write_bytes(b"[\n" + b",\n".join([GOOD, line, GOOD]) + b"\n]")
     assert "rows.json:3: " in outcome_of("alpaca", path, tmp_path / "out").error
     assert files_in(tmp_path / "out") == set()
 
 
-def test_rejects_show_the_row(tmp_path: Path, convert, monkeypatch):
+def test_rejects_show_the_row(tmp_path, convert, monkeypatch):
     path = tmp_path / "rows.jsonl"
     deep = b'{"instruction": "i", "x": ' + b"[" * 300 + b"]" * 300 + b"}"
     odd = [b"NaN", b"9" * 40, b'"\\ud800"', b"[" * 900 + b"]" * 900, b'{"x": 1, "x": 2}']
@@ -86,7 +83,7 @@ def test_rejects_show_the_row(tmp_path: Path, convert, monkeypatch):
     assert json.loads(rejects[3]["text"])["instruction"] == "i"
 
 
-def test_limits(tmp_path: Path):
+def test_limits(tmp_path):
     """One faulty row in 100 is borne by default, two are not; blank turns are no faults; --strict bears nothing."""
 
     def outcome(faulty: int, **settings: object):

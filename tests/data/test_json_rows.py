@@ -1,7 +1,5 @@
 """Rows of JSON text: whatever the layout and the chunks, they are what ``json`` reads, and nothing else passes."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import json
@@ -26,6 +24,7 @@ VALUE = st.recursive(
 ROWS = st.lists(st.fixed_dictionaries({"id": VALUE}) | VALUE, max_size=6)
 STYLE = st.sampled_from([(None, None), (None, (",", ":")), (1, None), (0, (" , ", " : "))])
 CHUNK = st.sampled_from([1, 7, 64, 1 << 18])
+BYTE = st.sampled_from([None, *b'",]}{[ a\x00\xff\xc3\n'])
 
 
 def read(data: bytes, array: bool, chunk: int) -> tuple[list[object], list[int]]:
@@ -37,7 +36,7 @@ def read(data: bytes, array: bool, chunk: int) -> tuple[list[object], list[int]]
 
 @settings(max_examples=300, deadline=None)
 @given(rows=ROWS, style=STYLE, chunk=CHUNK, array=st.booleans(), end=st.sampled_from(["\n", "\r\n"]))
-def test_arrays_and_values_are_read_as_others_read_them(rows, style, chunk: int, array: bool, end: str):
+def test_arrays_and_values_are_read_as_others_read_them(rows, style, chunk, array, end):
     indent, separators = style
     texts = [json.dumps(row, indent=indent, separators=separators, ensure_ascii=False) for row in rows]
     text = "[\n" + ",\n".join(texts) + "\n]" if array else "\n".join(texts)
@@ -48,14 +47,8 @@ def test_arrays_and_values_are_read_as_others_read_them(rows, style, chunk: int,
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    rows=ROWS,
-    style=STYLE,
-    place=st.floats(0, 1, exclude_max=True),
-    byte=st.sampled_from([None, *b'",]}{[ a\x00\xff\xc3\n']),
-    chunk=CHUNK,
-)
-def test_no_damaged_array_is_read_in_silence(rows, style, place: float, byte: int | None, chunk: int):
+@given(rows=ROWS, style=STYLE, place=st.floats(0, 1, exclude_max=True), byte=BYTE, chunk=CHUNK)
+def test_no_damaged_array_is_read_in_silence(rows, style, place, byte, chunk):
     """Cut short, or with a byte changed or behind it: rows are as ``json`` says, or one is unreadable, or an error."""
     whole = json.dumps(rows, indent=style[0], separators=style[1], ensure_ascii=False).encode()
     at = int(place * (len(whole) + 1))
@@ -90,7 +83,7 @@ ODD = {
 
 @pytest.mark.parametrize("text", ODD, ids=[f"{text[:24]!r}" for text in ODD])
 @pytest.mark.parametrize("chunk", [5, 1 << 18])
-def test_a_row_is_read_or_refused_for_what_it_is_in_every_layout(text: bytes, chunk: int):
+def test_a_row_is_read_or_refused_for_what_it_is_in_every_layout(text, chunk):
     """The rows beside it are read, whatever it is."""
     rows = [parse(text)]
     rows.append(read(b'[{"b":1},\n' + text + b' , {"b":2}]', True, chunk)[0][1])

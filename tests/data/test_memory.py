@@ -1,6 +1,4 @@
-"""Memory of the commands: bounded, whatever the input."""
-
-from __future__ import annotations
+"""Memory of the commands: bounded, whatever the input; and the benchmark that measures it, on files that are valid."""
 
 import json
 import runpy
@@ -31,7 +29,7 @@ OFTEN, SELDOM = (".jsonl", ".parquet"), (".json", ".jsonl.gz", ".jsonl.zst", ".a
 
 
 @pytest.mark.parametrize("ending", [*OFTEN, *(pytest.param(e, marks=pytest.mark.full) for e in SELDOM)])
-def test_memory_does_not_depend_on_the_size(ending: str, tmp_path: Path, root: Path):
+def test_memory_does_not_depend_on_the_size(ending, tmp_path, root):
     """100 MB of rows; pyarrow, which tables and zstandard need, is 60 MB itself. The mix is made in as little."""
     # A table gets them in one row group or batch, as some writers do.
     write_rows(tmp_path / "raw" / "meta_math_qa" / "rows", list(many_rows()), ending, batch=ROWS)
@@ -50,7 +48,7 @@ def test_memory_does_not_depend_on_the_size(ending: str, tmp_path: Path, root: P
 
 @pytest.mark.parametrize(("size", "rejects"), [(17_000_000, [("row_too_large", 101)]), (12_000_000, [])])
 @pytest.mark.parametrize("layout", ["lines", "array"])
-def test_large_rows_take_little_memory(size: int, rejects: list, layout: str, tmp_path: Path, root: Path):
+def test_large_rows_take_little_memory(size, rejects, layout, tmp_path, root):
     """With one letter of four bytes, which makes Python hold all others in four bytes, too."""
     (tmp_path / "raw" / "alpaca").mkdir(parents=True)
     large = GOOD.replace(b"plain", b"x" * size + "🙂".encode())
@@ -61,3 +59,16 @@ def test_large_rows_take_little_memory(size: int, rejects: list, layout: str, tm
     assert peak_memory(root, "reformat_datasets.py", *options) < 300e6
     found = read_jsonl(tmp_path / "out" / "alpaca" / "rejects.jsonl")
     assert [(reject["reason"], reject["line"]) for reject in found] == rejects
+
+
+@pytest.mark.parametrize("kind", ["jsonl", pytest.param("array", marks=pytest.mark.full)])
+def test_the_benchmark_measures_files_that_are_valid(kind, tmp_path, root):
+    script = runpy.run_path(str(root / "entrypoints" / "analysis" / "benchmark_data.py"))
+    count = script["write_raw"](kind, tmp_path / "raw", 300_000)
+    text = (tmp_path / "raw").read_text(encoding="utf-8")
+    assert count == len(json.loads(text) if kind == "array" else list(map(json.loads, text.splitlines()))) > 20
+    (tmp_path / "raw").unlink()
+    result = script["benchmark"](kind, 300_000, tmp_path, 1)
+    assert 300_000 <= result["bytes"] < 330_000 and result["rows"] == count
+    for name in ("plain_json_loop", "reformat", "mix_dedup"):
+        assert result[name]["rows_per_processor_s"] > 0 and result[name]["peak_mb"] < 300

@@ -1,7 +1,5 @@
 """A run over data sets: one that fails does not touch the others, what is finished is kept, kills leave nothing."""
 
-from __future__ import annotations
-
 import errno
 import os
 import random
@@ -31,7 +29,7 @@ from router_tuning.data.reformat import Settings, reformat
 
 
 @pytest.mark.parametrize("workers", [1, 7])
-def test_the_files_do_not_depend_on_the_workers(workers: int, tmp_path: Path, convert):
+def test_the_files_do_not_depend_on_the_workers(workers, tmp_path, convert):
     places = raw_sets(tmp_path, 60, *FORMATS)
     outcomes = reformat(places, tmp_path / "out", Settings(workers))
     assert [outcome.name for outcome in outcomes] == list(FORMATS)
@@ -48,7 +46,7 @@ def fails(*_: object) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_one_bad_data_set_does_not_take_the_others_with_it(workers: int, tmp_path: Path, monkeypatch):
+def test_one_bad_data_set_does_not_take_the_others_with_it(workers, tmp_path, monkeypatch):
     """A damaged file, a place without files, an error that nobody has thought of, and the death of the process."""
     places = raw_sets(tmp_path, 10, *FORMATS)
     places["meta_math_qa"].write_text('[{"query": "q"')
@@ -63,14 +61,14 @@ def test_one_bad_data_set_does_not_take_the_others_with_it(workers: int, tmp_pat
         assert errors[name] is None and len(read_jsonl(tmp_path / "out" / name / "data.jsonl")) == 10
 
 
-def test_names_of_files_that_are_no_text(tmp_path: Path, convert):
+def test_names_of_files_that_are_no_text(tmp_path, convert):
     (tmp_path / "rows").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "rows") + b"/\xff.jsonl")).write_bytes(b"{}\n" + GOOD)
     (reject,) = read_jsonl(convert("alpaca", tmp_path / "rows", **NO_LIMIT) / "rejects.jsonl")
     assert reject["file"] == "\\xff.jsonl"
 
 
-def test_a_data_set_that_is_finished_is_kept(tmp_path: Path, convert):
+def test_a_data_set_that_is_finished_is_kept(tmp_path, convert):
     """As long as its files are the same, and it is good enough for the settings of now."""
     rows = sample_rows("alpaca", 30)
     place = write_rows(tmp_path / "rows", [*rows, {"instruction": 3}], ".jsonl")
@@ -95,7 +93,7 @@ def test_a_data_set_that_is_finished_is_kept(tmp_path: Path, convert):
 
 
 @pytest.mark.parametrize("damage", ["missing data", "short data", "no report", "half a report", "another version"])
-def test_what_is_not_whole_is_made_again(damage: str, tmp_path: Path, convert):
+def test_what_is_not_whole_is_made_again(damage, tmp_path, convert):
     place = write_rows(tmp_path / "rows", sample_rows("alpaca", 30), ".jsonl")
     folder = convert("alpaca", place)
     before, report = contents(folder), folder / "reformat.json"
@@ -111,7 +109,7 @@ def test_what_is_not_whole_is_made_again(damage: str, tmp_path: Path, convert):
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.full), 2])
-def test_kill_9_at_random_points(workers: int, tmp_path: Path, root: Path):
+def test_kill_9_at_random_points(workers, tmp_path, root):
     """No file is there in part, and the run that comes after makes what an undisturbed one does, and no more."""
     names = ("alpaca", "meta_math_qa", "evol_code_alpaca")
     for name in names:
@@ -140,7 +138,7 @@ def test_kill_9_at_random_points(workers: int, tmp_path: Path, root: Path):
 
 
 @pytest.mark.parametrize("entry", ["reformat_datasets.py", "mix_datasets.py"])
-def test_no_more_room_for_a_file(entry: str, tmp_path: Path, command, convert, full_disk, capsys):
+def test_no_more_room_for_a_file(entry, tmp_path, command, convert, full_disk, capsys):
     """The system refuses to let a file grow, as on a full disk; the command says so and leaves nothing."""
     path = write_rows(tmp_path / "raw" / "alpaca", sample_rows("alpaca", 3000), ".json")
     convert("alpaca", path, tmp_path / "whole")

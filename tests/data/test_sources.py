@@ -1,9 +1,5 @@
 """Where a data set is: files, folders as people and the hub lay them out, hub ids."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import datasets
 from raw_data import read_jsonl, sample_rows, write_rows
 from refused import refused
@@ -12,7 +8,7 @@ from router_tuning.data.sources import locate, source_of
 from router_tuning.errors import UserError
 
 
-def test_layouts_of_the_hub(tmp_path: Path, convert):
+def test_layouts_of_the_hub(tmp_path, convert):
     """data/train-0000N-of-0000M.parquet beside other splits, a card and metadata; several shards keep their order.
 
     The cache of the hub holds several snapshots, of which one is the current.
@@ -31,7 +27,7 @@ def test_layouts_of_the_hub(tmp_path: Path, convert):
     assert [row["messages"][1]["content"] for row in data] == [row["output"] for row in rows]
 
 
-def test_published_name_wins_and_doubtful_folders_are_refused(tmp_path: Path):
+def test_published_name_wins_and_doubtful_folders_are_refused(tmp_path):
     rows = sample_rows("vicuna_sharegpt", 2)
     folder = tmp_path / "vicuna_sharegpt"
     write_rows(folder / "HTML_cleaned_raw_dataset" / "part1", rows, ".json")
@@ -49,7 +45,7 @@ def test_published_name_wins_and_doubtful_folders_are_refused(tmp_path: Path):
         source_of("slim_orca", mixed)
 
 
-def test_places_without_data(tmp_path: Path):
+def test_places_without_data(tmp_path):
     write_rows(tmp_path / "held" / "test", sample_rows("alpaca", 1), ".jsonl")
     (tmp_path / "none").mkdir()
     for place, message in (
@@ -62,7 +58,7 @@ def test_places_without_data(tmp_path: Path):
             source_of("alpaca", place)
 
 
-def test_files_and_folders_under_the_root(tmp_path: Path):
+def test_files_and_folders_under_the_root(tmp_path):
     assert locate("alpaca", tmp_path) is None
     for ending in (".parquet", ".jsonl.zst", ".json"):
         path = write_rows(tmp_path / "alpaca", [{"a": 1}], ending)
@@ -73,7 +69,7 @@ def test_files_and_folders_under_the_root(tmp_path: Path):
     assert locate("alpaca", tmp_path) == tmp_path / "alpaca"
 
 
-def test_hub_ids_go_through_datasets(tmp_path: Path, monkeypatch, convert):
+def test_hub_ids_go_through_datasets(tmp_path, monkeypatch, convert):
     """A local folder stands for the hub, which ``load_dataset`` reads in the same way."""
     rows = sample_rows("meta_math_qa", 20)
     write_rows(tmp_path / "meta-math" / "MetaMathQA" / "MetaMathQA-395K", rows, ".json")

@@ -1,7 +1,5 @@
 """The embedded base: its tokenizer, its stream of items, a short training with resume, and the checkpoint in git."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json
@@ -11,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
 
 from router_tuning.checkpoint.loading import load_dense
 from router_tuning.embedded.base_training import CURRICULUM, SampleStream, build_tokenizer
@@ -26,11 +23,11 @@ BASE = ROOT / "ckpt" / "tiny-llama-mod"
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
     return build_tokenizer()
 
 
-def test_the_tokenizer_takes_any_text_and_adds_nothing(tokenizer: PreTrainedTokenizerFast):
+def test_the_tokenizer_takes_any_text_and_adds_nothing(tokenizer):
     assert len(tokenizer) <= 512 and tokenizer.pad_token_id == 0
     for text in ("QWERTYUIOP", "1234567890"):
         assert tokenizer.tokenize("Input: " + text)[-10:] == list(text), "capitals and digits are single tokens"
@@ -38,54 +35,47 @@ def test_the_tokenizer_takes_any_text_and_adds_nothing(tokenizer: PreTrainedToke
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def take(stream: SampleStream, count: int) -> list[dict]:
-    return list(itertools.islice(stream, count))
+def test_stream_is_seeded_and_weighted(tokenizer):
+    def rows(stages, seed, count):
+        return list(itertools.islice(SampleStream(tokenizer, stages, 4, seed=seed, window=5), count))
 
-
-def test_stream_is_seeded_and_weighted(tokenizer: PreTrainedTokenizerFast):
-    rows = take(SampleStream(tokenizer, CURRICULUM, 4, seed=3, window=5), 40)
-    assert rows == take(SampleStream(tokenizer, CURRICULUM, 4, seed=3, window=5), 40)
-    assert rows != take(SampleStream(tokenizer, CURRICULUM, 4, seed=4, window=5), 40)
+    first, again, other = (rows(CURRICULUM, seed, 40) for seed in (3, 3, 4))
+    assert first == again != other
     stages = ((0, {"copy": 1.0}), (10, {"sort": 1.0, "copy": 0.0}))
-    rows = take(SampleStream(tokenizer, stages, 4, seed=0, window=5), 80)
-    asked = [tokenizer.decode(row["input_ids"]).splitlines()[1] for row in rows]
+    asked = [tokenizer.decode(row["input_ids"]).splitlines()[1] for row in rows(stages, 0, 80)]
     assert not any("ort" in text for text in asked[:40])
     assert set(asked[40:]) == {"Sort the letters.", "Put the letters in order."}
 
 
 def test_muon_takes_the_matrices_each_expert_for_itself_and_its_state_survives():
     """Three experts in one tensor step like a matrix each; halfway the state goes into an optimizer of another run."""
-    torch.manual_seed(0)
     stacked, embedding, norm = (torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 8, 4), (9, 4), (2,)))
     alone = [torch.nn.Parameter(part.clone()) for part in stacked.detach()]
-    rest = [("embed", embedding), ("norm", norm)]
-
-    def optimizers() -> tuple[MuonWithAdamW, MuonWithAdamW]:
-        apart = [(f"w{number}", part) for number, part in enumerate(alone)]
-        return MuonWithAdamW([("experts", stacked), *rest], 1e-2, 1e-3), MuonWithAdamW([*apart, *rest], 1e-2, 1e-3)
-
-    whole, apart = optimizers()
+    matrices, rest = (
+        [(f"w{number}", part) for number, part in enumerate(alone)],
+        [("embed", embedding), ("norm", norm)],
+    )
+    whole, apart = (MuonWithAdamW([*some, *rest], 1e-2, 1e-3) for some in ([("experts", stacked)], matrices))
     assert [len(part.param_groups[0]["params"]) for part in apart.parts] == [3, 2]
     before = embedding.detach().clone()
     for step in range(4):
         aim = torch.randn(3, 8, 4)
-        (stacked * aim).square().sum().backward()
-        (torch.stack(list(alone)) * aim).square().sum().backward()
-        embedding.sum().backward()
-        for optimizer in (whole, apart):
-            optimizer.step()
+        loss = (stacked * aim).square().sum() + (torch.stack(alone) * aim).square().sum() + embedding.sum()
         for parameter in (stacked, embedding, *alone):
             parameter.grad = None
-        assert torch.stack(list(alone)).equal(stacked)
+        loss.backward()
+        for optimizer in (whole, apart):
+            optimizer.step()
+        assert torch.stack(alone).equal(stacked)
         if step == 1:
-            states = [copy.deepcopy(optimizer.state_dict()) for optimizer in (whole, apart)]
-            _, apart = optimizers()
-            apart.load_state_dict(states[1])
+            state = copy.deepcopy(apart.state_dict())
+            apart = MuonWithAdamW([*matrices, *rest], 1e-2, 1e-3)
+            apart.load_state_dict(state)
     assert not embedding.equal(before)
 
 
 @pytest.fixture
-def train(command, tmp_path: Path):
+def train(command, tmp_path):
     """Train into ``tmp_path`` by the command; its exit code."""
     folders = ["--output_dir", tmp_path / "out" / "tiny", "--work_dir", tmp_path / "work"]
     return lambda *more: command("checkpoint/train_tiny_base.py", *folders, "--batch_size", 4, *more)
@@ -95,7 +85,7 @@ EXPERTS = pytest.param(("--num_experts", "3", "--curriculum_at", "2"), marks=pyt
 
 
 @pytest.mark.parametrize("experts", [(), EXPERTS], ids=["dense", "experts"])
-def test_training_resumes_to_the_same_weights_and_writes_a_whole_folder(tmp_path: Path, train, experts: tuple):
+def test_training_resumes_to_the_same_weights_and_writes_a_whole_folder(tmp_path, train, experts):
     options = ("--max_steps", "4", "--save_steps", "2", *experts)
     assert train(*options) == 0
     out = tmp_path / "out" / "tiny"
@@ -122,7 +112,7 @@ def test_training_resumes_to_the_same_weights_and_writes_a_whole_folder(tmp_path
     ("flag", "value", "message"),
     [("--max_steps", "0", "0 must be a whole number, at least 1"), ("--num_experts", "1", "at least 2, not 1")],
 )
-def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, train, flag, value, message, capsys):
+def test_bad_input_is_refused_before_anything_is_written(tmp_path, train, flag, value, message, capsys):
     assert train(flag, value) == 2
     assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
@@ -138,7 +128,7 @@ def test_checkpoint_in_git_is_small_plain_and_whole():
     assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_checkpoint_in_git_answers_as_its_card_says(tmp_path: Path):
+def test_checkpoint_in_git_answers_as_its_card_says(tmp_path):
     """The first held-out items of some tasks; another processor may round another way."""
     (record,) = read_records(ROOT / "figures" / "base.jsonl")
     claimed = {name: task for name, task in record["tasks"].items() if name.endswith("_gen")}

@@ -1,13 +1,10 @@
 """Sample data: right answers by an independent reading of the prompt, disjoint splits, the same bytes as in git."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -85,7 +82,7 @@ SOLVERS = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_answers_are_right_and_splits_share_no_prompt(task: str):
+def test_answers_are_right_and_splits_share_no_prompt(task):
     """Four choices, one of them right, in any place; free tasks have several right answers."""
     assert (task in SOLVERS) != (task in FREE_TASKS)
     items = {split: [generate(task, seed, split) for seed in range(COUNT)] for split in ("train", "heldout")}
@@ -105,7 +102,7 @@ def test_every_held_out_fact_is_taught_in_other_words():
 
 
 @pytest.mark.parametrize("relative", sorted(sample_files(128)))
-def test_committed_file_equals_the_regenerated_one(relative: str, root: Path):
+def test_committed_file_equals_the_regenerated_one(relative, root):
     text = (root / "data/sample" / relative).read_text(encoding="utf-8")
     assert text == sample_files(128)[relative]()
     if relative.startswith("heldout"):
@@ -115,7 +112,7 @@ def test_committed_file_equals_the_regenerated_one(relative: str, root: Path):
         assert len(asked) == 128 and not asked & trained
 
 
-def test_the_command_writes_these_files_and_refuses_nonsense(tmp_path: Path, root: Path, command):
+def test_the_command_writes_these_files_and_refuses_nonsense(tmp_path, root, command):
     assert command("data/make_sample_data.py", "--save_path", tmp_path, "--heldout_items", 3) == 0
     found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
     assert found == {name: make() for name, make in sample_files(3).items()}

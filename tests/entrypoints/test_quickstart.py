@@ -1,7 +1,5 @@
 """The scripts that a stranger types first: one-line refusals, and an installation only when it is needed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import stat

@@ -1,7 +1,5 @@
 """A tiny base and a run on it, made once for the tests of this folder."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 from types import ModuleType

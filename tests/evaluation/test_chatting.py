@@ -1,7 +1,5 @@
 """The chat: answers are those of generate, capacity and commands are real, mistakes do not end the talk."""
 
-from __future__ import annotations
-
 import io
 
 import pytest
@@ -13,7 +11,7 @@ from transformers import AutoTokenizer
 from router_tuning.errors import UserError
 from router_tuning.model import record_routing
 from router_tuning.model.flops import flops_share
-from router_tuning.viewer.chatting import Answer, answer
+from router_tuning.viewer.chatting import answer
 
 TALK = [{"role": "user", "content": "Add 3 and 9."}]
 
@@ -39,11 +37,6 @@ def test_what_cannot_be_answered_is_refused_in_one_line(routed, tokenizer):
         answer(routed, tokenizer, [{"role": "tool", "content": "5"}])
 
 
-def test_summary_line():
-    found = Answer("x", 4, {"1.attn": 0.0, "2.attn": 1.0}, 0.8, seconds=0.5, seconds_dense=1.0)
-    assert found.summary() == "▁█ depth 80% of the decoder, 4 tokens in 0.50 s, dense 1.00 s: +50% of the time saved"
-
-
 def test_terminal_session(tmp_path, base, command, capsys, monkeypatch):
     run = write_dial(write_run(tmp_path / "run", base))
     refusing = "{% if messages | length > 2 %}{{ raise_exception('one turn, please') }}{% endif %}"
@@ -53,13 +46,7 @@ def test_terminal_session(tmp_path, base, command, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     assert command("demo/chat.py", "--run", run, "--base", base, "--max_new_tokens", "4", "--compare") == 0
     told = capsys.readouterr().out
-    for part in (
-        "dial at 1, on average over text like that it was calibrated on",
-        "depth 100%",
-        "a number from 0 to 1",
-        "must lie in [0, 1]",
-        "new conversation",
-        "one turn, please",
-    ):
-        assert part in told, told
+    wanted = ("dial at 1, on average over text like that it was calibrated on", "depth 100%", "a number from 0 to 1")
+    wanted += ("must lie in [0, 1]", "new conversation", "one turn, please")
+    assert [part for part in wanted if part not in told] == [], told
     assert told.count("tokens in") == 2 and told.count("of the time saved") == 2

@@ -1,7 +1,5 @@
 """The commands around the scorer: two processes score what one does, and tables say so in two notations."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -21,11 +19,16 @@ def where(base, run):
     return ["--run", run, "--base", base, "--tasks", *TASKS, "--limit", "5", "--batch_size", "2"]
 
 
-def test_scores_stand_in_a_table(command, where, tmp_path, capsys):
+@pytest.fixture
+def tuned(command, where, tmp_path):
+    """What scoring leaves."""
     assert command("evaluate/evaluate_mod.py", *where, "--output", tmp_path / "tuned.jsonl") == 0
+    return json.loads((tmp_path / "tuned.jsonl").read_text())["tasks"]
+
+
+def test_scores_stand_in_a_table(command, capsys, tuned, tmp_path):
     assert "mod_math_mc" in capsys.readouterr().out
-    found = json.loads((tmp_path / "tuned.jsonl").read_text())["tasks"]
-    assert set(found) == set(TASKS) and all(0 < found[task]["share"] < 1 for task in TASKS)
+    assert set(tuned) == set(TASKS) and all(0 < tuned[task]["share"] < 1 for task in TASKS)
     assert command("evaluate/results_table.py", tmp_path / "tuned.jsonl", "--output", tmp_path / "table-0.5") == 0
     table = (tmp_path / "table-0.5.md").read_text()
     assert "| mod_math_mc | acc_norm |" in table and "±" in table
@@ -33,21 +36,20 @@ def test_scores_stand_in_a_table(command, where, tmp_path, capsys):
 
 
 @pytest.mark.full
-def test_two_processes_share_the_documents_and_one_writes(command, root, where, tmp_path):
-    assert command("evaluate/evaluate_mod.py", *where, "--output", tmp_path / "tuned.jsonl") == 0
+def test_two_processes_share_the_documents_and_one_writes(root, tuned, where, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = root / "entrypoints/evaluate/evaluate_mod.py"
-    call = [*map(str, [*launch, script, *where, "--output", tmp_path / "two.jsonl"])]
-    done = subprocess.run(call, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    launch += [root / "entrypoints/evaluate/evaluate_mod.py", *where, "--output", tmp_path / "two.jsonl"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, launch)], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results:") == 1
-    one, two = (json.loads((tmp_path / name).read_text())["tasks"] for name in ("tuned.jsonl", "two.jsonl"))
+    two = json.loads((tmp_path / "two.jsonl").read_text())["tasks"]
     for task in TASKS:
-        for what in ("scores", "decisions", "capacity"):
-            assert two[task][what] == pytest.approx(one[task][what], rel=1e-4), what
-        assert [two[task][w] for w in ("documents", "requests")] == [one[task][w] for w in ("documents", "requests")]
-        assert two[task]["share"] == pytest.approx(one[task]["share"])
+        for what in ("scores", "decisions", "capacity", "share"):
+            assert two[task][what] == pytest.approx(tuned[task][what], rel=1e-4), what
+        for what in ("documents", "requests"):
+            assert two[task][what] == tuned[task][what]
 
 
 def test_a_run_stands_beside_dense_another_recipe_random_and_static(command, root, base, run, tmp_path, capsys):
@@ -78,21 +80,12 @@ def test_a_run_stands_beside_dense_another_recipe_random_and_static(command, roo
 
 def test_wrong_input_is_one_line(command, tmp_path, capsys):
     (tmp_path / "list.jsonl").write_text("[]\n")
-    assert command("evaluate/results_table.py", tmp_path / "list.jsonl") == 2
-    assert command("evaluate/evaluate_mod.py") == 2
-    assert command("evaluate/evaluate_mod.py", "--base", tmp_path, "--capacity", "0.5") == 2
-    assert command("evaluate/evaluate_mod.py", "--run", tmp_path) == 2
-    assert command("evaluate/compare_run.py", "--run", tmp_path / "none") == 2
-    odd = {
-        "--limit": (0, -1, "x"),
-        "--batch_size": (0,),
-        "--num_fewshot": (-1,),
-        "--metadata": ("[1]", "{"),
-        "--no": (1,),
-    }
-    for flag, values in odd.items():
-        for value in values:
-            assert command("evaluate/evaluate_mod.py", "--base", tmp_path, flag, value) == 2
+    wrong = [["results_table.py", tmp_path / "list.jsonl"], ["compare_run.py", "--run", tmp_path / "none"]]
+    wrong += [["evaluate_mod.py"], ["evaluate_mod.py", "--run", tmp_path]]
+    odd = [("--capacity", "0.5"), ("--limit", 0), ("--limit", -1), ("--limit", "x"), ("--batch_size", 0)]
+    odd += [("--num_fewshot", -1), ("--metadata", "[1]"), ("--metadata", "{"), ("--no", 1)]
+    for script, *arguments in (*wrong, *(["evaluate_mod.py", "--base", tmp_path, *given] for given in odd)):
+        assert command(f"evaluate/{script}", *arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert "error: --limit: 0 must be a whole number, at least 1" in lines
     assert len(lines) == 13 and all(line.startswith("error: ") for line in lines), lines

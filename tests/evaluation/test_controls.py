@@ -1,7 +1,5 @@
 """Controls run what they say, at the operations that they say; modules go in the order of what they cost."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model

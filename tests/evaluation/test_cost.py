@@ -1,7 +1,5 @@
 """What routing saves, counted on models whose decisions are known."""
 
-from __future__ import annotations
-
 import pytest
 from tiny_models import random_batch, tiny_model
 

@@ -1,7 +1,5 @@
 """Tables say what the records hold, differences are paired, and a line is there whole or not at all."""
 
-from __future__ import annotations
-
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 
@@ -9,50 +7,36 @@ import pytest
 
 from router_tuning.errors import UserError
 from router_tuning.evaluation.figures import quality_figure
-from router_tuning.evaluation.records import (
-    all_tables,
-    control_table,
-    difference_table,
-    read_records,
-    summary_table,
-)
+from router_tuning.evaluation.records import all_tables, control_table, difference_table, read_records, summary_table
 from router_tuning.evaluation.tables import Table, with_error
 from router_tuning.files import append_json, read_json_lines
 
 TIMES = {"seconds_dense": 2.0, "seconds_routed": 1.0, "time_ratio": 0.51}
 COST = {"share": 0.7, "kv_bytes_dense": 4000, "kv_bytes_routed": 3000, "kv_share": 0.75, "new_tokens": 16}
-
-TOKENS = {"tokens": [1, 2, 3]}
 NEAR = {"perplexity": 9.0, "dense_perplexity": 6.0, "agreement": 0.75}
 
 
 def record(policy, documents, kl=(0.0, 0.0, 0.0), share=1.0, **cell):
     task = {"metric": "acc", "value": documents.count("1") / len(documents), "stderr": 0.01, "documents": documents}
-    return {
-        "cell": {"policy": policy, **cell},
-        "share": share,
-        "capacity": share,
-        "tasks": {"t": task, "mmlu_law": task, "mmlu_art": task},
-        "texts": {
-            "wiki": {"kl": sum(kl) / 6, "share": share, **NEAR, "documents": {"tokens": [1, 2, 3], "kl": list(kl)}}
-        },
-    }
+    text = {"kl": sum(kl) / 6, "share": share, **NEAR, "documents": {"tokens": [1, 2, 3], "kl": list(kl)}}
+    found = {"cell": {"policy": policy, **cell}, "share": share, "capacity": share, "texts": {"wiki": text}}
+    return {**found, "tasks": {"t": task, "mmlu_law": task, "mmlu_art": task}}
 
 
 @pytest.fixture
 def records():
-    at = {"budget": 0.7, "granularity": "attn_token"}
+    at = {"recipe": "fit", "seed": 0, "budget": 0.7, "granularity": "attn_token"}
     ours = [
-        record("routed", d, kl, 0.7, recipe="fit", seed=s, **at)
-        for s, d, kl in ((0, "1101", (1, 2, 3)), (1, "1001", (2, 3, 4)))
+        record("routed", "1101", (1, 2, 3), 0.7, **at),
+        record("routed", "1001", (2, 3, 4), 0.7, **at | {"seed": 1}),
     ]
     ours[0]["cost"] = {**COST, "prefill": TIMES, "generate": TIMES}
     return [
-        record("static_zero", "0100", (5, 5, 5), 0.7, recipe="fit", seed=0, **at),
-        record("static_zero", "0000", (5, 5, 5), 0.6, recipe="fit", seed=0, **at | {"budget": 0.6}),
+        record("static_zero", "0100", (5, 5, 5), 0.7, **at),
+        record("static_zero", "0000", (5, 5, 5), 0.6, **at | {"budget": 0.6}),
         *ours,
-        record("random", "1000", (4, 4, 4), 0.7, recipe="fit", seed=0, **at),
-        record("random", "1000", (4, 4, 4), 0.7, recipe="other", seed=0, **at),
+        record("random", "1000", (4, 4, 4), 0.7, **at),
+        record("random", "1000", (4, 4, 4), 0.7, **at | {"recipe": "other"}),
         record("dense", "1111"),
         {"cell": {"policy": "routed", "recipe": "fit", "budget": 0.1, "seed": 0}, "refused": "out of reach"},
     ]
@@ -67,9 +51,8 @@ def test_summary_has_a_row_per_policy_and_budget(records):
     labels = ["dense", "fit", "random, fit", "random, other", "static zero, fit", "static zero, fit"]
     assert [row["policy"] for row in rows] == labels
     ours = next(row for row in rows if row["policy"] == "fit")
-    assert (
-        ours["choices"] == "0.625 ± 0.177" and ours["KL, wiki"] == "1.250 ± 0.354" and ours["time, prefill"] == "0.510"
-    )
+    found = (ours["choices"], ours["KL, wiki"], ours["time, prefill"])
+    assert found == ("0.625 ± 0.177", "1.250 ± 0.354", "0.510")
     assert rows[0]["choices"] == "1.000" and rows[0]["time, prefill"] is None
 
 

@@ -1,7 +1,5 @@
 """The routing report in headless Chromium: drawn, usable by keyboard, readable on a phone, dark and light."""
 
-from __future__ import annotations
-
 import html
 import json
 import re
@@ -101,34 +99,25 @@ def found(tmp_path_factory):
     return session(tmp_path_factory.mktemp("browser"))
 
 
-def test_every_section_is_drawn_without_errors_or_requests(found):
+def test_every_section_is_drawn_and_decisions_are_told_by_shape_and_words_not_colour_alone(found):
     assert found["headings"] == 7 and found["errors"] == [] and found["requests"] == 0
     assert found["drawn"] == [3, 1 + 5 + 1, 2, 2, 2]
     assert found["token"] == "<b>" and "50.0 % of the routed work" in found["summary"]
-
-
-def test_decisions_are_told_by_shape_and_words_not_colour_alone(found):
     assert {text for text, _ in found["cells"]} == {"■", "·"}
     for text, label in found["cells"]:
         assert ("runs" if text == "■" else "skipped") in label and label.startswith("router ")
 
 
-def test_keyboard_reaches_and_walks_the_map(found):
+def test_keys_and_buttons_walk_the_map_and_change_the_prompt(found):
     assert found["walk"] == ["0,0", "0,0", "1,0", "1,4", "1,4", "1,0", "0,0", "0,0"], "next to the buttons, by one Tab"
     assert found["stops"] == 1 and "Router 4.attn, whole sequence" in found["detail"] and found["outline"] == "solid"
-
-
-def test_keys_and_buttons_change_the_prompt(found):
     assert found["prompts"] == [[1 + 64 + 1, "1", "#prompt=1"], [7, "0", "#prompt=0"], [66, "1", "#prompt=1"]]
     assert found["round"] == [7, "0", "#prompt=0"], "after the last prompt comes the first"
 
 
-def test_a_phone_scrolls_the_map_not_the_page(found):
-    assert found["phone"] == [True, True, 0], "and touch targets are 40 pixels high"
-
-
-def test_dark_follows_the_reader_and_the_button_overrides(found, tmp_path):
+def test_a_phone_scrolls_the_map_and_dark_follows_the_reader(found, tmp_path):
+    assert found["phone"] == [True, True, 0], "the map, not the page; and touch targets are 40 pixels high"
     light, dark = "rgb(255, 255, 255)", "rgb(19, 20, 24)"
-    assert found["colours"] == [light, dark, "true", light, "false"]
+    assert found["colours"] == [light, dark, "true", light, "false"], "the button overrides"
     other = session(tmp_path, "--blink-settings=preferredColorScheme=0")
     assert other["colours"] == [dark, light, "false", dark, "true"]

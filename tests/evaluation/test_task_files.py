@@ -1,7 +1,5 @@
 """Task files: held-out ones rendered as in training; the paper's complete, never scoring an example, as in stock."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -86,9 +84,7 @@ def test_a_few_shot_row_is_never_scored(sources, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "group, shots", [("mod_zero_shot", ZERO_SHOT), pytest.param("mod_paper", SHOTS, marks=pytest.mark.full)]
 )
-def test_dense_scores_equal_stock_lm_eval_on_the_unrouted_base(
-    base, tokenizer, eval_data, sources, monkeypatch, group, shots
-):
+def test_dense_scores_equal_stock_lm_eval(base, tokenizer, eval_data, sources, monkeypatch, group, shots):
     """The stock side asks for lm-eval's own tasks by their names, and gets the same rows where it asks the hub."""
     monkeypatch.setenv("MOD_EVAL_DATA", str(eval_data))
     limit = int(os.environ.get("MOD_EVAL_LIMIT", 1))

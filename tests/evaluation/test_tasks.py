@@ -1,7 +1,5 @@
 """Scores in process: stock lm-eval's numbers, whatever the batch, with every document's and the cost beside them."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Closeness to the dense self equals what one row at a time gives; documents are what the file holds."""
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -21,12 +19,13 @@ from router_tuning.tuning.encoding import bos_of
 PROMPTS = ["<|user|>\nAdd 12 and 3.\n<|assistant|>\n", "<|user|>\nCopy.\nInput: ABC\n<|assistant|>\n", "Hi"]
 
 
-HELDOUT = {"add": 4, "code": 3}
+@pytest.fixture
+def files(root):
+    return {root / "data/sample/heldout/add.jsonl": 4, root / "data/sample/heldout/code.jsonl": 3}
 
 
 @pytest.fixture
-def documents(tokenizer, root):
-    files = {root / f"data/sample/heldout/{name}.jsonl": count for name, count in HELDOUT.items()}
+def documents(tokenizer, files):
     return [document for file, count in files.items() for document in read_documents(file, tokenizer, count, 200)]
 
 
@@ -53,18 +52,16 @@ def test_closeness_equals_one_row_at_a_time(base, dense, tokenizer, documents, g
         agree.append(int((ours.argmax(-1) == theirs.argmax(-1)).sum()))
         tokens.append(int(learnt.sum()))
     assert found["documents"]["tokens"] == tokens and found["documents"]["agree"] == agree
-    assert found["documents"]["kl"] == pytest.approx(kl, rel=1e-3) and found["kl"] == pytest.approx(
-        sum(kl) / sum(tokens), rel=1e-4
-    )
+    assert found["documents"]["kl"] == pytest.approx(kl, rel=1e-3)
+    assert found["kl"] == pytest.approx(sum(kl) / sum(tokens), rel=1e-4)
     assert found["perplexity"] == pytest.approx(math.exp(sum(nll) / sum(tokens)), rel=1e-4)
     assert found["share"] == pytest.approx(flops_share(model, found["capacity"]), abs=1e-3) and found["share"] < 1
 
 
-def test_a_model_is_its_own_dense_self_and_answer_loss_the_mean_over_answers(dense, tokenizer, root, documents):
+def test_a_model_is_its_own_dense_self_and_answer_loss_the_mean_over_answers(dense, tokenizer, files, documents):
     found = compare_texts(dense, dense, documents, Collator(tokenizer))
     assert found["kl"] == 0 and found["agreement"] == 1 and found["perplexity"] == found["dense_perplexity"]
     assert "share" not in found
-    files = {root / f"data/sample/heldout/{name}.jsonl": count for name, count in HELDOUT.items()}
     rows = [row for file, count in files.items() for row in read_rows(file)[:count]]
     loss = answer_loss(dense, encoded(rows, tokenizer, 200), Collator(tokenizer))
     assert loss == pytest.approx(math.log(found["perplexity"]), rel=1e-5)

@@ -1,7 +1,5 @@
 """Routed modules on a flat list of tokens, without vLLM: each token alone says what they must give, and cost."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest
@@ -49,12 +47,8 @@ class PlainAttention(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.qkv_proj, self.attn, self.o_proj, self.ran = (
-            nn.Linear(SIZE, 3 * SIZE),
-            Cached(),
-            nn.Linear(SIZE, SIZE),
-            [],
-        )
+        self.qkv_proj, self.o_proj = nn.Linear(SIZE, 3 * SIZE), nn.Linear(SIZE, SIZE)
+        self.attn, self.ran = Cached(), []
 
     def forward(self, positions, hidden_states):
         output = self.attn(*self.qkv_proj(hidden_states).chunk(3, dim=-1))

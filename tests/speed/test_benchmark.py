@@ -1,7 +1,5 @@
 """The speed benchmark measures what it says: exact capacities, an ideal without the skipped work, honest ratios."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The run on a GPU, rehearsed on a CPU: every cell, a journal that survives cuts and failures, and the table."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import runpy
@@ -30,15 +28,11 @@ def test_the_script_runs_every_cell_and_its_file_gives_the_tables(root, tmp_path
     assert done.returncode == 0, done.stderr
     rows = read_json_lines(journal)
     assert [row for row in rows if "failed" in row or "not_started" in row] == []
-    timed = [(r["phase"], r["batch"], r["length"], r["granularity"], r["skip"], r["decisions"])
-             for r in rows if "time_ratio" in r]  # fmt: skip
-    granularities = ("attn_sequence", "attn_token+mlp_token")
+    names = ("phase", "batch", "length", "granularity", "skip", "decisions")
+    timed = [tuple(row[name] for name in names) for row in rows if "time_ratio" in row]
+    ways = [*itertools.product(("attn_sequence", "attn_token+mlp_token"), ("zero", "low_rank"), (0.5, 1.0))]
     workloads = [("prefill", 2, 8), ("decode", 1, 8), ("decode", 8, 8), ("prefill", 1, 16)]
-    assert timed == [
-        (*workload, *one)
-        for workload in workloads
-        for one in itertools.product(granularities, ("zero", "low_rank"), (0.5, 1.0))
-    ]
+    assert timed == [(*workload, *way) for workload in workloads for way in ways]
     tables = speed_tables(measured(rows))
     assert len(tables["speed"].rows) == len(timed) and len(tables["profile"].rows) == len(timed) / 4
     names = [row[0] for row in tables["other"].rows]
@@ -46,22 +40,20 @@ def test_the_script_runs_every_cell_and_its_file_gives_the_tables(root, tmp_path
     assert all(table.text() in done.stdout for table in tables.values())
 
 
-def run(cells, *arguments):
-    return list(run_cells(cells, *arguments))
+def run(*arguments, about=ABOUT, **outcomes):
+    """Cells that give a value, or raise an error, by name."""
 
-
-def cells(**outcomes):
-    def run(name):
+    def outcome(name):
         if isinstance(outcomes[name], Exception):
             raise outcomes[name]
         return [{"value": outcomes[name]}]
 
-    return [Cell(name, "kind", lambda name=name: run(name)) for name in outcomes]
+    return list(run_cells([Cell(n, "kind", lambda n=n: outcome(n)) for n in outcomes], *arguments, about))
 
 
 def test_a_cell_that_fails_is_told_and_the_next_one_runs(tmp_path):
     journal = tmp_path / "cells.jsonl"
-    run(cells(a=1, b=torch.OutOfMemoryError("too large"), c=3), journal, ABOUT)
+    run(journal, a=1, b=torch.OutOfMemoryError("too large"), c=3)
     header, a, b, c = read_json_lines(journal)
     assert header == {"run": ABOUT} and (a["value"], c["value"]) == (1, 3)
     assert b["cell"] == "b" and b["failed"] == "OutOfMemoryError: too large"
@@ -69,11 +61,11 @@ def test_a_cell_that_fails_is_told_and_the_next_one_runs(tmp_path):
 
 def test_a_later_run_goes_on_where_a_cut_one_ended(tmp_path):
     journal = tmp_path / "cells.jsonl"
-    run(cells(a=1, b=2), journal, ABOUT)
+    run(journal, a=1, b=2)
     journal.write_text(journal.read_text()[:-10])  # in the middle of the last line
-    run(cells(a=3, b=4, c=5), journal, ABOUT)
+    run(journal, a=3, b=4, c=5)
     assert [row["value"] for row in measured(read_json_lines(journal))] == [1, 4, 5]
-    run(cells(a=6), journal, {"device": "another"})
+    run(journal, about={"device": "another"}, a=6)
     assert [row["value"] for row in measured(read_json_lines(journal), "another")] == [6]
 
 
@@ -86,7 +78,7 @@ def test_no_cell_starts_that_would_end_after_the_time(tmp_path, monkeypatch):
         return [{"value": seconds}]
 
     plan = (("a", "short", 1), ("b", "long", 40), ("c", "long", 40), ("d", "short", 1))
-    run([Cell(name, kind, lambda s=s: wait(s)) for name, kind, s in plan], journal, ABOUT, 1.0)
+    list(run_cells([Cell(name, kind, lambda s=s: wait(s)) for name, kind, s in plan], journal, ABOUT, 1.0))
     rows = read_json_lines(journal)
     assert [row["cell"] for row in measured(rows)] == ["a", "b", "d"] and rows[-1]["not_started"] == ["c"]
 

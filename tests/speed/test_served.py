@@ -1,7 +1,5 @@
 """What is timed of vLLM, with a stand-in for it: thresholds of budgets, in turns; what is left says our engine."""
 
-from __future__ import annotations
-
 import json
 from types import SimpleNamespace
 

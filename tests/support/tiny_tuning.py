@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import tiny_checkpoint
+import torch
+from safetensors.torch import load_file
 
 from router_tuning.tuning.command.command_line import Command, parse_command
 from router_tuning.tuning.run import Run, TunedRun
@@ -74,6 +77,23 @@ def tune(parts: dict[str, Path], output: Path, stop: StopOnSignal | None = None,
     return run_tuning(Run(command(parts, output, **overrides), stop))
 
 
+def resume(parts: dict[str, Path], whole: Path, step: int, output: Path, **overrides) -> Path:
+    """Continue a run, in a folder of its own, from a checkpoint that another one left."""
+    shutil.copytree(whole / f"checkpoint-{step}", output / f"checkpoint-{step}")
+    tune(parts, output, resume_from_checkpoint="auto", **overrides)
+    return output
+
+
 def history(output: Path) -> list[dict]:
     """Log lines of a finished run."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def record(output: Path, name: str = "run") -> dict:
+    """What a finished run says of itself."""
+    return json.loads((output / f"{name}.json").read_text())
+
+
+def routers(output: Path) -> dict[str, torch.Tensor]:
+    """Routers and skip paths of a finished run."""
+    return load_file(output / "router.safetensors")

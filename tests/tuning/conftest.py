@@ -1,7 +1,5 @@
 """Tuning runs shared by the tests of this folder; nothing may write into them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

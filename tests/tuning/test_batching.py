@@ -1,11 +1,10 @@
 """Order of rows: the same micro-batches for any number of processes, steps as drawn, little padding."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
+from transformers import AutoTokenizer
 
 from router_tuning.errors import UserError
 from router_tuning.tuning.batching import Collator, StepOrder
@@ -13,37 +12,32 @@ from router_tuning.tuning.batching import Collator, StepOrder
 LENGTHS = [int(n) for n in torch.randint(5, 200, (100,), generator=torch.Generator().manual_seed(0))]
 
 
-def steps(order, size=16):
-    rows = list(order)
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+def micro_batches(size=4, seed=1, epoch=0, **options):
+    """All of an epoch, in steps of 16 rows."""
+    order = StepOrder(LENGTHS, 16, seed, **options)
+    order.set_epoch(epoch)
+    return BatchSampler(order, batch_size=size, drop_last=False)
 
 
 def test_grouping_changes_the_order_within_a_step_only():
-    grouped, plain = StepOrder(LENGTHS, 16, seed=1), StepOrder(LENGTHS, 16, seed=1, group=False)
-    for ours, theirs in zip(steps(grouped), steps(plain), strict=True):
+    for ours, theirs in zip(micro_batches(16), micro_batches(16, group=False), strict=True):
         assert sorted(ours) == sorted(theirs) and ours != theirs
         assert [LENGTHS[row] for row in ours] == sorted((LENGTHS[row] for row in ours), reverse=True)
 
 
 def test_seed_and_epoch_decide_the_order_of_an_epoch_which_uses_each_row_at_most_once():
-    order, other = StepOrder(LENGTHS, 16, seed=1), StepOrder(LENGTHS, 16, seed=2)
-    first = list(order)
-    assert order.steps == 6 and len(order) == len(first) == len(set(first)) == 96
-    assert list(order) == first and list(other) != first
-    order.set_epoch(1)
-    assert list(order) != first
+    first, again, other, later = (sum(micro_batches(**o), []) for o in ({}, {}, {"seed": 2}, {"epoch": 1}))
+    assert len(first) == len(set(first)) == 96 and first == again
+    assert first != other and first != later
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_the_micro_batches_of_one(world):
-    whole = list(BatchSampler(StepOrder(LENGTHS, 16, seed=1), batch_size=4, drop_last=False))
+    whole, ranks = list(micro_batches()), range(world)
+    shares = [list(BatchSamplerShard(micro_batches(), num_processes=world, process_index=rank)) for rank in ranks]
+    assert all(len(mine) * world == len(whole) for mine in shares)
     for step in range(6):
-        together = []
-        for rank in range(world):
-            sampler = BatchSampler(StepOrder(LENGTHS, 16, seed=1), batch_size=4, drop_last=False)
-            mine = list(BatchSamplerShard(sampler, num_processes=world, process_index=rank))
-            assert len(mine) * world == len(whole)
-            together += mine[step * 4 // world : (step + 1) * 4 // world]
+        together = [batch for mine in shares for batch in mine[step * 4 // world : (step + 1) * 4 // world]]
         assert sorted(together) == sorted(whole[step * 4 : (step + 1) * 4])
 
 
@@ -53,8 +47,6 @@ def test_too_few_rows_name_the_fix():
 
 
 def test_collator_pads_on_the_right_and_masks(parts):
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(parts["base"])
     batch = Collator(tokenizer)(
         [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3}, {"input_ids": [8], "labels": [8], "length": 1}]

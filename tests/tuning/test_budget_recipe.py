@@ -1,9 +1,6 @@
 """``--recipe budget`` from a command line to files: the requested capacity is reached and the dial is stored."""
 
-from __future__ import annotations
-
 import json
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,12 +9,12 @@ import tiny_checkpoint
 import tiny_tuning
 import torch
 from safetensors.torch import load_file
+from tiny_tuning import record, routers, tune
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from router_tuning.errors import UserError
 from router_tuning.model import force_routing, load_routers, record_routing
 from router_tuning.tuning.batching import generated_from
-from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.encoding import encode_row, render_prompt
 
 SETTINGS = {"recipe": "budget", "granularity": "attn_token", "router_dir": None, "skip_rank": 4}
@@ -40,7 +37,7 @@ def tuned(request, tmp_path_factory) -> tuple[Path, Path, str]:
     if family == "llama":  # of small weights: where nothing is sure, second order holds
         LlamaForCausalLM(LlamaConfig.from_pretrained(base)).save_pretrained(base)
     settings = SETTINGS | {"granularity": granularity, "num_train_epochs": epochs, "global_batch_size": 16}
-    tiny_tuning.tune({"base": base, "start": None, "data": data}, folder / "run", **settings)
+    tune({"base": base, "start": None, "data": data}, folder / "run", **settings)
     return base, folder / "run", granularity
 
 
@@ -51,8 +48,8 @@ def model_of(base: Path, run: Path | None = None, capacity: float | None = None)
 
 def test_the_requested_capacity_is_reached_and_the_dial_turns(tuned):
     base, run, granularity = tuned
-    assert json.loads((run / "run.json").read_text())["reached_capacity"] == pytest.approx(0.4, abs=0.05)
-    dial = json.loads((run / "router_config.json").read_text())["dial"]
+    assert record(run)["reached_capacity"] == pytest.approx(0.4, abs=0.05)
+    dial = record(run, "router_config")["dial"]
     assert dial["capacity"][0] < 0.12 and dial["capacity"][-1] == 1  # first tokens always run where there is a path
     tokenizer, sequence = AutoTokenizer.from_pretrained(base), granularity == "attn_sequence"
     rows = [json.loads(line) for line in (run.parent / "rows.jsonl").read_text().splitlines()]
@@ -86,24 +83,6 @@ def test_routers_know_better_than_chance_what_to_skip(tuned):
     assert apart["routers"] < 0.8 * apart["chance"]
 
 
-def test_recipe_defaults_give_way_to_flags():
-    plain, ours = parse_command([]), parse_command(["--recipe", "budget"])
-    assert (plain.training.learning_rate, plain.routing.router_pooling, plain.routing.skip) == (
-        1e-5,
-        "sequence",
-        "zero",
-    )
-    assert (ours.training.learning_rate, ours.routing.router_pooling, ours.routing.skip) == (
-        6e-3,
-        "prompt",
-        "low_rank",
-    )
-    assert [round(ours.budget.lowest(target, 0.8), 3) for target in (0.2, 0.5, 0.8)] == [0.15, 0.45, 0.65]
-    given = parse_command(["--recipe=budget", "--learning_rate", "0.5", "--router_pooling", "sequence"])
-    assert (given.training.learning_rate, given.routing.router_pooling) == (0.5, "sequence")
-    assert parse_command(["--recipe", "budget", "--granularity", "expert_token"]).routing.skip == "zero"
-
-
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -116,7 +95,7 @@ def test_recipe_defaults_give_way_to_flags():
 )
 def test_what_it_would_not_do_is_refused(parts, tmp_path, flags, told):
     with pytest.raises(UserError, match=told):
-        tiny_tuning.tune(parts, tmp_path / "run", **SETTINGS | flags)
+        tune(parts, tmp_path / "run", **SETTINGS | flags)
 
 
 @pytest.mark.parametrize(
@@ -135,22 +114,20 @@ def test_routers_are_calibrated_on_what_generation_runs(labels, prompt, kept):
 
 
 def test_a_resumed_run_ends_with_the_same_bits(parts, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    settings = {**SETTINGS, "granularity": "attn_sequence+mlp_token"}
-    tiny_tuning.tune(parts, whole, **settings)
-    shutil.copytree(whole / "checkpoint-4", run / "checkpoint-4")
-    tiny_tuning.tune(parts, run, resume_from_checkpoint="auto", **settings)
+    whole, settings = tmp_path / "whole", {**SETTINGS, "granularity": "attn_sequence+mlp_token"}
+    tune(parts, whole, **settings)
+    run = tiny_tuning.resume(parts, whole, 4, tmp_path / "run", **settings)
     assert (run / "router.safetensors").read_bytes() == (whole / "router.safetensors").read_bytes()
 
 
 def test_training_runs_at_the_drawn_budgets_and_paths_move_where_they_train(parts, tmp_path):
     runs = {"high": {"lowest_budget": 0.9}, "low": {"lowest_budget": 0.1, "highest_budget": 0.3, "train_skip": False}}
     for name, further in runs.items():
-        tiny_tuning.tune(parts, tmp_path / name, **SETTINGS | further)
+        tune(parts, tmp_path / name, **SETTINGS | further)
     high, low = ([line["capacity"] for line in tiny_tuning.history(tmp_path / name)] for name in runs)
     assert min(high) > 0.8 and 0.5 > max(low)
-    fitted = tiny_tuning.tune(parts, tmp_path / "fitted", num_train_epochs=0, **SETTINGS).weights
-    moved, fixed = (load_file(tmp_path / name / "router.safetensors") for name in runs)
+    fitted = tune(parts, tmp_path / "fitted", num_train_epochs=0, **SETTINGS).weights
+    moved, fixed = (routers(tmp_path / name) for name in runs)
     for name in (name for name in fixed if "mod_skip" in name):
         assert torch.equal(fixed[name], fitted[name]) and not torch.equal(moved[name], fitted[name])
 
@@ -160,16 +137,16 @@ def test_training_runs_at_the_drawn_budgets_and_paths_move_where_they_train(part
 )
 def test_routers_train_beside_adapters_or_the_base(parts, tmp_path, trains, granularity):
     """peft trains a copy of every router: that copy is what is fitted, stepped and saved."""
-    settings, runs = {**SETTINGS, "granularity": granularity}, {name: tmp_path / name for name in ("start", "trained")}
-    tiny_tuning.tune(parts, runs["start"], num_train_epochs=0, **settings)
-    tiny_tuning.tune(parts, runs["trained"], **trains, **settings)
-    start, end = (load_file(run / "router.safetensors") for run in runs.values())
+    settings, run = {**SETTINGS, "granularity": granularity}, tmp_path / "trained"
+    tune(parts, tmp_path / "start", num_train_epochs=0, **settings)
+    tune(parts, run, **trains, **settings)
+    start, end = routers(tmp_path / "start"), routers(run)
     assert start.keys() == end.keys()
-    moved = [name for name, value in start.items() if not torch.equal(end[name], value)]
-    assert all(name in moved and end[name].isfinite().all() for name in start if "mod_router" in name)
+    for name in (name for name in start if "mod_router" in name):
+        assert not torch.equal(end[name], start[name]) and end[name].isfinite().all()
     if "lora" in trains:
-        saved = load_file(runs["trained"] / "adapter" / "adapter_model.safetensors")
+        saved = load_file(run / "adapter" / "adapter_model.safetensors")
         assert all(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
     else:
-        name, base = "model.layers.4.mlp.up_proj.weight", load_file(parts["base"] / "model.safetensors")
-        assert not torch.equal(load_file(runs["trained"] / "model" / "model.safetensors")[name], base[name])
+        before, after = (load_file(place / "model.safetensors") for place in (parts["base"], run / "model"))
+        assert not torch.equal(*(state["model.layers.4.mlp.up_proj.weight"] for state in (before, after)))

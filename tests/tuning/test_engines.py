@@ -4,8 +4,6 @@ All runs happen in one launch of two processes (``tests/support/engine_worker.py
 By default those of DDP and FSDP2, under ``-m full`` those of DeepSpeed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -18,6 +16,7 @@ import tiny_tuning
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_tuning import record, routers
 from transformers import AutoModelForCausalLM
 
 from router_tuning.model import route
@@ -49,17 +48,12 @@ def folder_of(engine: str, kind: str) -> str:
     return f"{engine.replace(' ', '-')}-{kind}"
 
 
-def whole_before_resumed(kind: str) -> list[str]:
-    return list(dict.fromkeys([kind.removesuffix("-resumed"), kind]))
-
-
 def of(**kinds: tuple[str, ...]) -> pytest.MarkDecorator:
     """Parameters of a test that looks at the runs of some kinds, each under some engines."""
     cells = [(engine, kind.replace("__", "-")) for kind, engines in kinds.items() for engine in engines]
-    full = [[] if kind in BY_DEFAULT.get(engine, ()) else pytest.mark.full for engine, kind in cells]
-    return pytest.mark.parametrize(
-        ("engine", "kind"), [pytest.param(*cell, marks=marks) for cell, marks in zip(cells, full, strict=True)]
-    )
+    marks = [() if kind in BY_DEFAULT.get(engine, ()) else pytest.mark.full for engine, kind in cells]
+    found = [pytest.param(*cell, marks=mark) for cell, mark in zip(cells, marks, strict=True)]
+    return pytest.mark.parametrize(("engine", "kind"), found)
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +61,18 @@ def runs(parts, tmp_path_factory, request) -> Path:
     """Folder with the runs that the selected tests look at."""
     folder = tmp_path_factory.mktemp("engines")
     asked = [item.callspec.params for item in request.session.items if item.path == request.path and "[" in item.name]
-    asked = dict.fromkeys((cell["engine"], kind) for cell in asked for kind in whole_before_resumed(cell["kind"]))
+    asked = {
+        (cell["engine"], kind) for cell in asked for kind in (cell["kind"].removesuffix("-resumed"), cell["kind"])
+    }
     plan = []
-    for engine, kind in sorted(asked):
+    for engine, kind in sorted(asked):  # what is resumed comes behind the whole run
         place, whole = folder / folder_of(engine, kind), kind.removesuffix("-resumed")
-        settings, copied = KINDS[whole], []
+        item = {"config": CONFIGS[engine], "arguments": tiny_tuning.arguments(parts, place, **KINDS[whole])}
         if kind != whole:
-            settings = {**settings, "resume_from_checkpoint": "auto"}
             step = f"checkpoint-{RESUMED_AFTER[whole]}"
-            copied = [[str(folder / folder_of(engine, whole) / step), str(place / step)]]
-        plan.append(
-            {"config": CONFIGS[engine], "arguments": tiny_tuning.arguments(parts, place, **settings), "copy": copied}
-        )
+            item["copy"] = [[str(folder / folder_of(engine, whole) / step), str(place / step)]]
+            item["arguments"] += ["--resume_from_checkpoint", "auto"]
+        plan.append(item)
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
@@ -90,63 +84,54 @@ def runs(parts, tmp_path_factory, request) -> Path:
     return folder
 
 
-def assert_close(ours: Path, theirs: Path, tolerance: float) -> None:
-    saved, expected = load_file(ours), load_file(theirs)
-    assert set(saved) == set(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(saved[name], value, rtol=0, atol=tolerance)
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @of(plain=ALL)
 def test_two_processes_learn_and_log_what_one_does(runs, finished, engine, kind):
     run = runs / folder_of(engine, kind)
-    record = json.loads((run / "run.json").read_text())
-    assert (record["world_size"], record["engine"]) == (2, engine)
-    assert_close(run / "router.safetensors", finished / "router.safetensors", 1e-5)
-    assert {value.dtype for value in load_file(run / "router.safetensors").values()} == {torch.float32}
+    found = record(run)
+    assert (found["world_size"], found["engine"]) == (2, engine)
+    assert_close(routers(run), routers(finished))
+    assert {value.dtype for value in routers(run).values()} == {torch.float32}
     names = ["task_loss", "penalty", "capacity", "loss", "learning_rate", "padding"]
     for ours, theirs in zip(tiny_tuning.history(run), tiny_tuning.history(finished), strict=True):
         assert {name: ours[name] for name in names} == pytest.approx({name: theirs[name] for name in names}, abs=2e-5)
     checkpoint = run / "checkpoint-6"
-    assert set(load_file(checkpoint / "trainable.safetensors")) == set(load_file(finished / "router.safetensors"))
-    base = (Path(record["base"]["path"]) / "model.safetensors").stat().st_size
+    assert set(load_file(checkpoint / "trainable.safetensors")) == set(routers(finished))
+    base = (Path(found["base"]["path"]) / "model.safetensors").stat().st_size
     assert sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file()) < base
 
 
 @of(plain__resumed=ALL, lora__resumed=SHARDING)
 def test_resuming_ends_with_the_same_bits(runs, engine, kind):
-    whole, resumed = (runs / folder_of(engine, name) for name in whole_before_resumed(kind))
-    saved = [
-        path.relative_to(whole) for name in ("router.", "adapter/*.") for path in whole.glob(f"{name}safetensors")
-    ]
-    assert len(saved) == 1 + ("lora" in kind)
-    for name in saved:
+    whole, resumed = (runs / folder_of(engine, name) for name in (kind.removesuffix("-resumed"), kind))
+    for name in ("router.safetensors", *["adapter/adapter_model.safetensors"] * ("lora" in kind)):
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
 @of(half=SHARDING)
 def test_a_bfloat16_base_keeps_float32_routers(runs, engine, kind):
-    for value in load_file(runs / folder_of(engine, kind) / "router.safetensors").values():
+    for value in routers(runs / folder_of(engine, kind)).values():
         assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float()), "finer than bfloat16"
 
 
 @of(lora=("DDP", *SHARDING))
 def test_lora_and_routers_equal_one_process_and_reload(runs, parts, tmp_path, engine, kind):
     run, name = runs / folder_of(engine, kind), "adapter/adapter_model.safetensors"
-    tiny_tuning.tune(parts, tmp_path / "alone", **LORA)
-    assert_close(run / name, tmp_path / "alone" / name, 1e-5)
+    tiny_tuning.tune(parts, tmp_path, **LORA)
+    assert_close(load_file(run / name), load_file(tmp_path / name))
     base = AutoModelForCausalLM.from_pretrained(parts["base"], dtype=torch.float32)
-    model = PeftModel.from_pretrained(route(base, mod_layers=tiny_checkpoint.LAYERS), run / "adapter")
+    state = PeftModel.from_pretrained(route(base, mod_layers=tiny_checkpoint.LAYERS), run / "adapter").state_dict()
     trained = load_file(run / "checkpoint-3" / "trainable.safetensors")
-    state = model.state_dict()
     assert len(trained) > 3 and all(torch.equal(state[key], value) for key, value in trained.items())
 
 
 @of(budget__attn_token=("DDP", "FSDP2", "DeepSpeed ZeRO-2"), budget__attn_sequence=("DDP",))
 def test_two_processes_reach_a_budget_as_one_does(runs, parts, tmp_path, engine, kind):
-    ours, theirs = runs / folder_of(engine, kind), tmp_path / "alone"
-    tiny_tuning.tune(parts, theirs, **KINDS[kind])
-    assert_close(ours / "router.safetensors", theirs / "router.safetensors", 1e-5)
-    records = [json.loads((folder / "run.json").read_text()) for folder in (ours, theirs)]
-    assert [record["world_size"] for record in records] == [2, 1]
-    assert records[0]["reached_capacity"] == pytest.approx(records[1]["reached_capacity"], abs=1e-3)
+    run = runs / folder_of(engine, kind)
+    tiny_tuning.tune(parts, tmp_path, **KINDS[kind])
+    assert_close(routers(run), routers(tmp_path))
+    assert record(run)["world_size"] == 2
+    assert record(run)["reached_capacity"] == pytest.approx(record(tmp_path)["reached_capacity"], abs=1e-3)

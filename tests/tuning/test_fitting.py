@@ -1,7 +1,5 @@
 """What routers are fitted on, and the fit: gates, damages, moments and thresholds against ones written out."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model

@@ -1,7 +1,5 @@
 """``--mod_layers auto``: the modules that cost least per operation saved, and a model left as it was."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny_models import random_batch, tiny_model

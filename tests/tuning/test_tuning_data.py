@@ -1,6 +1,5 @@
-"""Training files: what is wrong is named with file and line; what is right is encoded once and hashed."""
-
-from __future__ import annotations
+"""Training files: what is wrong is named with file and line; what is right is encoded once and hashed; a preview shows
+what trains."""
 
 import copy
 import json
@@ -8,13 +7,20 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from router_tuning.embedded import TINY_LLAMA
 from router_tuning.errors import UserError
 from router_tuning.tuning import tuning_data
 from router_tuning.tuning.encoding import encode_row
+from router_tuning.tuning.preview import report
 from router_tuning.tuning.tuning_data import check_file, encode_file
 
-GOOD = {"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]}
-QUESTION = {"messages": [{"role": "user", "content": "red"}]}
+
+def talk(asked, answered=None, **more):
+    turns = [("user", asked), ("assistant", answered)][: 1 + (answered is not None)]
+    return {**more, "messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+GOOD, QUESTION = talk("red", "blue"), talk("red")
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +33,10 @@ def write(path, *rows):
     return path
 
 
-@pytest.mark.parametrize(
-    ("row", "fault"),
-    [
-        ('{"messages": [', "no JSON"),
-        ("[1]", "no JSON object"),
-        ({"text": "x"}, "neither a list of 'messages'"),
-        ({"messages": []}, "no list of turns"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "'robot'"),
-        ({"messages": [{"role": "user"}]}, "no text"),
-    ],
-)
-def test_a_bad_row_is_named_with_its_line(tmp_path, row, fault):
-    path = write(tmp_path / "d.jsonl", GOOD, "", row)
-    with pytest.raises(UserError) as caught:
+def test_a_bad_row_is_named_with_its_line(tmp_path):
+    path = write(tmp_path / "d.jsonl", GOOD, "", {"text": "x"})
+    with pytest.raises(UserError, match=f"^{path}:3.*neither a list of 'messages'"):
         check_file(path, 0)
-    assert str(caught.value).startswith(f"{path}:3") and fault in str(caught.value)
     assert check_file(path, 1).rows == 1, "rows behind the limit are not read"
 
 
@@ -53,7 +47,7 @@ def test_missing_and_empty_files(tmp_path):
         check_file(write(tmp_path / "empty.jsonl", "", ""), 0)
 
 
-def test_rows_are_encoded_as_the_encoder_does_and_limited(tmp_path, parts, tokenizer):
+def test_rows_are_encoded_as_the_encoder_does_and_limited(parts, tokenizer):
     data = encode_file(check_file(parts["data"], 5), tokenizer, 100)
     assert len(data.rows) == 5 and data.left_out == ""
     for row, line in zip(data.rows, parts["data"].read_text().splitlines(), strict=False):
@@ -66,7 +60,7 @@ def test_rows_are_encoded_as_the_encoder_does_and_limited(tmp_path, parts, token
 
 def test_rows_that_teach_nothing_are_left_out_and_counted_by_reason(tmp_path, tokenizer):
     system = {"messages": [{"role": "system", "content": "red"}, *GOOD["messages"]]}
-    long = {"messages": [{"role": "user", "content": "red " * 80}, *GOOD["messages"][1:]]}
+    long = talk("red " * 80, "blue")
     path = write(tmp_path / "d.jsonl", QUESTION, GOOD, system, long, QUESTION, {"prompt": "red", "completion": "blue"})
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
@@ -97,3 +91,22 @@ def test_the_same_rows_are_encoded_once_wherever_they_are(tmp_path, tokenizer, m
     assert len(counted) == 2 + 2 + 1 + 2
     write(tmp_path / "b.jsonl", *json.loads(json.dumps(rows).replace("blue", "gold")))
     assert encoded("b.jsonl") != encoded("a.jsonl")
+
+
+def test_the_preview_marks_what_is_trained_and_measures_all_rows(tmp_path, command, capsys):
+    rows = [talk("Copy AB", "AB é", dataset="alpaca", id="alpaca_0"), {"prompt": "Copy AB", "completion": "AB"}]
+    data = write(tmp_path / "data.jsonl", *rows, talk("Copy " * 40, "AB"))
+    given = ["data/preview_data.py", "--tokenizer", TINY_LLAMA, "--data_file", data, "--max_seq_length", "60"]
+    assert command(*given) == 0
+    told = capsys.readouterr().out
+    assert "<|user|>\nCopy AB\n<|assistant|>\n⟦AB é</s>⟧\n" in told and "Copy AB⟦ AB</s>⟧" in told
+    assert "── alpaca alpaca_0: " in told and "0 of 60 tokens carry loss" in told
+    assert "rows 3, " in told and "so cut: 1 (33.3%)" in told and "cut before their answer: 1" in told
+    refusing = "{{ messages[0].tools | tojson }}"
+    assert report(data, TINY_LLAMA, 1, 60, refusing).startswith("── alpaca alpaca_0: refused by the chat template: ")
+    with pytest.raises(UserError, match=r"no row to measure \(refused by the chat template: 1 \(.*JSON"):
+        report(data, TINY_LLAMA, 1, 60, refusing, measured=1)
+    write(data, {"messages": 5})
+    assert command(*given) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and "data.jsonl:1: " in error
