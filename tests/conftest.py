@@ -47,7 +47,7 @@ def _seed() -> Iterator[None]:
     assert not disabled, "this test left autograd disabled; every later test in this process would train nothing"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
     return Path(__file__).resolve().parents[1]

@@ -32,11 +32,6 @@ def run(root: Path, *command: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def root() -> Path:
-    return Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
 def prepared(root, tmp_path_factory) -> Path:
     """The folder that comes with this repository, with the weights of the GGUF file in it."""
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -52,9 +47,8 @@ def prepared(root, tmp_path_factory) -> Path:
     for brought in (folder / "smollm2-135m-instruct").iterdir():
         if brought.name != "config.json":
             brought.unlink()
-    command = root / "entrypoints" / "checkpoint" / "prepare_base.py"
     options = ["--folder_name", "smollm2-135m-instruct", "--source", folder / name, "--ckpt_root", folder]
-    assert "holds the base of" in run(root, command, *options)
+    assert "holds the base of" in run(root, "entrypoints/checkpoint/prepare_base.py", *options)
     return folder / "smollm2-135m-instruct"
 
 
@@ -72,21 +66,20 @@ def base(prepared, tmp_path_factory) -> Path:
 def tuned(root, base, tmp_path_factory) -> Path:
     """A few steps of the recipe ``budget`` on sample rows."""
     folder = tmp_path_factory.mktemp("tuned")
-    sets = ["--datasets", "alpaca", "slim_orca", "--raw_data_root", root / "data" / "sample" / "raw"]
-    run(root, root / "entrypoints" / "data" / "reformat_datasets.py", *sets, "--save_path", folder / "data")
+    sets = ["--datasets", "alpaca", "slim_orca", "--raw_data_root", "data/sample/raw"]
+    run(root, "entrypoints/data/reformat_datasets.py", *sets, "--save_path", folder / "data")
     options = ["--model_name_or_path", base, "--train_file", folder / "data" / "alpaca" / "data.jsonl"]
     options += "--recipe budget --granularity attn_token+mlp_token --mod_layers auto --max_train_samples 48".split()
     options += "--max_steps 4 --global_batch_size 8 --label_tokens 1500 --calibration_tokens 1000".split()
     options += ["--target_capacity", 0.8, "--report_to", "none", "--output_dir", folder / "run"]
-    assert "step 4/4" in run(root, root / "entrypoints" / "finetune" / "finetune_mod.py", *options)
+    assert "step 4/4" in run(root, "entrypoints/finetune/finetune_mod.py", *options)
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def exported(root, base, tuned, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "export"
-    options = ["--run", tuned, "--base", base, "--output", folder]
-    run(root, root / "entrypoints" / "checkpoint" / "export.py", *options)
+    run(root, "entrypoints/checkpoint/export.py", "--run", tuned, "--base", base, "--output", folder)
     return folder
 
 
@@ -97,7 +90,7 @@ def test_routers_reach_the_budget(tuned):
 def test_stock_lm_eval_scores_the_export(root, exported, tmp_path):
     options = f"pretrained={exported},trust_remote_code=True"
     command = ["-m", "lm_eval", "--model", "hf", "--model_args", options, "--tasks", "mod_math_mc", "--limit", "4"]
-    command += ["--device", "cpu", "--include_path", root / "configs" / "lm_eval", "--output_path", tmp_path]
+    command += ["--device", "cpu", "--include_path", "configs/lm_eval", "--output_path", tmp_path]
     run(root, *command)
     [path] = tmp_path.rglob("results_*.json")
     assert 0 <= json.loads(path.read_text())["results"]["mod_math_mc"]["acc,none"] <= 1

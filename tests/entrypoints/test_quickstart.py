@@ -43,34 +43,38 @@ def program(path: Path, text: str) -> Path:
     ],
 )
 def test_bad_arguments_are_one_line_before_anything_is_installed(clone, argument, message):
-    done = run(["bash", "scripts/quickstart.sh", argument], clone)
+    assert message in error_of(run(["bash", "scripts/quickstart.sh", argument], clone), clone)
+
+
+def error_of(done, clone):
+    """The one line that is told before anything is installed."""
     assert done.returncode == 2 and done.stdout == "" and not (clone / ".venv").exists()
     [line] = done.stderr.splitlines()
-    assert line.startswith("error: ") and message in line
+    assert line.startswith("error: ")
+    return line
 
 
 def test_old_python_is_one_line(clone, tmp_path):
     old = program(tmp_path / "bin" / "python3", 'if [ "$1" = --version ]; then echo Python 3.10.9; else exit 1; fi')
     for other in ("python3.11", "python3.12", "python3.13"):
         program(old.with_name(other), "exit 127")
-    done = run(["bash", "scripts/test.sh"], clone, PATH=f"{old.parent}:/usr/bin:/bin")
-    assert done.returncode == 2 and not (clone / ".venv").exists()
-    [line] = done.stderr.splitlines()
+    line = error_of(run(["bash", "scripts/test.sh"], clone, PATH=f"{old.parent}:/usr/bin:/bin"), clone)
     assert line.startswith("error: no Python 3.11 or newer found (Python 3.10.9)") and "PYTHON=" in line
 
 
 def test_installs_once_and_again_when_the_requirements_change(clone, tmp_path):
-    fake = clone / ".venv" / "bin" / "python"
-    program(fake, f'[ "$1 $2" = "-m pip" ] && echo "$@" >> "{tmp_path}/installs"; exit 0')
-    use = ["bash", "-c", 'source scripts/environment.sh && ensure_environment && echo "$VIRTUAL_ENV"']
-    for _ in range(2):
-        done = run(use, clone)
+    """And the caller's PYTHONPATH does not leak in."""
+    fake, installs = clone / ".venv" / "bin" / "python", tmp_path / "installs"
+    program(fake, f'[ "$1 $2" = "-m pip" ] && echo "$@" >> "{installs}"; exit 0')
+    told = 'echo "$VIRTUAL_ENV, ${PYTHONPATH-unset}"'
+    use = ["bash", "-c", f"source scripts/environment.sh && ensure_environment && {told}"]
+    for changed, count in ((False, 1), (False, 1), (True, 2)):
+        if changed:
+            (clone / "requirements.txt").write_text("more\n")
+        done = run(use, clone, PYTHONPATH="/elsewhere")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == str(clone / ".venv")
-    assert len((tmp_path / "installs").read_text().splitlines()) == 1
-    (clone / "requirements.txt").write_text("more\n")
-    run(use, clone)
-    assert len((tmp_path / "installs").read_text().splitlines()) == 2
+        assert done.stdout.splitlines()[-1] == f"{clone / '.venv'}, unset"
+        assert len(installs.read_text().splitlines()) == count
 
 
 def test_a_failed_installation_is_said_and_tried_again(clone):
@@ -81,16 +85,7 @@ def test_a_failed_installation_is_said_and_tried_again(clone):
         assert done.stderr.startswith("error: the installation failed")
 
 
-def test_pythonpath_of_the_caller_does_not_leak_in(clone):
-    program(clone / ".venv" / "bin" / "python", "exit 0")
-    show = 'source scripts/environment.sh && ensure_environment >/dev/null && echo "[${PYTHONPATH-unset}]"'
-    assert run(["bash", "-c", show], clone, PYTHONPATH="/elsewhere").stdout == "[unset]\n"
-
-
 def test_ci_runs_the_commands(root):
     lines = [line for line in (root / ".ci" / "run").read_text().splitlines() if line.startswith("bash ")]
-    assert lines == [
-        'bash scripts/test.sh -m "not real"',
-        "bash scripts/test.sh -m real -rs tests/test_real_model.py",
-        "bash scripts/quickstart.sh --smoke",
-    ]
+    tests = ['bash scripts/test.sh -m "not real"', "bash scripts/test.sh -m real -rs tests/test_real_model.py"]
+    assert lines == [*tests, "bash scripts/quickstart.sh --smoke"]
