@@ -56,7 +56,8 @@ def test_every_cell_runs_once_at_equal_operations(command, plan_file, tmp_path, 
     assert command("analysis/experiments.py", path, *where, "--only", "random") == 2
     assert command("analysis/experiments.py", path, *where, "--only", "rondom") == 2
     assert command("analysis/experiments.py", path, *where, "--only", "random", "--build_only") == 2
-    assert all(text in capsys.readouterr().err for text in ("routed__fisher", "--only rondom", "leave out --only"))
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("routed__fisher", "--only rondom", "leave out --only")), said
     assert command("analysis/experiments.py", path, *where) == 0
     assert "13 cells" in (said := capsys.readouterr().out) and "static low_rank, fisher" in said
     results = tmp_path / "results/small.jsonl"
