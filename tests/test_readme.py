@@ -15,10 +15,10 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.embedded import TINY_LLAMA
+from router_tuning.places import ROOT
 from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.command.parser import VARIABLES
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 PAGES = {page.name: page for page in (*(ROOT / name for name in OURS), *sorted((ROOT / "docs").glob("*.md")))}
 TEXTS = {name: page.read_text() for name, page in PAGES.items()} | {"ckpt": (ROOT / "ckpt/README.md").read_text()}

@@ -8,6 +8,7 @@ from raw_data import SHARED, SIX, published, read_jsonl
 
 from router_tuning.data.acceptance import Reject
 from router_tuning.data.formats import FORMATS
+from router_tuning.places import ROOT
 
 
 def talk(*turns: tuple[object, object]) -> dict:
@@ -92,7 +93,7 @@ def source_rows(path: Path) -> list[dict]:
 
 
 REAL = [SHARED / "raw" / name for name in SIX] + [SHARED / "raw_alt" / "meta_math_qa_gsm8k_train"]
-SAMPLES = [Path(__file__).parents[2] / "data" / "sample" / "raw" / name for name in SIX]
+SAMPLES = [ROOT / "data/sample/raw" / name for name in SIX]
 
 
 @pytest.mark.parametrize("place", [*REAL, *SAMPLES], ids=lambda place: f"{place.parent.name}-{place.name}")

@@ -10,10 +10,8 @@ from router_tuning.model import flops_share, force_routing, route
 
 @pytest.fixture
 def batches():
-    return [
-        dict(zip(("input_ids", "attention_mask"), random_batch(rows=2, tokens=n, padding="left"), strict=True))
-        for n in (6, 9)
-    ]
+    found = [random_batch(rows=2, tokens=n, padding="left") for n in (6, 9)]
+    return [{"input_ids": ids, "attention_mask": mask} for ids, mask in found]
 
 
 @pytest.fixture

@@ -60,25 +60,22 @@ def test_tasks_and_shots_are_those_of_the_paper(sources, group, shots):
     assert names == [member.get("task", member.get("group")) for member in config["task"]]
 
 
-def test_local_rows_by_split_and_subject(sources, tmp_path):
-    write(tmp_path / "mmlu", "test", [{"subject": "anatomy", "n": 1}, {"subject": "law", "n": 2}])
-    write(tmp_path / "mmlu", "dev", [{"subject": "anatomy", "n": 3}])
-    found = sources.load("mmlu", str(tmp_path), config_source="/x/mmlu_anatomy.yaml", version=1)
-    assert {split: rows["n"] for split, rows in found.items()} == {"test": [1], "dev": [3]}
-    with pytest.raises(FileNotFoundError, match="boolq"):
-        sources.load("boolq", str(tmp_path))
-
-
 def test_a_few_shot_row_is_never_scored(sources, tmp_path, monkeypatch):
-    rows = [{"n": n} for n in range(70)]
-    write(tmp_path / "winogrande", "validation", rows)
-    write(tmp_path / "arc_challenge", "validation", rows[:5])
-    write(tmp_path / "arc_challenge", "test", rows[5:9])
+    """Of local rows, by split, and of MMLU by subject."""
+    write(tmp_path / "winogrande", "validation", [{"n": n} for n in range(70)])
+    for task, splits in {"arc_challenge": ("validation", "test"), "mmlu": ("dev", "test")}.items():
+        for first, split in zip((0, 5), splits, strict=True):
+            rows = [{"n": n, "subject": "anatomy" if n % 5 < 4 else "law"} for n in range(first, first + 5)]
+            write(tmp_path / task, split, rows)
     monkeypatch.setenv("MOD_EVAL_DATA", str(tmp_path))
     found = sources.load("winogrande")
     assert set(found["train"]["n"]).isdisjoint(found["validation"]["n"]) and len(found["validation"]) == 6
     found = sources.load("arc_challenge")
-    assert found["train"]["n"] == [0, 1, 2, 3, 4] and found["test"]["n"] == [5, 6, 7, 8]
+    assert found["train"]["n"] == [0, 1, 2, 3, 4] and found["test"]["n"] == [5, 6, 7, 8, 9]
+    found = sources.load("mmlu", config_source="/x/mmlu_anatomy.yaml", version=1)
+    assert {split: rows["n"] for split, rows in found.items()} == {"dev": [0, 1, 2, 3], "test": [5, 6, 7, 8]}
+    with pytest.raises(FileNotFoundError, match="boolq"):
+        sources.load("boolq")
 
 
 @pytest.mark.parametrize(

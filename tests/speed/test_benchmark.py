@@ -1,7 +1,5 @@
 """The speed benchmark measures what it says: exact capacities, an ideal without the skipped work, honest ratios."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from counted_operations import counted
@@ -11,10 +9,10 @@ from tiny_routed import LAYERS
 from router_tuning.files import read_json_lines
 from router_tuning.model import GRANULARITIES as EVERY
 from router_tuning.model import ModConfig, force_routing, record_routing, route, routed_modules
+from router_tuning.places import ROOT
 from router_tuning.speed.benchmark import Setting, benchmark, imposed, random_masks, reduced
 from router_tuning.speed.cells import measured
 
-ROOT = Path(__file__).resolve().parents[2]
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 GRANULARITIES = (*(name for name in EVERY if "expert" not in name), "attn_token+mlp_token")
 

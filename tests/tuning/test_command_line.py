@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +9,14 @@ import yaml
 from refused import refused
 
 from router_tuning.errors import UserError
+from router_tuning.places import ROOT
 from router_tuning.tuning.command.arguments import PARTS
 from router_tuning.tuning.command.command_line import parse_command, settings_file
 from router_tuning.tuning.command.parser import VARIABLES
 from router_tuning.tuning.trainer.checkpoints import NEUTRAL
 from router_tuning.tuning.tuning_model import cpu_dtype
 
-RUNS = sorted((Path(__file__).resolve().parents[2] / "configs/runs").glob("*.yaml"))
+RUNS = sorted((ROOT / "configs/runs").glob("*.yaml"))
 PUBLISHED = """--model_name_or_path ckpt/x --tokenizer_name ckpt/x --use_fast_tokenizer False --train_file d.jsonl
 --max_seq_length 2048 --per_device_train_batch_size 1 --gradient_accumulation_steps 64 --learning_rate 1e-5
 --lr_scheduler_type cosine --warmup_ratio 0.03 --weight_decay 0. --evaluation_strategy no --logging_steps 10
@@ -29,46 +29,56 @@ PUBLISHED = """--model_name_or_path ckpt/x --tokenizer_name ckpt/x --use_fast_to
 def parsed(line: str):
     """The command, and its values by name."""
     command = parse_command(line.split())
-    return command, command.values()
+    values = command.values() | {"base": command.model.base, "name": command.model.name, "data": command.data.path}
+    return command, values | {"accumulated": command.training.gradient_accumulation_steps}
 
 
-def test_the_published_command_line_is_understood():
-    command, values = parsed(PUBLISHED)
-    training = command.training
-    assert command.model.base == values["tokenizer_name"] == "ckpt/x"
-    assert values["mod_n"] == 16 and values["gradient_scale"] == 0.0
-    assert training.warmup_steps == 0.03 and training.eval_strategy == "no" and training.overwrite_output_dir
-    assert training.gradient_accumulation_steps == training.global_batch_size == 64
+PAPER = {"granularity": "attn_sequence", "router_only": True, "target_capacity": 0.5, "mod_n": None, "skip": "zero"}
+PAPER |= {"learning_rate": 1e-5, "weight_decay": 0.0, "num_train_epochs": 1.0, "lr_scheduler_type": "cosine"}
+PAPER |= {"warmup_steps": 0.03, "max_train_samples": 1000, "max_seq_length": 2048, "global_batch_size": 64}
+PAPER |= {"router_pooling": "sequence", "name": "tiny-llama-mod", "data": ROOT / "data/reformatted/alpaca/data.jsonl"}
+BUDGET = {"learning_rate": 6e-3, "router_pooling": "prompt", "skip": "low_rank"}
+GIVEN = {"base": "ckpt/x", "tokenizer_name": "ckpt/x", "mod_n": 16, "gradient_scale": 0.0, "warmup_steps": 0.03}
+GIVEN |= {"eval_strategy": "no", "overwrite_output_dir": True, "accumulated": 64, "global_batch_size": 64}
+OLD = {"warmup_steps": 0.1, "num_train_epochs": 2, "chat_template": "own"}
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        (PUBLISHED, GIVEN),
+        ("", PAPER | {"dtype": "auto"}),  # until the base is known
+        ("--recipe budget", BUDGET),
+        ("--recipe=budget --learning_rate 0.5 --skip mean", BUDGET | {"learning_rate": 0.5, "skip": "mean"}),
+        ("--recipe budget --granularity expert_token", {"skip": "zero"}),
+        ("--per_device_train_batch_size 8", {"accumulated": 8}),  # the global batch fixes it
+        ("--dry_run True --num_processes 2", {"accumulated": 8}),
+        ("--warmup-ratio=0.1 --use_flash_attn=True --num_epochs 2 --chat_template", OLD),
+        ("--chat_template=false", {"chat_template": "published"}),  # it was a boolean
+        ("--bf16 True", {"dtype": "bfloat16", "bf16": False}),  # a frozen base needs no autocast
+        ("--bf16 True --router_only False", {"dtype": "float32", "bf16": True}),
+        ("--dtype float32", {"dtype": "float32", "bf16": False}),
+    ],
+)
+def test_what_a_command_line_means(line, wanted):
+    values = parsed(line)[1]
+    assert {name: values[name] for name in wanted} == wanted
+
+
+def test_what_is_called_otherwise_now_or_has_no_effect_is_noted():
+    notes = parsed(PUBLISHED)[0].notes
     told = (
         "--warmup_ratio is now --warmup_steps",
         "--mindskip_n is now --mod_n",
         "--use_flash_attn (",
         "--do_train (",
     )
-    assert all(note in "\n".join(command.notes) for note in told) and len(command.notes) <= 3
+    assert all(note in "\n".join(notes) for note in told) and len(notes) <= 3
 
 
-PAPER = {"granularity": "attn_sequence", "router_only": True, "target_capacity": 0.5, "mod_n": None, "skip": "zero"}
-PAPER |= {"learning_rate": 1e-5, "weight_decay": 0.0, "num_train_epochs": 1.0, "lr_scheduler_type": "cosine"}
-PAPER |= {"warmup_steps": 0.03, "max_train_samples": 1000, "max_seq_length": 2048, "global_batch_size": 64}
-PAPER |= {"router_pooling": "sequence"}
-BUDGET = {"learning_rate": 6e-3, "router_pooling": "prompt", "skip": "low_rank"}
-
-
-@pytest.mark.parametrize(
-    ("given", "wanted"),
-    [
-        ("", PAPER),
-        ("--recipe budget", BUDGET),
-        ("--recipe=budget --learning_rate 0.5 --skip mean", BUDGET | {"learning_rate": 0.5, "skip": "mean"}),
-        ("--recipe budget --granularity expert_token", {"skip": "zero"}),
-    ],
-)
-def test_defaults_are_those_of_the_recipe_and_give_way_to_flags(given, wanted):
-    command, values = parsed(given)
-    assert {name: values[name] for name in wanted} == wanted and command.model.name == "tiny-llama-mod"
-    assert command.data.path.as_posix().endswith("data/reformatted/alpaca/data.jsonl")
-    assert [round(command.budget.lowest(target, 0.8), 3) for target in (0.2, 0.5, 0.8)] == [0.15, 0.45, 0.65]
+def test_lowest_budgets_lie_below_the_target_or_at_a_share_of_the_decoder():
+    budget = parsed("--recipe budget")[0].budget
+    assert [round(budget.lowest(target, 0.8), 3) for target in (0.2, 0.5, 0.8)] == [0.15, 0.45, 0.65]
 
 
 def test_all_problems_are_named_at_once():
@@ -99,6 +109,7 @@ WRONG = """
 --push_to_hub
 stray
 --num_processes 4
+--per_device_train_batch_size 4 --dry_run True --num_processes 3
 --dtype float8
 --chat_template chatml
 --learning_rate nan
@@ -121,33 +132,6 @@ def test_each_bad_value_is_refused_with_its_flag(line):
     with refused(wrong[0].lstrip("-"), UserError) as caught:
         parse_command(wrong)
     assert wrong[-1].lstrip("-") in str(caught.value) or wrong[-1].endswith("}")
-
-
-def test_the_global_batch_fixes_the_accumulation():
-    for given in ("--per_device_train_batch_size 8", "--dry_run True --num_processes 2"):
-        assert parsed(given)[0].training.gradient_accumulation_steps == 8
-    with pytest.raises(UserError, match="no multiple of 3 processes x --per_device_train_batch_size 4"):
-        parsed("--dry_run --num_processes 3")
-
-
-def test_old_names_with_equals_and_hyphens_and_the_chat_template_that_was_a_boolean():
-    command, values = parsed("--warmup-ratio=0.1 --use_flash_attn=True --num_epochs 2 --chat_template")
-    assert (values["warmup_steps"], values["num_train_epochs"], values["chat_template"]) == (0.1, 2, "own")
-    assert len(command.notes) == 2 and parsed("--chat_template=false")[1]["chat_template"] == "published"
-
-
-@pytest.mark.parametrize(
-    ("given", "dtype", "autocast"),
-    [
-        ("", "auto", False),  # until the base is known
-        ("--bf16 True", "bfloat16", False),
-        ("--bf16 True --router_only False", "float32", True),
-        ("--dtype float32", "float32", False),
-    ],
-)
-def test_a_frozen_base_needs_no_autocast_and_a_trained_one_does(given, dtype, autocast):
-    command, _ = parsed(given)
-    assert (command.model.dtype, command.training.bf16) == (dtype, autocast)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from tiny_tuning import record, routers
 from transformers import AutoModelForCausalLM
 
 from router_tuning.model import route
+from router_tuning.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     "DDP": "configs/accelerate/cpu_ddp.yaml",
     "FSDP2": "configs/accelerate/fsdp2.yaml",

@@ -12,7 +12,9 @@ import pytest
 import tiny_tuning
 import torch
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts/finetune_mod.sh"
+from router_tuning.places import ROOT
+
+SCRIPT = ROOT / "scripts/finetune_mod.sh"
 STEPS = 20
 
 
