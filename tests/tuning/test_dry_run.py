@@ -4,6 +4,7 @@ import pytest
 from tiny_models import tiny_model
 from tiny_tuning import ROWS, command
 
+from router_tuning.errors import UserError
 from router_tuning.tuning import duration
 from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.dry_run import dry_run
@@ -30,6 +31,8 @@ def test_real_bases_without_weights(root, name, full):
 def test_steps_count_the_rows_that_are_there(parts, tmp_path):
     text = dry_run(command(parts, tmp_path / "run", dry_run=True, router_dir=None))
     assert f"steps        6 of 8 sequences, from {ROWS} rows of {parts['data']}" in text
+    with pytest.raises(UserError, match="has no 'experts'"):
+        dry_run(command(parts, tmp_path / "run", dry_run=True, router_dir=None, granularity="expert_token"))
     assert not (tmp_path / "run").exists()
 
 

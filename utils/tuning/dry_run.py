@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from router_tuning.bases.description import dense_config
+from router_tuning.errors import UserError
 from router_tuning.model import route
 from router_tuning.tuning.command.command_line import Command
 from router_tuning.tuning.run import steps_of
@@ -24,7 +25,10 @@ def dry_run(command: Command) -> str:
     routed = routing_of(config, routing)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, command.model.dtype))
-        model = mark_trainable(route(model, **vars(routed)), routing)
+        try:
+            model = mark_trainable(route(model, **vars(routed)), routing)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     weights = sum(parameter.nbytes for parameter in model.parameters())
