@@ -5,8 +5,8 @@
     python entrypoints/analysis/benchmark_speed.py --phases tune,train --output out.jsonl
 A phase is prefill, decode, tune (a training step of the routers), train (of all weights) or compiled (dense decoding
 in its fastest stock form), with its size where that is not the usual one: prefill:4x2048, or decode:1x2048x32 for
-batch, tokens before and tokens timed. Cells that the output holds already are not measured again. Real size on a GPU:
-scripts/gpu_speed.sh.
+batch, tokens before and tokens timed. Cells that the output holds already, of the same settings, are not measured
+again. Real size on a GPU: scripts/gpu_speed.sh.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ SMALL = {
 PHASES = {"prefill": (4, 512, 0), "decode": (1, 256, 0), "tune": (8, 128, 3), "train": (8, 128, 3)}
 PHASES["compiled"] = (1, 256, 64)
 """Batch, length and rounds (in decoding, tokens); 0: as ``--repeats`` says."""
+CHOOSE = {"phases", "granularities", "kv_policies", "minutes", "output"}
+"""Arguments that say which cells are measured, not how."""
 _OF_MALLOC = (-1, -3)
 """M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h."""
 
@@ -190,11 +192,12 @@ def main() -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     command = shlex.join(["python", "entrypoints/analysis/benchmark_speed.py", *sys.argv[1:]])
-    about = {"command": command, **provenance(), "shape": str(args.model or args.shape)}
+    settings = {name: str(value) for name, value in vars(args).items() if name not in CHOOSE}
+    about = {"command": command, **provenance(), "settings": settings}
     ready = (time.time() - psutil.Process().create_time()) / 60
     for row in run_cells(wanted, args.output, about, args.minutes - ready):
         tqdm.write(line_of(row))
-    for table in speed_tables(measured(read_json_lines(args.output), about["device"])).values():
+    for table in speed_tables(measured(read_json_lines(args.output), about)).values():
         print(f"\n{table.text()}")
     print(f"output: {args.output}")
 

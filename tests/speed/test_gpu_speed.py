@@ -65,8 +65,9 @@ def test_a_later_run_goes_on_where_a_cut_one_ended(tmp_path):
     journal.write_text(journal.read_text()[:-10])  # in the middle of the last line
     run(journal, a=3, b=4, c=5)
     assert [row["value"] for row in measured(read_json_lines(journal))] == [1, 4, 5]
-    run(journal, about={"device": "another"}, a=6)
-    assert [row["value"] for row in measured(read_json_lines(journal), "another")] == [6]
+    for number, about in enumerate(({"device": "another"}, ABOUT | {"settings": {"shape": "large"}}), 6):
+        run(journal, about=about, a=number)
+        assert [row["value"] for row in measured(read_json_lines(journal), about)] == [number]
 
 
 def test_no_cell_starts_that_would_end_after_the_time(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 The file is a journal: a line that says what ran (``run``), a line per row (``cell``, ``seconds`` that its cell took,
 and what was measured), a line with ``failed`` for a cell that could not run, one with ``not_started`` for what the
-time did not suffice for. A later run on the same device goes on with what is missing.
+time did not suffice for. A later run on the same device, with the same settings, goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from router_tuning.files import append_json, read_json_lines
 
 Row = dict[str, Any]
+ALIKE = ("device", "settings")
+"""What runs have in common that measure the same."""
 
 
 class Cell(NamedTuple):
@@ -33,13 +35,13 @@ def run_cells(cells: Iterable[Cell], path: Path, about: Row, minutes: float = ma
     """Run the cells that the journal lacks, in order, and yield each row when it has been written.
 
     Args:
-        path: the journal, which is appended to. about: describes this run; what was measured on another
-            ``about["device"]`` counts as missing.
+        path: the journal, which is appended to.
+        about: describes this run; what was measured under others of :data:`ALIKE` counts as missing.
         minutes: no cell starts that is expected to end later than this after the call: the first of a kind is expected
             to take as long as the longest of all before.
     """
     start = time.perf_counter()
-    done = {row["cell"] for row in measured(read_json_lines(path), about["device"])}
+    done = {row["cell"] for row in measured(read_json_lines(path), about)}
     longest: dict[str, float] = {}
     late = []
     gc.freeze()  # what is there now stays: cells collect their own alone
@@ -65,12 +67,12 @@ def run_cells(cells: Iterable[Cell], path: Path, about: Row, minutes: float = ma
     gc.unfreeze()
 
 
-def measured(rows: list[Row], device: str | None = None) -> list[Row]:
-    """Rows that hold a measurement, each with the ``device`` of its run; of one device alone if it is named."""
+def measured(rows: list[Row], like: Row | None = None) -> list[Row]:
+    """Rows that hold a measurement, each with the ``device`` of its run; of runs :data:`ALIKE` one alone, if named."""
     found, about = [], {}
     for row in rows:
         about = row.get("run", about)
-        if "cell" in row and "failed" not in row and device in (None, about["device"]):
+        if "cell" in row and "failed" not in row and all(like is None or like.get(k) == about.get(k) for k in ALIKE):
             found.append({**row, "device": about["device"]})
     return found
 
