@@ -1,15 +1,19 @@
-"""Training files: what is wrong is named with file and line; what is right is encoded once and hashed; a preview shows
-what trains."""
+"""Training files: what is wrong is named with file and line; what is right is encoded once and hashed; micro-batches
+are the same for any number of processes; a preview shows what trains."""
 
 import copy
 import json
 
 import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import BatchSampler
 from transformers import AutoTokenizer
 
 from router_tuning.embedded import TINY_LLAMA
 from router_tuning.errors import UserError
 from router_tuning.tuning import tuning_data
+from router_tuning.tuning.batching import Collator, StepOrder
 from router_tuning.tuning.encoding import encode_row
 from router_tuning.tuning.preview import report
 from router_tuning.tuning.tuning_data import check_file, encode_file
@@ -91,6 +95,52 @@ def test_the_same_rows_are_encoded_once_wherever_they_are(tmp_path, tokenizer, m
     assert len(counted) == 2 + 2 + 1 + 2
     write(tmp_path / "b.jsonl", *json.loads(json.dumps(rows).replace("blue", "gold")))
     assert encoded("b.jsonl") != encoded("a.jsonl")
+
+
+# ---- rows in batches
+
+LENGTHS = [int(n) for n in torch.randint(5, 200, (100,), generator=torch.Generator().manual_seed(0))]
+
+
+def micro_batches(size=4, seed=1, epoch=0, **options):
+    """All of an epoch, in steps of 16 rows."""
+    order = StepOrder(LENGTHS, 16, seed, **options)
+    order.set_epoch(epoch)
+    return BatchSampler(order, batch_size=size, drop_last=False)
+
+
+def test_grouping_changes_the_order_within_a_step_only():
+    for ours, theirs in zip(micro_batches(16), micro_batches(16, group=False), strict=True):
+        assert sorted(ours) == sorted(theirs) and ours != theirs
+        assert [LENGTHS[row] for row in ours] == sorted((LENGTHS[row] for row in ours), reverse=True)
+
+
+def test_seed_and_epoch_decide_the_order_of_an_epoch_which_uses_each_row_at_most_once():
+    first, again, other, later = (sum(micro_batches(**o), []) for o in ({}, {}, {"seed": 2}, {"epoch": 1}))
+    assert len(first) == len(set(first)) == 96 and first == again
+    assert first != other and first != later
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_micro_batches_of_one(world):
+    whole, ranks = list(micro_batches()), range(world)
+    shares = [list(BatchSamplerShard(micro_batches(), num_processes=world, process_index=rank)) for rank in ranks]
+    assert all(len(mine) * world == len(whole) for mine in shares)
+    for step in range(6):
+        together = [batch for mine in shares for batch in mine[step * 4 // world : (step + 1) * 4 // world]]
+        assert sorted(together) == sorted(whole[step * 4 : (step + 1) * 4])
+
+
+def test_collator_pads_on_the_right_and_masks(tokenizer):
+    batch = Collator(tokenizer)([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}])
+    pad = tokenizer.pad_token_id
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, pad, pad]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert batch["prompt_length"].tolist() == [1, 0]
+
+
+# ---- preview
 
 
 def test_the_preview_marks_what_is_trained_and_measures_all_rows(tmp_path, command, capsys):
