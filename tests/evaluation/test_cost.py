@@ -4,7 +4,6 @@ import pytest
 from tiny_models import random_batch, tiny_model
 
 from router_tuning.evaluation import cost
-from router_tuning.evaluation.timing import in_turns
 from router_tuning.model import flops_share, force_routing, route
 
 
@@ -38,10 +37,3 @@ def test_times_are_medians_over_rounds_with_both_sides_in_each(pair, batches, mo
     found = cost.measure_cost(*pair, batches, new_tokens=2, repeats=3)["prefill"]
     expected = {"share": 1.0, "seconds_dense": 4.0, "seconds_routed": 8.0, "time_ratio": 2.0}
     assert found == expected, "without the first round"
-
-
-def test_whoever_takes_turns_goes_first_in_turn():
-    calls = []
-    runs = {name: lambda number, name=name: calls.append(f"{name}{number}") or 1.0 for name in "abc"}
-    assert in_turns(runs, 2) == {"a": [1.0] * 2, "b": [1.0] * 2, "c": [1.0] * 2}
-    assert calls == ["a0", "b0", "c0", "b1", "c1", "a1"]

@@ -50,20 +50,6 @@ def test_the_ideal_does_exactly_the_work_that_skipping_leaves(granularity, kv_po
         assert counted(routed, **inputs) == counted(floor, **inputs)
 
 
-@pytest.mark.parametrize("capacity", [0.0, 0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("level", ["sequence", "token"])
-def test_random_masks_have_the_capacity_asked_for(level, capacity):
-    masks = random_masks(setting("prefill", f"attn_{level}"), capacity)
-    shares = torch.cat([mask.flatten().float() for mask in masks.values()])
-    assert shares.mean().item() == pytest.approx(capacity, abs=1e-6)
-
-
-def test_random_masks_of_decoding_have_it_in_the_prompt_and_in_the_steps():
-    decoding = setting("decode", "attn_token", batch=2, length=15, repeats=8)
-    for mask in random_masks(decoding, 0.25).values():
-        assert mask[:, :16].sum(1).tolist() == [4, 4] and mask[:, 16:].sum(1).tolist() == [2, 2]
-
-
 def test_imposed_masks_decide_though_every_router_runs():
     model = route(tiny_model(), mod_layers=LAYERS, granularity="attn_token+mlp_sequence")
     masks, ran = random_masks(setting("prefill", "attn_token+mlp_sequence", length=8), 0.5), []

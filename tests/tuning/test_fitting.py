@@ -10,7 +10,7 @@ from router_tuning.model import routed_modules
 from router_tuning.model.router import pooled_mean
 from router_tuning.tuning.recipes.budget.closed_form import RIDGES, fit_router
 from router_tuning.tuning.recipes.budget.damage import drawn, fisher_damage
-from router_tuning.tuning.recipes.budget.gates import curve_of, gates, inputs_seen
+from router_tuning.tuning.recipes.budget.gates import gates, inputs_seen
 
 
 def gated_by_hand(dense, modules, paths, decisions, batch):
@@ -131,16 +131,6 @@ def test_what_routers_see_is_summed_up_as_mean_and_ridged_covariance(family, gra
             expected = sorted((module.mod_router(tokens)[:, 0] + 0.5).tolist())
             assert sorted(scores[name].tolist()) == pytest.approx(expected, abs=1e-4)
         assert len(scores[name]) == len(tokens) * (1 if path else 2)
-
-
-def test_thresholds_of_a_curve_leave_the_share_of_the_operations_that_each_stands_for():
-    """Routers weigh as they are told, however many decisions each has."""
-    generator = torch.Generator().manual_seed(0)
-    scores = [torch.randn(1000 * (n + 1), generator=generator) + shift for n, shift in enumerate((0.0, 1.0, -1.0))]
-    saved, grid = [0.1, 0.3, 0.2], torch.tensor([0.3, 0.5, 0.9])
-    for budget, threshold in zip(grid, curve_of(scores, saved, grid), strict=True):
-        runs = sum(w * float((part >= threshold).float().mean()) for w, part in zip(saved, scores, strict=True))
-        assert runs / sum(saved) == pytest.approx(float(budget), abs=2e-3)
 
 
 def test_indices_are_drawn_by_their_probability():
