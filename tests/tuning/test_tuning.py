@@ -149,7 +149,10 @@ def test_half_of_the_layers_by_default_and_a_folder_that_names_what_is_given(par
     assert path.parts[-4:-1] == ("trained_models", "base", "data")
     assert path.name.startswith("attn_sequence__global_batch_size_8__gradient_scale_0.7__learning_rate_0.02__lora_")
     assert default_folder(parse_command([])).parts[-3:] == ("tiny-llama-mod", "alpaca", "attn_sequence")
-    assert default_folder(parse_command(["--recipe", "budget"])).name == "attn_sequence__recipe_budget"
+    names = {(): "", ("--num_train_epochs", "1"): "num_train_epochs_1.0__", ("--num_train_epochs", "3"): ""}
+    for flags, name in names.items():  # one epoch is the default of the other recipe
+        path = default_folder(parse_command(["--recipe", "budget", *flags]))
+        assert path.name == f"attn_sequence__{name}recipe_budget"
 
 
 def test_what_a_user_may_not_have_meant_is_told(parts, tmp_path, caplog):

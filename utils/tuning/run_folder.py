@@ -15,10 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from router_tuning.errors import UserError
 from router_tuning.files import read_json, read_json_lines, scratch_folder, write_text
 from router_tuning.places import ROOT
-from router_tuning.tuning.command.command_line import Command
+from router_tuning.tuning.command.command_line import Command, not_usual
 from router_tuning.tuning.encoding import load_tokenizer
-from router_tuning.tuning.recipes import recipe_defaults
-from router_tuning.tuning.trainer.checkpoints import NEUTRAL, checkpoints, find_fault
+from router_tuning.tuning.trainer.checkpoints import checkpoints, find_fault
 
 TEMPLATE = "chat_template.jinja"
 """The template that a run rendered its conversations in."""
@@ -42,8 +41,7 @@ RESULTS = (
 
 def default_folder(command: Command) -> Path:
     """``trained_models/<base>/<data>/<knobs>``, the knobs all settings that are given and change what is learnt."""
-    usual = recipe_defaults(command.routing.recipe, command.routing.granularity)
-    given = {k: v for k, v in command.given().items() if k not in NEUTRAL | _NAMED and usual.get(k) != v}
+    given = {name: value for name, value in not_usual(command.values()).items() if name not in _NAMED}
     knobs = [command.routing.granularity, *(f"{name}_{value}" for name, value in sorted(given.items()))]
     name = re.sub(r"[^\w.+-]+", "-", "__".join(knobs))
     if len(name) > 200:  # of 255 that file systems take

@@ -75,9 +75,15 @@ def not_default(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in DEFAULTS and value != DEFAULTS[name]}
 
 
+def not_usual(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``values`` that change what is learnt and are not at the defaults of their recipe."""
+    usual = DEFAULTS | recipe_defaults(values.get("recipe"), values.get("granularity"))
+    return {k: v for k, v in values.items() if k in DEFAULTS and k not in NEUTRAL and v != usual[k]}
+
+
 def settings_file(values: Mapping[str, Any]) -> str:
     """The YAML file (``--config``) that repeats a run of recorded ``values``."""
-    return yaml.safe_dump({name: value for name, value in not_default(values).items() if name not in NEUTRAL})
+    return yaml.safe_dump(not_usual(values))
 
 
 _AT_LEAST = {
