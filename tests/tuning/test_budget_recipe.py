@@ -89,6 +89,7 @@ def test_routers_know_better_than_chance_what_to_skip(tuned):
         ({"lora": True, "num_train_epochs": 0}, "the run has no step"),
         ({"recipe": "paper", "label_tokens": 9}, "--label_tokens is a setting of --recipe budget"),
         ({"skip_rank": 33}, "--skip_rank 33 must be at most the base's hidden size, 32"),
+        ({"granularity": "attn_sequence", "max_train_samples": 9}, "9 decisions are too few to fit a router on"),
         ({"gradient_checkpointing": True}, "leave out fp16 and activation checkpoint"),
         ({"lowest_budget": 0.97}, "--lowest_budget 0.97 and --highest_budget 0.95"),
     ],

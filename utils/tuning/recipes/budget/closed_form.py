@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from router_tuning.errors import UserError
 from router_tuning.model import routed_modules
 from router_tuning.model.flops import saved_shares
 from router_tuning.tuning.recipes.budget.damage import Damage, damage_in_parts
@@ -125,8 +126,14 @@ def fit_router(hidden: Tensor, damage: Tensor) -> list[RouterFit]:
 
     Fisher scoring with the curvature at the start, damped and stopped early; then slope and constant are fitted anew
     on the first fifth of the tokens, left out before, so that what does not generalise is shrunk.
+
+    Raises:
+        UserError: for too few to fit on.
     """
     held = int(len(hidden) * _HELD_OUT)
+    if held < 2:
+        raise UserError(f"{len(hidden)} decisions are too few to fit a router on: train on more rows, or label more "
+                        "of them (--max_train_samples, --label_tokens)")  # fmt: skip
     centre = hidden[held:].float().mean(0)
     damage = damage.clamp(max=_CAP)
     unseen, x = hidden[:held].float() - centre, hidden[held:].float() - centre
