@@ -65,6 +65,10 @@ def test_a_model_is_its_own_dense_self_and_answer_loss_the_mean_over_answers(den
     rows = [row for file, count in files.items() for row in read_rows(file)[:count]]
     loss = answer_loss(dense, encoded(rows, tokenizer, 200), Collator(tokenizer))
     assert loss == pytest.approx(math.log(found["perplexity"]), rel=1e-5)
+    asked = encoded([{"messages": row["messages"][:1]} for row in rows], tokenizer, 200)
+    for measure in (answer_loss, lambda *given: compare_texts(dense, *given)):
+        with refused("none of 7 documents has anything to predict", UserError):
+            measure(dense, asked, Collator(tokenizer))
 
 
 def test_plain_text_becomes_windows_first_ones_first(tokenizer, tmp_path):

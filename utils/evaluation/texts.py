@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
+from router_tuning.errors import UserError
 from router_tuning.evaluation.documents import Document
 from router_tuning.model import flops_share, is_routed, record_routing, routed_modules
 from router_tuning.model.recording import RoutingLog
 from router_tuning.tuning.batching import Collator
+from router_tuning.tuning.encoding import learns
 
 Batch = dict[str, Tensor]
 _LOGITS = 2**26
@@ -23,7 +25,13 @@ _LOGITS = 2**26
 
 
 def batches_of(documents: Sequence[Document], collate: Collator, vocabulary: int) -> Iterator[tuple[list[int], Batch]]:
-    """Right-padded batches of documents of like lengths, with the numbers of the documents in each."""
+    """Right-padded batches of documents of like lengths, with the numbers of the documents in each.
+
+    Raises:
+        UserError: where no document has anything to predict.
+    """
+    if not any(learns(document["labels"]) for document in documents):
+        raise UserError(f"none of {len(documents)} documents has anything to predict: rows with answers are needed")
     order = sorted(range(len(documents)), key=lambda number: len(documents[number]["input_ids"]))
     group: list[int] = []
     for number in order:

@@ -192,8 +192,8 @@ class Laboratory:
             model = route(dense, mod_layers=layers, granularity=self.plan.removable, router_pooling="prompt").eval()
             if kind != "zero":
                 found = batches_of(self._search_documents(fit=True), Collator(self.tokenizer), vocabulary(model))
-                inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for _, batch in found]
                 try:
+                    inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for _, batch in found]
                     fit_skip_paths(model, inputs, kind)
                 except ValueError as error:
                     raise UserError(f"{self.plan.data}, behind the {self.plan.search_tokens} tokens that removal is "
