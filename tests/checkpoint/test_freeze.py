@@ -76,6 +76,9 @@ def test_refusals(tmp_path):
     with pytest.raises(UserError, match="single experts"):
         freeze(experts, ["1.expert"])
     assert is_routed(model) and is_routed(experts), "a refusal changes nothing"
+    mixed = route(tiny_model("qwen3_moe", mlp_only_layers=[3]), mod_layers=[2], granularity="block_sequence")
+    with pytest.raises(UserError, match="cannot say that layers .2,. are gone"):
+        freeze(mixed, ["2.block"])
 
 
 def test_command_measures_the_loss(tmp_path, root, command, base, run, lora_run, capsys):

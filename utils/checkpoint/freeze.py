@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.errors import UserError
 from router_tuning.files import new_folder, write_json
@@ -100,3 +100,8 @@ def _remove_layers(model: PreTrainedModel, removed: Sequence[int]) -> None:
         values = getattr(config, field, None)
         if values:
             setattr(config, field, [value for number, value in enumerate(values) if number not in removed])
+    with torch.device("meta"):
+        described = AutoModelForCausalLM.from_config(config).state_dict()
+    if {name: t.shape for name, t in described.items()} != {name: t.shape for name, t in model.state_dict().items()}:
+        raise UserError(f"a configuration of {config.model_type} cannot say that layers {removed} are gone: their "
+                        "kinds follow from their numbers; route attention or MLPs")  # fmt: skip
