@@ -14,6 +14,7 @@ from tiny_checkpoint import tiny_logits, tuned_run, write_base
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from router_tuning.checkpoint.exporting import FORMS, HOLDS, export
+from router_tuning.checkpoint.import_published import import_published
 from router_tuning.checkpoint.loading import load_export, load_tuned
 from router_tuning.errors import UserError
 from router_tuning.model import load_routers
@@ -154,7 +155,13 @@ def test_existing_folder_is_kept_unless_asked(tmp_path, run, base):
     (stranger / "thesis.txt").write_text("dear")
     with pytest.raises(UserError, match="none of our exports"):
         export(run, base, stranger, card="three", overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "stranger"]
+    tuned = shutil.copytree(run, tmp_path / "tuned")
+    (tuned / "run.json").write_text('{"seed": 1}')
+    with pytest.raises(UserError, match="tuned is a tuning run"):
+        export(tuned, base, tuned, overwrite=True)
+    with pytest.raises(UserError, match="tuned is a tuning run"):
+        import_published(base, base, tuned, "attn_sequence", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "stranger", "tuned"]
 
 
 def test_another_base_is_refused_and_a_full_disk_is_one_line(tmp_path, run, base, full_disk):

@@ -56,6 +56,8 @@ def export(
     if form not in HOLDS[what]:
         known = " or ".join(HOLDS[what])
         raise UserError(f"{run} trained {what}, which --form {form} does not hold: use --form {known}")
+    if read_run(output):
+        raise UserError(f"--output {output} is a tuning run: name another folder")
     if form != "adapter" and base is None:
         raise UserError(f"--form {form} needs the base that {run} was tuned on: name it with --base")
     with new_folder(output, overwrite, ADAPTER_FILES[0] if form == "peft" else CONFIG_NAME) as draft:
