@@ -81,7 +81,7 @@ def main() -> None:
         tasks=args.tasks,
         evaluation={"limit": args.limit, "batch_size": args.batch_size},
         texts={"answers": encoded(asked, tokenizer, length)},
-        prompts=prompt_batches(shown, tokenizer, args.batch_size, dense.device),
+        prompts=prompt_batches(shown, tokenizer, args.batch_size),
         timing={"new_tokens": args.new_tokens, "repeats": args.repeats},
     )
     cell = {"recipe": recipe_of(args.run), "budget": args.flops if args.capacity is None else args.capacity}

@@ -1,10 +1,13 @@
 """What routing saves, counted on models whose decisions are known."""
 
 import pytest
+import torch
 from tiny_models import random_batch, tiny_model
 
 from router_tuning.evaluation import cost
 from router_tuning.model import flops_share, force_routing, route
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 @pytest.fixture
@@ -18,8 +21,9 @@ def pair():
     return tiny_model(), route(tiny_model(), mod_layers=[1, 2])
 
 
-def test_cost_reports_shares_bytes_and_times(pair, batches):
-    dense, routed = pair
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_cost_reports_shares_bytes_and_times(pair, batches, device):
+    dense, routed = (model.to(device) for model in pair)
     found = cost.measure_cost(dense, routed, batches, new_tokens=3, repeats=2, under=force_routing(routed, False))
     assert found["capacity"] == {"1.attn": 0, "2.attn": 0} and found["prompts"] == 4
     assert found["prompt_tokens"] == sum(int(batch["attention_mask"].sum()) for batch in batches)

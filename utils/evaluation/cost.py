@@ -44,6 +44,7 @@ def measure_cost(
     """
     dense.eval(), routed.eval()
     models = {"dense": dense, "routed": routed}
+    batches = [{name: value.to(dense.device) for name, value in batch.items()} for batch in batches]
     with under or nullcontext():
         with record_routing(routed) as log:
             held = {

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -121,7 +120,7 @@ def _accepted(rows: Sequence[Row], make: Callable[[Row], T]) -> list[T]:
 
 
 def prompt_batches(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int, device: torch.device | str = "cpu"
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> list[dict[str, Tensor]]:
     """Left-padded batches ``{"input_ids": [b, t], "attention_mask": [b, t]}`` of rendered prompts, shortest first."""
     ordered = sorted(prompts, key=lambda text: len(encode_text(text, tokenizer)))
@@ -129,5 +128,5 @@ def prompt_batches(
     batches = []
     for start in range(0, len(ordered), batch_size):
         batch = tokenizer(ordered[start : start + batch_size], **options)
-        batches.append({name: batch[name].to(device) for name in ("input_ids", "attention_mask")})
+        batches.append({name: batch[name] for name in ("input_ids", "attention_mask")})
     return batches
