@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.embedded import TINY_LLAMA
+from router_tuning.experiments.readme import render
 from router_tuning.places import ROOT
 from router_tuning.tuning.command.command_line import parse_command
 from router_tuning.tuning.command.parser import VARIABLES
@@ -134,41 +135,4 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_numbers_are_those_of_the_committed_json(page):
-    from router_tuning.experiments.readme import render
-
     assert render(TEXTS[page]) == TEXTS[page], "run: python entrypoints/analysis/update_readme.py"
-
-
-def record(policy, share, kl, recipe="budget", granularity="attn_token+mlp_token", budget=0.8):
-    cell = {"policy": policy, "recipe": recipe, "granularity": granularity, "budget": budget}
-    texts = {"wikitext": {"kl": kl + 0.1, "share": share}, "code": {"kl": kl - 0.1, "share": share}}
-    tasks = {"boolq": {"metric": "acc", "value": 0.5 - kl / 10, "share": share - 0.01}}
-    return {"cell": cell, "share": share, "capacity": share, "texts": texts, "tasks": tasks}
-
-
-def test_picture_and_table_of_real_bases(tmp_path):
-    from router_tuning.evaluation.figures import front_figure
-    from router_tuning.experiments.readme import bases_table
-
-    records = [record("dense", 1.0, 0.0, None, None, None), record("routed", 0.81, 0.2)]
-    records += [record("random", 0.82, 0.9), record("static_low_rank", 0.8, 0.6), record("static_zero", 0.8, 3.0)]
-    [row] = bases_table([("a base", records)]).rows
-    assert row[:9] == ["a base", *map(pytest.approx, (0.81, 0.2, 0.6, 0.9, 0.8, 0.5, 0.48, 0.44))]
-    picture = front_figure(records, tmp_path / "a.svg").read_bytes()
-    assert front_figure(records, tmp_path / "b.svg").read_bytes() == picture
-    records.append(record("routed", 0.9, 3.0, "paper", "attn_sequence", None))
-    assert front_figure(records, tmp_path / "c.svg").read_bytes() != picture
-    assert len(bases_table([("a base", records)]).rows) == 1
-
-
-def test_a_comparison_without_tasks_is_told_by_its_divergence():
-    from router_tuning.evaluation.comparison import comparison_table, reading
-
-    values = {"dense": ("dense", 0.0), "budget": ("routed", 0.1), "paper": ("routed", 0.3), "static": ("static", 0.2)}
-    records = [
-        {"cell": {"policy": policy, "recipe": name}, "share": 0.8, "capacity": 0.7, "texts": {"answers": {"kl": kl}}}
-        for name, (policy, kl) in values.items()
-    ]
-    rows = {row[0]: row[2] for row in comparison_table(records).rows}
-    assert rows["routers, recipe budget"] == 0.1 and rows["published recipe"] == 0.3
-    assert "KL of 0.100" in reading(records) and "the published recipe 0.300" in reading(records)

@@ -6,9 +6,11 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from router_tuning.errors import UserError
-from router_tuning.evaluation.figures import quality_figure
+from router_tuning.evaluation.comparison import comparison_table, reading
+from router_tuning.evaluation.figures import front_figure, quality_figure
 from router_tuning.evaluation.records import all_tables, control_table, difference_table, read_records, summary_table
 from router_tuning.evaluation.tables import Table, with_error
+from router_tuning.experiments.readme import bases_table
 from router_tuning.files import append_json, read_json_lines
 
 TIMES = {"seconds_dense": 2.0, "seconds_routed": 1.0, "time_ratio": 0.51}
@@ -108,6 +110,32 @@ def test_a_figure_is_written_whole(records, tmp_path):
     assert quality_figure(records, tmp_path / "quality.svg").stat().st_size > 3000
     assert quality_figure(records[-1:], tmp_path / "none.svg") is None
     assert [path.name for path in tmp_path.iterdir()] == ["quality.svg"]
+
+
+def test_picture_and_table_of_real_bases(tmp_path):
+    at = {"recipe": "budget", "granularity": "attn_token+mlp_token", "budget": 0.8}
+    shown = {"routed": ("1110", 0.2, 0.81), "random": ("1000", 0.9, 0.82), "static_zero": ("0000", 3.0, 0.8)}
+    shown |= {"static_low_rank": ("1100", 0.6, 0.8)}
+    records = [record(policy, right, (2 * kl,) * 3, share, **at) for policy, (right, kl, share) in shown.items()]
+    records.append(record("dense", "1111"))
+    [row] = bases_table([("a base", records)]).rows
+    assert row[:9] == ["a base", *map(pytest.approx, (0.81, 0.2, 0.6, 0.9, 1.0, 1.0, 0.75, 0.5))]
+    picture = front_figure(records, tmp_path / "a.svg").read_bytes()
+    assert front_figure(records, tmp_path / "b.svg").read_bytes() == picture
+    records.append(record("routed", "1000", (6.0,) * 3, 0.9, recipe="paper", granularity="attn_sequence", budget=None))
+    assert front_figure(records, tmp_path / "c.svg").read_bytes() != picture
+    assert len(bases_table([("a base", records)]).rows) == 1
+
+
+def test_a_comparison_without_tasks_is_told_by_its_divergence():
+    values = {"dense": ("dense", 0.0), "budget": ("routed", 0.1), "paper": ("routed", 0.3), "static": ("static", 0.2)}
+    records = [
+        {"cell": {"policy": policy, "recipe": name}, "share": 0.8, "capacity": 0.7, "texts": {"answers": {"kl": kl}}}
+        for name, (policy, kl) in values.items()
+    ]
+    rows = {row[0]: row[2] for row in comparison_table(records).rows}
+    assert rows["routers, recipe budget"] == 0.1 and rows["published recipe"] == 0.3
+    assert "KL of 0.100" in reading(records) and "the published recipe 0.300" in reading(records)
 
 
 def append(path, number):
