@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tiny_checkpoint import write_run
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from router_tuning.evaluation import tasks
 from router_tuning.evaluation.routed_lm import RoutedLM
 from router_tuning.evaluation.tasks import evaluate, requested_tokens
-from router_tuning.model import force_routing, record_routing
+from router_tuning.model import force_routing, load_routers, record_routing
 from router_tuning.model.recording import routed_base
 
 TASKS = ["mod_copy_gen", "mod_math_mc", "mod_dialogue_mc", "mod_story_text"]
@@ -33,6 +34,17 @@ def test_batch_size_changes_no_score(routed, tokenizer, result, monkeypatch, siz
     found = result["mod_math_mc"]
     assert found["metric"] == "acc_norm" and found["value"] == found["documents"].count("1") / 6
     assert result["mod_copy_gen"]["version"] == 1.0 and "documents" not in result["mod_story_text"]
+
+
+def test_padding_is_not_counted_as_what_ran(base, tokenizer, tmp_path):
+    run = write_run(tmp_path / "run", base, "mlp_token")
+    model = load_routers(AutoModelForCausalLM.from_pretrained(base), run).eval()
+    one, many = (
+        evaluate(model, tokenizer, ["mod_dialogue_mc"], batch_size=size, limit=3)["tasks"]["mod_dialogue_mc"]
+        for size in (1, 16)
+    )
+    assert many["decisions"] == one["decisions"] and many["scores"] == pytest.approx(one["scores"], rel=1e-5)
+    assert many["capacity"] == pytest.approx(one["capacity"]) and many["share"] == pytest.approx(one["share"])
 
 
 def test_a_task_says_how_long_an_answer_may_be_and_not_the_base(routed, tokenizer, monkeypatch):

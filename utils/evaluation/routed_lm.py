@@ -27,9 +27,9 @@ class RoutedLM(HFLM):
     module, the ``share`` of the decoder's operations that was left, and ``decisions``: sequences or tokens decided on.
 
     Scores are those of ``HFLM``, whatever the batch. It pads on the right without an attention mask, and then every
-    token is real: a model that decides per sequence would pool the padding. Here such a model gets requests of one
-    length at a time, and is told where the prompts end. Stock lm-eval gives the same scores at batch size 1 (for
-    ``router_pooling="sequence"``), and for models that decide per token at any.
+    token is real: a model that decides per sequence would pool the padding, and what runs of it would count. Here a
+    routed model gets requests of one length at a time, and is told where the prompts end. Stock lm-eval gives the same
+    scores at batch size 1 (for ``router_pooling="sequence"``), and for models that decide per token at any.
 
     Launched as several processes (``accelerate launch``, ``torchrun``), each takes a share of the documents, which
     ``HFLM`` leaves to its caller for a model that is already loaded; :meth:`gathered_costs` then joins them.
@@ -77,15 +77,16 @@ class RoutedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list:
-        """As in ``HFLM``; for a model that decides per sequence in groups that need no padding."""
-        config = self.model.config
-        if "sequence" not in (getattr(config, "mod_granularity", None) or ""):
+        """As in ``HFLM``; for a routed model in groups that need no padding."""
+        if not is_routed(self.model):
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        config = self.model.config
+        told = "sequence" in config.mod_granularity and config.mod_router_pooling == "prompt"
         if self.batch_size == "auto" and override_bs is None:
             override_bs = self._detect_batch_size()
         groups: dict[tuple[int, int | None], list[int]] = {}
         for place, (_, context, answer) in enumerate(requests):
-            length = len(answer) if config.mod_router_pooling == "prompt" else None
+            length = len(answer) if told else None
             groups.setdefault((len(context) + len(answer), length), []).append(place)
         results: list[Any] = [None] * len(requests)
         for (_, self._answer), places in groups.items():
