@@ -1,13 +1,12 @@
 """A ``.gguf`` file becomes an ordinary checkpoint: the same numbers, the same matrices, or one clear line."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from refused import refused
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,14 +63,10 @@ def test_one_matrix_that_was_rounded_in_two_ways_is_one_again(tmp_path, tokenize
     assert float((output.float() - model.lm_head.weight).norm() / model.lm_head.weight.norm()) < 0.02, "the finer one"
 
 
-def shorten(data: bytes, share: float) -> bytes:
-    return data[: int(len(data) * share)]
-
-
 DAMAGE = {
-    "header": lambda data: shorten(data, 0.001),
-    "vocabulary": lambda data: shorten(data, 0.03),
-    "weights": lambda data: shorten(data, 0.7),
+    "header": lambda data: data[: len(data) // 1000],
+    "vocabulary": lambda data: data[: len(data) // 30],
+    "weights": lambda data: data[: len(data) * 2 // 3],
     "last byte": lambda data: data[:-1],
     "zeros at its end": lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
     "another format": lambda data: b"PK\3\4" + data[4:],
@@ -84,14 +79,14 @@ DAMAGE = {
 def test_damaged_files_are_refused_in_one_line(tmp_path, tokenizer, damage):
     file = tiny_gguf.write_gguf(tmp_path / "base.gguf", base(tokenizer), tokenizer)
     file.write_bytes(DAMAGE[damage](file.read_bytes()))
-    with pytest.raises(UserError, match=r"base\.gguf") as caught:
+    with refused(r"base\.gguf", UserError):
         convert_gguf(file, tmp_path / "base")
-    assert "\n" not in str(caught.value) and not (tmp_path / "base").exists()
+    assert not (tmp_path / "base").exists()
 
 
 def test_the_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install gguf"):
+    with refused("pip install gguf", UserError):
         convert_gguf(tmp_path / "base.gguf", tmp_path / "base")
 
 

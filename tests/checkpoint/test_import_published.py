@@ -1,7 +1,5 @@
 """Published routers: mapped to ours, on the right base, and refused where they are not what they seem."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from refused import refused

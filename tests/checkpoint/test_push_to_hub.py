@@ -1,7 +1,5 @@
 """An export is checked before it is uploaded, in one commit; refusals are one line."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

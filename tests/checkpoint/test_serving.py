@@ -1,7 +1,5 @@
 """What transformers offers for serving: streaming gives the text of generate, what cannot work is refused clearly."""
 
-from __future__ import annotations
-
 from threading import Thread
 
 import pytest

@@ -1,7 +1,5 @@
 """Calibrated thresholds reach the budgets asked for, in real forward passes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from refused import refused

@@ -1,19 +1,16 @@
 """The engine equals the masked dense model: every family, granularity, key policy, mode and way to split the work."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest
 import torch
 from masked_reference import check, close
 from tiny_models import FAMILIES, MOE, random_batch, tiny_model
-from tiny_routed import KINDS, with_reference
+from tiny_routed import DENSE, KINDS, with_reference
 
 from router_tuning.model import force_routing, packed_attention, record_routing, routed
 from router_tuning.model.modules import decoder_of
 
-DENSE = [*KINDS, ("attn_token+mlp_token", "keep"), ("attn_sequence+mlp_token", "keep")]
 ATTEND = [case for case in KINDS if "mlp" not in case[0]]
 EXPERTS = [("expert_token", "keep"), ("attn_token+expert_token", "drop")]
 # What a family's own modules decide: its projections, norms, windows and masks; of both policies and levels.
@@ -35,12 +32,12 @@ PACKED = [
 ]
 
 
-def attention_of(family):
-    """Scores of Gemma 2 are capped, which ``sdpa`` cannot."""
-    return "eager" if family == "gemma2" else "sdpa"
-
-
 pair = functools.cache(with_reference)
+
+
+def best(family):
+    """The implementation of its attention: scores of Gemma 2 are capped, which ``sdpa`` cannot."""
+    return "eager" if family == "gemma2" else "sdpa"
 
 
 @pytest.fixture
@@ -72,9 +69,9 @@ def queries(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "granularity", "policy", "skip", "attn", "how"),
     [
-        *[(*case, attention_of(case[0]), "at once") for case in MATRIX],
+        *[(*case, best(case[0]), "at once") for case in MATRIX],
         *[(f, *case, "zero", "eager", "at once") for f in ("llama", "gemma3_text") for case in ATTEND],
-        *[(*case, attention_of(case[0]), how) for case in PACKED for how in ("spread", "in chunks")],
+        *[(*case, best(case[0]), how) for case in PACKED for how in ("spread", "in chunks")],
         *[("llama", *case, "zero", "sdpa", "many") for case in DENSE if "token" in case[0]],
     ],
 )
@@ -88,7 +85,7 @@ def test_equals_masked_dense_model(family, granularity, policy, skip, attn, how,
         expected = reference.logits(ids, mask)
         for gradients in (False, True):  # without them it skips, with them every module runs
             with torch.set_grad_enabled(gradients):
-                close(model.train()(input_ids=ids, attention_mask=mask).logits.detach(), expected, mask)
+                close(model.train()(ids, attention_mask=mask).logits.detach(), expected, mask)
     model.eval()
     for all_run in (True, False):
         reference.threshold = 0.0 if all_run else 2.0
@@ -107,12 +104,8 @@ def _prefix(kind):
 
 SEEN = [
     ("gemma3_text", "sdpa", "both ways by config"),
-    ("llama", "sdpa", "prefix"),
-    ("llama", "sdpa", "additive prefix"),
-    ("llama", "eager", "additive prefix"),
-    ("llama", "sdpa", "both ways by keyword"),
-    ("llama", "sdpa", "both ways by switch"),
-    ("llama", "eager", "both ways by switch"),
+    *[("llama", "sdpa", how) for how in ("both ways by keyword", "prefix")],
+    *[("llama", attn, how) for attn in ("sdpa", "eager") for how in ("additive prefix", "both ways by switch")],
 ]
 
 
@@ -120,7 +113,7 @@ SEEN = [
 @pytest.mark.parametrize("policy", ["keep", "drop"])
 @pytest.mark.parametrize(
     ("family", "attn", "seen", "granularity"),
-    [*[(*case, "attn_token") for case in SEEN], (*SEEN[0], "block_token"), (*SEEN[4], "block_token")],
+    [*[(*case, "attn_token") for case in SEEN], *[(*case, "block_token") for case in SEEN[:2]]],
 )
 def test_attention_need_not_be_causal(family, attn, seen, granularity, policy, how, queries):
     """What a query sees is what mask, keyword and module say, in evaluation, however it is run, and in training."""

@@ -5,8 +5,6 @@ every query that runs against every key that its row offers (under ``keep`` thos
 of the kept ones), which is what a dense kernel under a mask computes.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import pytest
@@ -24,11 +22,11 @@ Q = OUT = 2 * HIDDEN * HEADS * WIDTH  # per token
 KV = 2 * 2 * HIDDEN * KV_HEADS * WIDTH
 MLP = 3 * 2 * HIDDEN * INNER
 PAIR = 2 * 2 * HEADS * WIDTH  # per query and key: scores and weighted sum
-CAPACITIES = [0.0, 0.25, 1.0]
+HEAD = 2 * HIDDEN * VOCAB
+ATTEND = Q + KV + OUT + (TOKENS + 1) * PAIR  # of a decoding step
 
 
-def whole_layer(rows=ROWS, tokens=TOKENS, keys=TOKENS):
-    return rows * tokens * (Q + KV + OUT + MLP + keys * PAIR)
+IDS, _ = random_batch(ROWS, TOKENS)
 
 
 def expected_layer(granularity, policy, share, use_cache=True):
@@ -46,67 +44,57 @@ def expected_layer(granularity, policy, share, use_cache=True):
 
 def masks(granularity, share):
     """``share`` of the rows, or of the tokens of each row, here and there."""
-    generator = torch.Generator().manual_seed(3)
-    if "sequence" in granularity:
-        kept = torch.arange(ROWS) < share * ROWS
-        return {layer: kept[torch.randperm(ROWS, generator=generator)] for layer in LAYERS}
-    order = torch.rand(len(LAYERS), ROWS, TOKENS, generator=generator).argsort(-1)
-    return {layer: order[number] < share * TOKENS for number, layer in enumerate(LAYERS)}
+    shape, generator = [ROWS] if "sequence" in granularity else [ROWS, TOKENS], torch.Generator().manual_seed(3)
+    order = torch.rand(len(LAYERS), *shape, generator=generator).argsort(-1)
+    return dict(zip(LAYERS, order < share * shape[-1], strict=True))
 
 
 @pytest.mark.parametrize(("share", "use_cache"), [(0.0, False), (0.0, True), (0.25, True), (1.0, False)])
 @pytest.mark.parametrize(("granularity", "policy"), KINDS)
 def test_operations_of_a_forward_pass(granularity, policy, share, use_cache):
     model = route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
-    ids, _ = random_batch(ROWS, TOKENS)
     with force_routing(model, masks(granularity, share)):
-        measured = counted(model, input_ids=ids, use_cache=use_cache)
-    expected = ROWS * TOKENS * 2 * HIDDEN * VOCAB + (DEPTH - len(LAYERS)) * whole_layer()
+        measured = counted(model, input_ids=IDS, use_cache=use_cache)
+    dense = ROWS * TOKENS * (Q + KV + OUT + MLP + TOKENS * PAIR)
+    expected = ROWS * TOKENS * HEAD + (DEPTH - len(LAYERS)) * dense
     expected += len(LAYERS) * expected_layer(granularity, policy, share, use_cache)
     assert measured == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("share", CAPACITIES)
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_experts_run_for_the_assignments_that_are_kept(share):
-    family, assignments = "mixtral", 2 * ROWS * TOKENS
-    dense = tiny_model(family)
-    dense.config._experts_implementation = "eager"
-    ids, _ = random_batch(ROWS, TOKENS)
-    everything = counted(dense, input_ids=ids)
-    route(dense, mod_layers=LAYERS, granularity="expert_token")
-    executed = int(share * assignments)
+    model, assignments = tiny_model("mixtral"), 2 * ROWS * TOKENS
+    model.config._experts_implementation = "eager"
+    everything = counted(model, input_ids=IDS)
+    route(model, mod_layers=LAYERS, granularity="expert_token")
     order = torch.randperm(assignments, generator=torch.Generator().manual_seed(1)).view(-1, 2)
-    with force_routing(dense, {layer: order < executed for layer in LAYERS}):
-        measured = counted(dense, input_ids=ids)
-    saved = len(LAYERS) * (assignments - executed) * MLP
-    assert everything - measured == pytest.approx(saved, rel=0.01, abs=1)
+    with force_routing(model, dict.fromkeys(LAYERS, order < share * assignments)):
+        saved = everything - counted(model, input_ids=IDS)
+    assert saved == pytest.approx(len(LAYERS) * (1 - share) * assignments * MLP, rel=0.01, abs=1)
 
 
 @pytest.mark.parametrize(
     ("granularity", "policy", "saved"),
     [
-        ("attn_sequence", "keep", Q + KV + OUT + (TOKENS + 1) * PAIR),
-        ("attn_token", "keep", Q + OUT + (TOKENS + 1) * PAIR),
-        ("attn_token", "drop", Q + KV + OUT + (TOKENS + 1) * PAIR),
-        ("mlp_token", "keep", MLP),
-        ("mlp_sequence", "keep", MLP),
-        ("block_sequence", "keep", Q + KV + OUT + MLP + (TOKENS + 1) * PAIR),
-        ("block_token", "drop", Q + KV + OUT + MLP + (TOKENS + 1) * PAIR),
+        *[("attn_sequence", "keep", ATTEND), ("attn_token", "keep", ATTEND - KV), ("attn_token", "drop", ATTEND)],
+        *[("mlp_token", "keep", MLP), ("mlp_sequence", "keep", MLP)],
+        *[("block_sequence", "keep", ATTEND + MLP), ("block_token", "drop", ATTEND + MLP)],
     ],
 )
+@torch.no_grad()
 def test_operations_of_a_decoding_step(granularity, policy, saved):
     """A step whose token is skipped costs what it must: under ``keep`` its key and value, no read of the cache."""
-    ids, _ = random_batch(ROWS, TOKENS)
     dense, model = tiny_model(), route(tiny_model(), mod_layers=LAYERS, granularity=granularity, kv_policy=policy)
-    costs = []
-    for one, keep in ((dense, None), (model, True), (model, False)):
+
+    def step(one, keep=None):
         prefill = keep or "sequence" not in granularity  # the prompt of a row that is skipped is skipped as well
-        with nullcontext() if keep is None else force_routing(one, prefill), torch.no_grad():
-            cache = one(ids).past_key_values
+        with nullcontext() if keep is None else force_routing(one, prefill):
+            cache = one(IDS).past_key_values
         with nullcontext() if keep is None else force_routing(one, keep):
-            costs.append(counted(one, input_ids=ids[:, :1], past_key_values=cache))
-    assert costs[1] == costs[0]
-    assert costs[0] - costs[2] == pytest.approx(len(LAYERS) * ROWS * saved, rel=0.01)
+            return counted(one, input_ids=IDS[:, :1], past_key_values=cache)
+
+    assert step(model, True) == step(dense)
+    assert step(dense) - step(model, False) == pytest.approx(len(LAYERS) * ROWS * saved, rel=0.01)
 
 
 # ---------------------------------------------------------------- what a budget leaves, on paper
@@ -123,14 +111,11 @@ def test_the_share_on_paper_is_that_of_a_real_pass(family, granularity, skip):
     """A real pass gives every query all keys, as many as 2·t - 1 tokens do on average, and fills up short rows."""
     dense = tiny_model(family)
     dense.config._experts_implementation = "eager"
-    ids, _ = random_batch(ROWS, TOKENS)
-    head = ROWS * TOKENS * 2 * HIDDEN * VOCAB
-    everything = counted(dense, input_ids=ids) - head
+    everything = counted(dense, input_ids=IDS) - ROWS * TOKENS * HEAD
     model = route(dense, mod_layers=LAYERS, granularity=granularity, skip=skip, skip_rank=4)
     assert decoder_flops(model, 2 * TOKENS - 1) * ROWS * TOKENS == pytest.approx(everything, rel=0.01)
-    forced = masks(granularity, 0.5)
-    with record_routing(model) as log, force_routing(model, forced):
-        left = counted(model, input_ids=ids) - head
+    with record_routing(model) as log, force_routing(model, masks(granularity, 0.5)):
+        left = counted(model, input_ids=IDS) - ROWS * TOKENS * HEAD
     share = {f"{layer}.{granularity.split('_')[0]}": float(c) for layer, c in log.capacity_tensors().items()}
     assert flops_share(model, share, 2 * TOKENS - 1) == pytest.approx(left / everything, abs=0.01)
 

@@ -1,7 +1,5 @@
 """record_routing and force_routing: what is logged, what may be imposed, and what is refused."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 
 import numpy as np
@@ -118,14 +116,24 @@ def test_forcing_holds_until_its_block_ends_whichever_ends_first():
     assert share() == own and torch.equal(forward(model), logits)
 
 
-def test_routers_that_are_not_named_decide_for_themselves():
-    model, rows = routed_model("llama", TWO), torch.tensor([True, False, True])
+@pytest.mark.parametrize("how", ["by name", "by a callable"])
+def test_routers_for_which_nothing_is_said_decide_for_themselves(how):
+    model, rows, asked = routed_model("llama", TWO), torch.tensor([True, False, True]), []
     own = logged(model).decisions
-    with force_routing(model, {(1, "attn"): own[1, "attn"], (1, "mlp"): rows, 2: False}):
+    imposed = {(1, "attn"): own[1, "attn"], (1, "mlp"): rows, 2: False}
+
+    def said(layer, part, shape, past):
+        asked.append((layer, part, tuple(shape), past))
+        return imposed.get((layer, part), imposed.get(layer))
+
+    with force_routing(model, imposed if how == "by name" else said):
         log = logged(model)
     assert torch.equal(log.decisions[1, "attn"], own[1, "attn"]) and torch.equal(log.decisions[1, "mlp"], rows)
     assert not log.decisions[2, "mlp"].any() and not log.decisions[2, "attn"].any()
     assert set(log.scores) == {(3, "attn"), (3, "mlp")} and 0 < log.decisions[3, "attn"].float().mean() < 1
+    shapes = {"attn": (ROWS, TOKENS), "mlp": (ROWS,)}
+    every = [(layer, part, shapes[part], 0) for layer in LAYERS for part in shapes]
+    assert asked == (every if how == "by a callable" else [])
 
 
 @pytest.mark.parametrize("granularity", ["attn_sequence", "attn_token"])
@@ -143,20 +151,6 @@ def test_masks_of_any_kind_serve_all_layers(keep, rows, granularity):
     with force_routing(model, keep):
         for decision in logged(model).decisions.values():
             assert [set(row) for row in decision.view(ROWS, -1).tolist()] == [{bool(run)} for run in rows]
-
-
-def test_a_callable_is_asked_for_every_decision():
-    model, asked = routed_model("llama", TWO), []
-
-    def half(layer, part, shape, past):
-        asked.append((layer, part, tuple(shape), past))
-        return torch.arange(shape.numel()).view(shape) % 2 == 0 if layer == 1 else None
-
-    with force_routing(model, half):
-        log = logged(model)
-    shapes = {"attn": (ROWS, TOKENS), "mlp": (ROWS,)}
-    assert asked == [(layer, part, shapes[part], 0) for layer in LAYERS for part in ("attn", "mlp")]
-    assert log.decisions[1, "mlp"].tolist() == [True, False, True] and (2, "mlp") in log.scores
 
 
 def test_one_mask_serves_a_whole_generation():

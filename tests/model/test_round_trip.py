@@ -1,7 +1,5 @@
 """A routed model is saved, loaded, copied and sent elsewhere as any model of transformers: of every family, whole."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle
@@ -14,10 +12,11 @@ import transformers
 from refused import refused
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, MOE, logits_of, random_batch, tiny_model
-from tiny_routed import random_skip_paths, routed_model
+from tiny_routed import LAYERS, random_skip_paths, routed_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from router_tuning.model import ModConfig, is_routed, route, routed_modules, set_thresholds, unroute
+from router_tuning.model.saving import load_routers, save_routers
 
 load = AutoModelForCausalLM.from_pretrained
 EVERYTHING = dict(
@@ -25,20 +24,31 @@ EVERYTHING = dict(
 )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_save_pretrained_and_auto_model_give_the_same_routed_model(family, tmp_path):
-    granularity = "attn_token+expert_token" if family in MOE else "attn_token+mlp_sequence"
+@pytest.mark.parametrize(
+    ("family", "granularity"),
+    [
+        *[(f, "attn_token+expert_token" if f in MOE else "attn_token+mlp_sequence") for f in FAMILIES],
+        *[("llama", g) for g in ("attn_sequence+mlp_token", "block_sequence", "block_token")],
+    ],
+)
+def test_it_comes_back_as_it_was_whichever_way(family, granularity, tmp_path):
     model = routed_model(family, granularity, "eager", **EVERYTHING)
     random_skip_paths(model)
     set_thresholds(model, {name: 0.4 + 0.01 * place for place, name in enumerate(routed_modules(model))})
-    model.save_pretrained(tmp_path)
-    again, info = load(tmp_path, attn_implementation="eager", output_loading_info=True)
+    model.save_pretrained(tmp_path / "whole")
+    again, info = load(tmp_path / "whole", attn_implementation="eager", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert type(again) is type(model) and type(again.config) is type(model.config)
-    assert ModConfig.read_from(again.config) == ModConfig.read_from(model.config)
-    for copied in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
-        assert torch.equal(logits_of(copied), logits_of(model)) and copied.model.config is copied.config
-        assert copied is again or copied.config is not again.config
+    routers, dense = save_routers(model, tmp_path / "new" / "folder"), tiny_model(family, "eager")
+    alike = route(tiny_model(family, "eager"), mod_layers=LAYERS, granularity=granularity, **EVERYTHING)
+    assert load_routers(dense, routers) is dense
+    for other in (again, copy.deepcopy(again), pickle.loads(pickle.dumps(again)), dense, load_routers(alike, routers)):
+        assert torch.equal(logits_of(other), logits_of(model)) and other.model.config is other.config
+        assert ModConfig.read_from(other.config) == ModConfig.read_from(model.config)
+        assert other is again or other.config is not again.config
+    lower = load_routers(tiny_model(family, "eager").bfloat16(), routers)
+    for ours, theirs in zip(routed_modules(lower).values(), routed_modules(model).values(), strict=True):
+        assert torch.equal(ours.mod_router.weight, theirs.mod_router.weight) and ours.mod_logit == theirs.mod_logit
 
 
 @pytest.mark.parametrize("task", ["CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"])
@@ -153,47 +163,24 @@ def test_whatever_is_built_without_a_checkpoint_starts_at_zero():
     assert {weight.dtype for weight in weights(lower)} == {torch.float32}
 
 
-# ---------------------------------------------------------------- another process, with this package and without
-
-
-STRANGER = """
-import sys, torch
-if sys.argv[1] == "absent":
-    sys.modules["accelerate"] = sys.modules["router_tuning"] = None  # nor what it does not ask for
-else:
-    import router_tuning.model
+FRESH = """
+import torch, router_tuning.model
 from transformers import AutoModelForCausalLM
-load, (ids, mask, expected) = AutoModelForCausalLM.from_pretrained, torch.load("batch.pt")
-for family, logits in expected.items():
-    model = load(family, trust_remote_code=sys.argv[1] == "absent")
-    if sys.argv[1] == "absent":
-        model.save_pretrained("again")
-        other = load("again", trust_remote_code=True)
-    else:
-        other = torch.load(family + ".pt", weights_only=False)
-        assert type(model) is type(other)
-    for model in (model, other):
-        with torch.no_grad():
-            assert torch.equal(model(ids, attention_mask=mask).logits, logits), "other logits"
-        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
-        assert {p.dtype for n, p in model.named_parameters() if "mod_router" in n} == {torch.float32}
+ids, mask, logits = torch.load("batch.pt")
+torch.set_grad_enabled(False)
+for model in (torch.load("model.pt", weights_only=False), AutoModelForCausalLM.from_pretrained("saved")):
+    assert torch.equal(model(ids, attention_mask=mask).logits, logits), "other logits"
 """
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("package", ["absent", "present"])
-def test_another_process_loads_it(package, tmp_path):
-    expected = {}
-    for family in ("llama", "gemma3_text", "mixtral"):
-        model = routed_model(family, "attn_sequence+mlp_token")
-        expected[family] = logits_of(model)
-        model.save_pretrained(tmp_path / family)
-        torch.save(model, tmp_path / f"{family}.pt")
-    torch.save((*random_batch(padding="left"), expected), tmp_path / "batch.pt")
-    (tmp_path / "stranger.py").write_text(STRANGER)
-    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "stranger.py", package]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+def test_another_process_loads_what_was_saved_or_pickled(tmp_path):
+    """Without this package: test_stock_tools."""
+    model = routed_model("gemma3_text", "attn_sequence+mlp_token")
+    model.save_pretrained(tmp_path / "saved")
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((*random_batch(padding="left"), logits_of(model)), tmp_path / "batch.pt")
+    run = subprocess.run([sys.executable, "-P", "-c", FRESH], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 
 

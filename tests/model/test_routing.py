@@ -12,9 +12,17 @@ from tiny_models import FAMILIES, MOE, logits_of, random_batch, state_of, tiny_m
 from tiny_routed import KINDS, LAYERS, routed_model, with_reference
 from transformers import AutoModelForCausalLM
 
-from router_tuning import model as package
-from router_tuning.model import force_routing, is_routed, record_routing, route, routed_modules, unroute
+from router_tuning.model import (
+    force_routing,
+    is_routed,
+    record_routing,
+    route,
+    routed_modules,
+    set_thresholds,
+    unroute,
+)
 from router_tuning.model.configuration_mod import parse_granularity, select_layers
+from router_tuning.model.saving import load_routers, save_routers
 
 WHERE = {"attn": "self_attn.", "mlp": "mlp.", "block": "", "expert": "mlp.experts."}
 BY_PART = {"attn": [0, 3], "mlp": [1, 3, 4]}
@@ -58,13 +66,13 @@ def test_parts_may_be_routed_in_layers_of_their_own(granularity, policy, tmp_pat
         close(logits_of(model), logits_of(tiny_model()), random_batch(padding="left")[1], tolerance=1e-5)
     with refused("names no router: .0, 'mlp'"), force_routing(model, {(0, "mlp"): True}):
         pass
-    package.save_routers(model, tmp_path)
+    save_routers(model, tmp_path)
     model.save_pretrained(tmp_path / "whole")
-    loaded = package.load_routers(tiny_model(), tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    loaded = load_routers(tiny_model(), tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
     for again in loaded:
         assert again.config.mod_layers == BY_PART and list(routed_modules(again)) == names
         assert torch.equal(logits_of(again), logits_of(model))
-    package.set_thresholds(model, dict.fromkeys(names, 0.4))
+    set_thresholds(model, dict.fromkeys(names, 0.4))
     assert not any("mod_" in name for name in unroute(model).state_dict())
 
 

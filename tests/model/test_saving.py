@@ -1,22 +1,20 @@
-"""Routers on disk: exact round trip, whole files or none, and one line for every damaged or foreign one."""
-
-from __future__ import annotations
+"""Files of routers: what they hold, whole or not at all, one line for a damaged or foreign one."""
 
 import json
-import math
 
 import pytest
 import torch
 from refused import refused
 from safetensors.torch import load_file, save_file
 from tiny_models import logits_of, random_batch, state_of, tiny_model
-from tiny_routed import CASES, LAYERS, random_skip_paths, routed_model
+from tiny_routed import LAYERS, routed_model
 
 from router_tuning.errors import UserError
-from router_tuning.model import is_routed, load_routers, route, routed_modules, save_routers, unroute
+from router_tuning.model import is_routed, load_routers, route, save_routers, unroute
 
 WEIGHTS, CONFIG = "router.safetensors", "router_config.json"
-PLACES = {"attn": "self_attn.", "mlp": "mlp.", "block": "", "expert": "mlp.experts."}
+ROUTER, PATH = {"mod_router.weight": (1, 32)}, {"mod_skip.bias": (32,)}
+LOW_RANK = {"mod_skip.down": (32, 3), "mod_skip.up": (3, 32)}
 
 
 @pytest.fixture
@@ -29,47 +27,20 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# ---------------------------------------------------------------- round trip
-
-
 @pytest.mark.parametrize(
-    ("family", "granularity", "policy", "skip"),
+    ("family", "granularity", "skip", "places", "shapes"),
     [
-        *[(*case, "zero") for case in CASES],
-        *[("llama", "attn_token+mlp_sequence", "keep", skip) for skip in ("mean", "low_rank")],
+        ("llama", "attn_sequence", "zero", ["self_attn."], ROUTER),
+        ("llama", "block_token", "zero", [""], ROUTER),
+        ("llama", "attn_token+mlp_token", "mean", ["self_attn.", "mlp."], ROUTER | PATH),
+        ("llama", "attn_token+mlp_token", "low_rank", ["self_attn.", "mlp."], ROUTER | PATH | LOW_RANK),
+        ("mixtral", "expert_token", "zero", ["mlp.experts."], {"mod_router.weight": (4, 32)}),
     ],
 )
-def test_round_trip_is_exact(family, granularity, policy, skip, tmp_path):
-    """Onto the dense base, in another type as well, and onto one that is routed alike, which gives the same bytes."""
-    routing = {"kv_policy": policy, "router_pooling": "prompt", "skip": skip, "skip_rank": 3}
-    model = routed_model(family, granularity, "eager", threshold=0.47, **routing)
-    random_skip_paths(model)
-    folder = save_routers(model, tmp_path / "new" / "folder")
-    alike = route(tiny_model(family, "eager"), mod_layers=LAYERS, granularity=granularity, **routing)
-    for onto in (tiny_model(family, "eager"), alike, tiny_model(family).bfloat16()):
-        assert load_routers(onto, folder) is onto
-        for ours, theirs in zip(routed_modules(onto).values(), routed_modules(model).values(), strict=True):
-            assert torch.equal(ours.mod_router.weight, theirs.mod_router.weight) and ours.mod_threshold == 0.47
-        assert onto.dtype == torch.bfloat16 or torch.equal(logits_of(onto), logits_of(model))
-    assert contents(save_routers(alike, tmp_path / "again")) == contents(folder)
-
-
-@pytest.mark.parametrize(
-    ("family", "granularity", "skip"),
-    [
-        *[("llama", g, "zero") for g in ("attn_sequence", "block_token")],
-        *[("llama", "attn_token+mlp_token", skip) for skip in ("mean", "low_rank")],
-        ("mixtral", "expert_token", "zero"),
-    ],
-)
-def test_exact_keys_shapes_and_type(family, granularity, skip, tmp_path):
+def test_exact_keys_shapes_and_type(family, granularity, skip, places, shapes, tmp_path):
     model = routed_model(family, granularity, skip=skip, skip_rank=3)
     save_routers(model, tmp_path)
     state, config = load_file(tmp_path / WEIGHTS), json.loads((tmp_path / CONFIG).read_text())
-    shapes = {"mod_router.weight": (4 if "expert" in granularity else 1, 32)}
-    shapes |= {} if skip == "zero" else {"mod_skip.bias": (32,)}
-    shapes |= {"mod_skip.down": (32, 3), "mod_skip.up": (3, 32)} if skip == "low_rank" else {}
-    places = [PLACES[part.split("_")[0]] for part in granularity.split("+")]
     expected = {f"model.layers.{n}.{at}{name}": shapes[name] for n in LAYERS for at in places for name in shapes}
     assert {name: tuple(value.shape) for name, value in state.items()} == expected
     assert set(state) <= set(model.state_dict()) and {value.dtype for value in state.values()} == {torch.float32}
@@ -129,9 +100,7 @@ DAMAGE = {
     "cut weights": lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-7]),
     "a pickle": lambda f: torch.save({KEY: torch.ones(1, 32)}, f / WEIGHTS),
     "wide router": lambda f: edit(f, lambda s: s.update({KEY: torch.zeros(1, 33)})),
-    "flat router": lambda f: edit(f, lambda s: s.update({KEY: torch.zeros(32)})),
-    "not a number": lambda f: edit(f, lambda s: s[KEY].view(-1)[3:4].fill_(math.nan)),
-    "infinite": lambda f: edit(f, lambda s: s[KEY].view(-1)[3:4].fill_(math.inf)),
+    "infinite": lambda f: edit(f, lambda s: s[KEY].view(-1)[3:4].fill_(float("inf"))),
     "integers": lambda f: edit(f, lambda s: s.update({KEY: torch.ones(1, 32, dtype=torch.int64)})),
     "a key too many": lambda f: edit(f, lambda s: s.update({"model.layers.0.self_attn.q_proj.weight": torch.ones(1)})),
     "a key too few": lambda f: edit(f, lambda s: s.pop(KEY)),
@@ -141,9 +110,7 @@ DAMAGE = {
     "deep JSON": lambda f: (f / CONFIG).write_text("[" * 100_000),
     "another format": lambda f: configure(f, format=99),
     "granularity typo": lambda f: configure(f, mod_granularity="attn_sequenc"),
-    "granularity is a number": lambda f: configure(f, mod_granularity=3),
     "layers are a path": lambda f: configure(f, mod_layers="../../etc"),
-    "layers beyond the model": lambda f: configure(f, mod_layers=[1, 2, 99]),
     "thresholds for others": lambda f: configure(f, mod_threshold={"7.mlp": 0.5}),
     "a field too many": lambda f: configure(f, mod_exec="rm -rf /"),
     "no base": lambda f: configure(f, base=None),

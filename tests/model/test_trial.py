@@ -1,7 +1,5 @@
 """Architectures: what lacks a module is refused in one line, what only looks alike as well, the rest is exact."""
 
-from __future__ import annotations
-
 import json
 from types import MethodType
 from unittest.mock import Mock
@@ -100,13 +98,6 @@ class Elsewhere(LlamaAttention):
     forward = normed_keys
 
 
-class OfAll(nn.Linear):
-    """A projection that looks at all tokens."""
-
-    def forward(self, hidden):
-        return normalize(super().forward(hidden), dim=1)
-
-
 def cumulative(_, args, kwargs):
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"].cumsum(1)}
 
@@ -115,8 +106,7 @@ CHANGES = {
     "another class": lambda attention, _: setattr(attention, "__class__", Elsewhere),
     "another forward": lambda attention, _: setattr(attention, "forward", MethodType(normed_keys, attention)),
     "another forward of the class": lambda _, patch: patch.setattr(LlamaAttention, "forward", normed_keys),
-    "another part": lambda attention, _: setattr(attention.k_proj, "__class__", OfAll),
-    "another activation in its place": lambda a, _: setattr(a, "k_proj", nn.Sequential(a.k_proj, nn.Softmax(1))),
+    "another part": lambda a, _: setattr(a, "k_proj", nn.Sequential(a.k_proj, nn.Softmax(1))),
     "a hook": lambda attention, _: attention.register_forward_pre_hook(cumulative, with_kwargs=True),
 }
 

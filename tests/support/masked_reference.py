@@ -5,8 +5,6 @@ and choose between the module's output and the skip path. Under ``kv_policy="dro
 masked as well. With gradients it is the relaxed formula ``x + (m + s − stop(s))·F(h)`` in plain autograd.
 """
 
-from __future__ import annotations
-
 import itertools
 from contextlib import ExitStack, contextmanager
 
@@ -25,8 +23,7 @@ class MaskedReference:
     def __init__(self, model, weights, parts, kv_policy="keep", threshold=0.5, paths=None):
         self.model, self.weights, self.parts, self.paths = model, weights, parts, paths or {}
         self.kv_policy, self.threshold = kv_policy, threshold
-        self.held = {}
-        self.real = None
+        self.held, self.shares, self.real = {}, {}, None
 
     @torch.no_grad()
     def logits(self, ids, mask=None, hold=False, **inputs):
@@ -46,20 +43,28 @@ class MaskedReference:
 
     def decide(self, layer, part, hidden):
         """Decision and score, ``[b, t]`` each."""
+        first = self.real & (self.real.cumsum(1) == 1) & ((layer, part) in self.paths)
         if self.parts[part] == "token":
             score = self.scores(layer, part, hidden)[..., 0]
-            keep = (score >= self.threshold) & self.real
-        else:
-            count = self.real.sum(1, keepdim=True).clamp(min=1)
-            score = self.scores(layer, part, (hidden.float() * self.real[..., None]).sum(1) / count)
-            now = torch.where(self.real.any(1, keepdim=True), (score >= self.threshold).float(), torch.nan)
-            held = self.held.get((layer, part), now)
-            self.held[layer, part] = held = torch.where(held.isnan(), now, held)  # a row of padding alone still waits
-            keep, score = (held == 1).expand(hidden.shape[:2]), score.expand(hidden.shape[:2])
-        if (layer, part) not in self.paths:
+            keep, score = (score >= self.threshold) & self.real | first, torch.where(first, score.detach(), score)
+            self.count(layer, part, keep, score, self.real)
             return keep, score
-        first = self.real & (self.real.cumsum(1) == 1)
+        count = self.real.sum(1, keepdim=True).clamp(min=1)
+        score = self.scores(layer, part, (hidden.float() * self.real[..., None]).sum(1) / count)
+        now = torch.where(self.real.any(1, keepdim=True), (score >= self.threshold).float(), torch.nan)
+        held = self.held.get((layer, part), now)
+        self.held[layer, part] = held = torch.where(held.isnan(), now, held)  # a row of padding alone still waits
+        self.count(layer, part, held == 1, score, ~held.isnan())
+        keep, score = (held == 1).expand(hidden.shape[:2]), score.expand(hidden.shape[:2])
         return keep | first, torch.where(first, score.detach(), score)
+
+    def count(self, layer, part, keep, score, real):
+        """The share of real rows, tokens or assignments that run, in the relaxed formula."""
+        self.shares[layer, part] = ((keep + score - score.detach()) * real).sum() / real.sum()
+
+    def penalty(self, target):
+        """``Σ ReLU(c − target)`` of the last pass."""
+        return sum((share - target).relu() for share in self.shares.values())
 
     def skipped(self, layer, part, hidden):
         """``P(h)``."""
@@ -116,7 +121,9 @@ class MaskedReference:
         def experts_before(_, args):
             hidden, index, weight = args
             score = self.scores(layer, part, hidden).gather(1, index)
-            keep = (score >= self.threshold) & self.real.flatten()[:, None]
+            real = self.real.flatten()[:, None].expand_as(score)
+            keep = (score >= self.threshold) & real
+            self.count(layer, part, keep, score, real)
             return hidden, index, weight * (keep + score - score.detach())
 
         if part == "expert":

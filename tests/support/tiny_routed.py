@@ -16,35 +16,16 @@ from router_tuning.model.modules import decoder_of
 
 LAYERS = [1, 2, 3]
 PLAIN = tuple(name for name in GRANULARITIES if "expert" not in name)
-# Granularities of one router a module, with both policies of keys where they differ.
-KINDS = [
-    ("attn_sequence", "keep"),
-    ("attn_token", "keep"),
-    ("attn_token", "drop"),
-    ("mlp_sequence", "keep"),
-    ("mlp_token", "keep"),
-    ("block_sequence", "keep"),
-    ("block_token", "keep"),
-    ("block_token", "drop"),
-]
-# Where a cache has to hold something: decisions, or fewer keys.
-CACHED = [
-    ("attn_sequence", "keep"),
-    ("attn_token", "keep"),
-    ("attn_token", "drop"),
-    ("mlp_sequence", "keep"),
-    ("block_sequence", "keep"),
-    ("block_token", "drop"),
-]
-# Every granularity with both key policies where they differ, on a family that has it: (family, granularity, policy).
-CASES = [
-    *[("llama", granularity, "keep") for granularity in PLAIN],
-    ("llama", "attn_token", "drop"),
-    ("llama", "block_token", "drop"),
-    ("llama", "attn_token+mlp_token", "keep"),
-    ("llama", "attn_sequence+mlp_token", "keep"),
-    ("mixtral", "expert_token", "keep"),
-]
+KEYS = ("attn_token", "block_token")
+"""Granularities at which the policy of keys makes a difference."""
+KINDS = [(g, policy) for g in PLAIN for policy in ("keep", "drop") if policy == "keep" or g in KEYS]
+"""Granularities of one router a module, with both policies of keys where they differ."""
+CACHED = [kind for kind in KINDS if kind not in (("mlp_token", "keep"), ("block_token", "keep"))]
+"""Where a cache has to hold something: decisions, or fewer keys."""
+DENSE = [*KINDS, ("attn_token+mlp_token", "keep"), ("attn_sequence+mlp_token", "keep")]
+"""Granularities that a family without experts has."""
+CASES = [*[("llama", *kind) for kind in DENSE], ("mixtral", "expert_token", "keep")]
+"""Every granularity with both key policies where they differ, on a family that has it."""
 
 
 def routed_model(

@@ -1,7 +1,5 @@
 """What tests of training share: labels, a frozen base, gradients and their comparison."""
 
-from __future__ import annotations
-
 import torch
 
 
