@@ -108,11 +108,14 @@ def routings(args: argparse.Namespace, depth: int) -> list[ModConfig]:
     if not 1 <= n < depth:
         raise UserError(f"--mod_n {n} must lie in 1…{depth - 1}: the model has {depth} layers")
     layers = list(range(depth - 1 - n, depth - 1))
-    return [
+    found = [
         ModConfig(mod_layers=layers, granularity=granularity, kv_policy=policy)
         for granularity, policy in itertools.product(args.granularities.split(","), args.kv_policies.split(","))
         if policy == "keep" or {"attn_token", "block_token"} & set(granularity.split("+"))
     ]
+    if not found:
+        raise UserError(f"--kv_policies {args.kv_policies} is for attn_token, block_token, not {args.granularities}")
+    return found
 
 
 def cells(args: argparse.Namespace, dense: PreTrainedModel) -> list[Cell]:
