@@ -42,6 +42,7 @@ def test_a_bad_row_is_named_with_its_line(tmp_path):
     with pytest.raises(UserError, match=f"^{path}:3.*neither a list of 'messages'"):
         check_file(path, 0)
     assert check_file(path, 1).rows == 1, "rows behind the limit are not read"
+    assert check_file(write(tmp_path / "d.jsonl", f"\ufeff{json.dumps(GOOD)}"), 0).rows == 1, "as Windows writes it"
 
 
 def test_missing_and_empty_files(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import orjson
 
-from router_tuning.data.containers import reading
+from router_tuning.data.containers import BOM, reading
 from router_tuning.data.json_rows import SPACE
 from router_tuning.errors import UserError
 
@@ -16,11 +16,11 @@ AGAIN = "make it again with entrypoints/data/reformat_datasets.py"
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number and text, without its end, of each line that is not blank; UserError if the file cannot be read."""
+    """Number and text, without byte order mark and end, of lines that are not blank; UserError as ``reading`` has."""
     with reading(path), path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip(SPACE):
-                yield number, line.rstrip(b"\r\n")
+                yield number, line.removeprefix(BOM).rstrip(b"\r\n")
 
 
 def checked_row(line: bytes, where: str) -> dict:
