@@ -1,7 +1,5 @@
 """Exports in an environment without this repository: stock lm-eval, logits, greedy text, pipelines."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -44,6 +42,9 @@ for form, (folder, adapter) in forms.items():
         raise AssertionError("loaded as a dense model")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules"), type(model)
+    if not (adapter or form == "full"):  # saved by code that came along, it takes that code along
+        model.save_pretrained("again " + form)
+        model = AutoModelForCausalLM.from_pretrained("again " + form, trust_remote_code=True)
     model = PeftModel.from_pretrained(model, adapter).eval() if adapter else model.eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     one = [tokenizer(p, return_tensors="pt", return_token_type_ids=False) for p in prompts]
@@ -69,83 +70,56 @@ torch.save(found, target)
 
 
 @pytest.fixture(scope="module")
-def outside(tmp_path_factory):
-    return IsolatedPython(tmp_path_factory.mktemp("outside"), ["torch", "transformers", "peft", "lm-eval[hf]"])
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    """Base and run of each family."""
-    folder = tmp_path_factory.mktemp("families")
-    bases = {family: write_base(folder / family, family) for family in FAMILIES}
-    return {family: (base, write_run(folder / f"{family}-run", base)) for family, base in bases.items()}
-
-
-@pytest.fixture(scope="module")
-def forms(tmp_path_factory, run, lora_run, base, families):
-    """``{form: (folder of the weights, folder of the adapter or None)}``: all that stock tools can load."""
-    folder = tmp_path_factory.mktemp("exports")
-    for family, (other, tuned) in families.items():
+def forms(tmp_path_factory, run, lora_run, base):
+    """``{form: (folder of the weights, folder of the adapter or None, the model in this process)}``."""
+    folder, lora, made = tmp_path_factory.mktemp("exports"), lora_run[0], {}
+    parts = [("full", run, "full", None), ("peft", lora, "peft/base", "peft"), ("merged", lora, "merged", None)]
+    for form, tuned, weights, adapter in parts:
+        export(tuned, base, folder / form, form)
+        made[form] = folder / weights, adapter and folder / adapter, load_tuned(base, tuned)
+    for family in FAMILIES:
+        other = write_base(folder / f"{family}-base", family)
+        tuned = write_run(folder / f"{family}-run", other)
         export(tuned, other, folder / family)
-    export(run, base, folder / "full")
-    export(lora_run[0], base, folder / "peft", "peft")
-    export(lora_run[0], base, folder / "merged", "merged")
-    paths = {"full": ("full", None), "peft": ("peft/base", "peft"), "merged": ("merged", None)}
-    paths |= {family: (family, None) for family in families}
-    return {form: [part and str(folder / part) for part in parts] for form, parts in paths.items()}
+        made[family] = folder / family, None, load_tuned(other, tuned)
+    return made
 
 
 @pytest.fixture(scope="module")
-def inside(base, run, lora_run, families):
-    """The same models in this process."""
-    tuned = load_tuned(base, lora_run[0])
-    others = {family: load_tuned(*places) for family, places in families.items()}
-    return {"full": load_tuned(base, run), "peft": tuned, "merged": tuned, **others}
-
-
-@pytest.fixture(scope="module")
-def scores(base, inside):
-    """In process, batch size 3: ``{form: {task: {metric: value}}}``."""
-    found = {}
-    for form in ("full", "peft", "merged"):
-        result = evaluate(inside[form], AutoTokenizer.from_pretrained(base), TASKS, batch_size=3, limit=6)["tasks"]
-        assert result["mod_math_mc"]["share"] < 1, "the routers must skip something, or the comparison shows nothing"
-        found[form] = {task: result[task]["scores"] for task in TASKS}
-    return found
-
-
-@pytest.fixture(scope="module")
-def found(outside, forms, tmp_path_factory):
-    """What the environment without this repository computes from every form, in one process."""
+def found(forms, tmp_path_factory):
+    """What an environment without this repository computes from every form, in one process."""
     folder = tmp_path_factory.mktemp("found")
+    outside = IsolatedPython(folder / "outside", ["torch", "transformers", "peft", "lm-eval[hf]"])
     (folder / "outside.py").write_text(OUTSIDE)
     torch.save(PROMPTS, folder / "prompts.pt")
-    arguments = [json.dumps(forms), "prompts.pt", str(TASK_CONFIGS), ",".join(TASKS), "out.pt"]
+    places = {form: (str(weights), adapter and str(adapter)) for form, (weights, adapter, _) in forms.items()}
+    arguments = [json.dumps(places), "prompts.pt", str(TASK_CONFIGS), ",".join(TASKS), "out.pt"]
     outside.run("outside.py", *arguments, cwd=folder)
     return torch.load(folder / "out.pt")
+
+
+@pytest.mark.parametrize("form", ["full", "peft", "merged"])
+def test_stock_scores_are_those_of_the_process(found, forms, base, form):
+    """Scoring in batches, stock lm-eval pads without a mask: what decides per sequence takes that for text."""
+    here = evaluate(forms[form][2], AutoTokenizer.from_pretrained(base), TASKS, batch_size=3, limit=6)["tasks"]
+    assert here["mod_math_mc"]["share"] < 1, "the routers must skip something, or the comparison shows nothing"
+    for size, tasks in ((1, TASKS), (4, ["mod_copy_gen"])):
+        there = json.loads(found[form]["scores"][size])
+        for task in tasks:
+            assert plain(there[task]) == pytest.approx(plain(here[task]["scores"]), rel=1e-5), (size, task)
 
 
 def plain(scores):
     return {key: value for key, value in scores.items() if "," in key and "stderr" not in key}
 
 
-@pytest.mark.parametrize("form", ["full", "peft", "merged"])
-def test_stock_scores_are_those_of_the_process(found, scores, form):
-    """Scoring in batches, stock lm-eval pads without a mask: what decides per sequence takes that for text."""
-    for size, tasks in ((1, TASKS), (4, ["mod_copy_gen"])):
-        there = json.loads(found[form]["scores"][size])
-        for task in tasks:
-            assert plain(there[task]) == pytest.approx(plain(scores[form][task]), rel=1e-5), (size, task)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["full", "peft", "merged", *FAMILIES])
-def test_logits_and_greedy_text_equal_those_of_the_process(found, inside, form, base):
-    there, here, tokenizer = found[form], inside[form], AutoTokenizer.from_pretrained(base)
+def test_logits_and_greedy_text_equal_those_of_the_process(found, forms, form, base):
+    there, here, tokenizer = found[form], forms[form][2], AutoTokenizer.from_pretrained(base)
     for prompt, logits in zip(PROMPTS, there["logits"], strict=True):
         torch.testing.assert_close(here(**tokenizer(prompt, return_tensors="pt")).logits, logits, atol=1e-5, rtol=0)
-    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    batch, first = tokenizer(PROMPTS, return_tensors="pt", padding=True), tokenizer(PROMPTS[0], return_tensors="pt")
     assert torch.equal(here.generate(**batch, do_sample=False, max_new_tokens=12), there["greedy"])
-    first = tokenizer(PROMPTS[0], return_tensors="pt")
     answer = here.generate(**first, do_sample=False, max_new_tokens=6)[0, first["input_ids"].shape[1] :]
     assert there["chat"] == tokenizer.decode(answer, skip_special_tokens=True)
