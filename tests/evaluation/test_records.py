@@ -10,7 +10,7 @@ from router_tuning.evaluation.comparison import comparison_table, reading
 from router_tuning.evaluation.figures import front_figure, quality_figure
 from router_tuning.evaluation.records import all_tables, control_table, difference_table, read_records, summary_table
 from router_tuning.evaluation.tables import Table, with_error
-from router_tuning.experiments.readme import bases_table
+from router_tuning.experiments.readme import bases_table, joined
 from router_tuning.files import append_json, read_json_lines
 
 TIMES = {"seconds_dense": 2.0, "seconds_routed": 1.0, "time_ratio": 0.51}
@@ -120,6 +120,8 @@ def test_picture_and_table_of_real_bases(tmp_path):
     records.append(record("dense", "1111"))
     [row] = bases_table([("a base", records)]).rows
     assert row[:9] == ["a base", *map(pytest.approx, (0.81, 0.2, 0.6, 0.9, 1.0, 1.0, 0.75, 0.5))]
+    halves = ([{**one, part: {}} for one in records] for part in ("tasks", "texts"))
+    assert bases_table([("a base", joined([*halves, records]))]).rows == [row], "a cell of several files is one"
     picture = front_figure(records, tmp_path / "a.svg").read_bytes()
     assert front_figure(records, tmp_path / "b.svg").read_bytes() == picture
     records.append(record("routed", "1000", (6.0,) * 3, 0.9, recipe="paper", granularity="attn_sequence", budget=None))

@@ -6,11 +6,12 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from router_tuning.evaluation import records as tables
 from router_tuning.evaluation.comparison import comparison_table
 from router_tuning.evaluation.figures import GRANULARITY, front_figure
-from router_tuning.evaluation.records import Record, grouped, read_records
+from router_tuning.evaluation.records import Record, cell_name, grouped, read_records
 from router_tuning.evaluation.tables import Table
 from router_tuning.files import read_json, read_json_lines
 from router_tuning.places import ROOT
@@ -47,8 +48,17 @@ def speed_block(name: str) -> str:
 def bases_block() -> str:
     """Real bases, those that have been run."""
     files = {name: [FIGURES / "experiments" / f"{plan}.jsonl" for plan in plans] for name, plans in BASES.items()}
-    found = {name: [r for file in own if file.is_file() for r in read_records(file)] for name, own in files.items()}
+    found = {name: joined([read_records(file) for file in own if file.is_file()]) for name, own in files.items()}
     return bases_table((name, records) for name, records in found.items() if records).markdown()
+
+
+def joined(experiments: Iterable[Sequence[Record]]) -> list[Record]:
+    """Records of several experiments, one of each cell: with the tasks of all, and of a text what came first."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in (record for records in experiments for record in records if "refused" not in record):
+        known = found.setdefault(cell_name(record["cell"]), {"cell": record["cell"]})
+        known |= {part: {**record.get(part, {}), **known.get(part, {})} for part in ("tasks", "texts")}
+    return list(found.values())
 
 
 def bases_table(bases: Iterable[tuple[str, Sequence[Record]]]) -> Table:
