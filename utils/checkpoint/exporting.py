@@ -18,7 +18,7 @@ from router_tuning.files import new_folder, read_json, write_json
 from router_tuning.model import load_routers
 from router_tuning.model.fingerprint import base_fingerprint, check_base
 from router_tuning.model.saving import CONFIG_NAME, WEIGHTS_NAME, read_router_config, read_router_weights
-from router_tuning.tuning.run_folder import ADAPTER, MODEL, TEMPLATE, read_run, tokenizer_of, trained
+from router_tuning.tuning.run_folder import ADAPTER, MODEL, TEMPLATE, read_run, refuse_run, tokenizer_of, trained
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 HOLDS = {"routers": ("full", "adapter"), "routers and LoRA": ("peft", "merged"), "all weights": ("full",)}
@@ -56,8 +56,7 @@ def export(
     if form not in HOLDS[what]:
         known = " or ".join(HOLDS[what])
         raise UserError(f"{run} trained {what}, which --form {form} does not hold: use --form {known}")
-    if read_run(output):
-        raise UserError(f"--output {output} is a tuning run: name another folder")
+    refuse_run(output)
     if form != "adapter" and base is None:
         raise UserError(f"--form {form} needs the base that {run} was tuned on: name it with --base")
     with new_folder(output, overwrite, ADAPTER_FILES[0] if form == "peft" else CONFIG_NAME) as draft:

@@ -16,7 +16,7 @@ from router_tuning.files import new_folder
 from router_tuning.model import route, routed_modules, save_routers
 from router_tuning.model.fingerprint import base_fingerprint
 from router_tuning.model.saving import CONFIG_NAME, router_names
-from router_tuning.tuning.run_folder import read_run
+from router_tuning.tuning.run_folder import refuse_run
 
 _PUBLISHED = re.compile(r"(?:^|\.)layers\.(\d+)\.router\.weight$")
 
@@ -33,8 +33,7 @@ def import_published(source: Path, base: Path, output: Path, granularity: str, o
     Raises:
         UserError: for a source without such keys, wrong shapes or values, or routers that do not fit the base.
     """
-    if read_run(output):
-        raise UserError(f"--output {output} is a tuning run: name another folder")
+    refuse_run(output)
     found = _routers(source)
     model = skeleton(base)
     try:

@@ -97,6 +97,12 @@ def read_run(run: Path) -> dict[str, Any]:
     return content
 
 
+def refuse_run(output: Path) -> None:
+    """UserError if a tuning run lies where something is to be written, which may replace what is there."""
+    if read_run(output):
+        raise UserError(f"--output {output} is a tuning run: name another folder")
+
+
 def trained(run: Path) -> str:
     """What a run trained: ``routers``, ``routers and LoRA`` or ``all weights``."""
     if (run / ADAPTER).is_dir():
