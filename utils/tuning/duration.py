@@ -39,7 +39,7 @@ def reading_rate(model: PreTrainedModel, rows: int = 4, tokens: int = 256) -> fl
 def backward_passes(model: PreTrainedModel, tokens: int) -> float:
     """How many forward passes the backward pass of frozen weights takes, by one sequence of at most ``tokens``.
 
-    By its operations it is one; where attention is fused, on a CPU in bfloat16, it has been four.
+    By its operations it is one; SmolLM2-135M's took 1.4 on one core, in bfloat16.
     """
     hidden: list[Tensor] = []
     embedding = model.get_input_embeddings()
