@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from refused import refused
+from safetensors.torch import save_file
 
 from router_tuning.errors import UserError
-from router_tuning.files import publish, scratch_folder, write_json, write_text
+from router_tuning.files import exclusive, publish, scratch_folder, write_json, write_text
 
 
 def make(draft: Path, kind: str, text: str) -> None:
@@ -89,3 +92,20 @@ def test_what_the_system_says_is_one_line(tmp_path):
             (tmp_path / "absent").read_text()
     with pytest.raises(OSError, match="^no such model"), publish(tmp_path / "made"):
         raise OSError("no such model")
+
+
+@pytest.mark.parametrize(
+    ("save", "said"), [(save_file, "File too large"), (torch.save, "not all of it could be saved")]
+)
+def test_so_is_a_full_disk_whatever_writes(tmp_path, full_disk, save, said):
+    with full_disk(9000), refused(f"made cannot be written: {said}", UserError), publish(tmp_path / "made") as draft:
+        save({"values": torch.zeros(10_000)}, draft)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_had_by_one_process_at_a_time(tmp_path):
+    with exclusive(tmp_path / "run"), refused("run: another process is at work there", UserError):
+        with exclusive(tmp_path / "run"):
+            raise AssertionError
+    with exclusive(tmp_path / "run"):
+        assert list(tmp_path.iterdir()) == [tmp_path / "run"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -39,6 +40,11 @@ def cli(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.stderr.write(f"error: {error.strerror}{f' ({error.filename})' * bool(error.filename)}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")

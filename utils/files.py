@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -80,9 +81,10 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
         for left in parent.glob(f"{PREFIX}.*"):
-            if (lock := _lock(left)) is not None:
-                shutil.rmtree(left, ignore_errors=True)
-                os.close(lock)
+            with suppress(OSError):
+                if (lock := _lock(left)) is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(lock)
         unlocked = parent / f"{PREFIX}-{secrets.token_hex(4)}"
         unlocked.mkdir()
         lock = _lock(unlocked)
@@ -96,16 +98,46 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Have a folder, which is made, to oneself among processes that ask for it so.
+
+    Raises:
+        UserError: where another one has it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _lock(folder)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is at work there; wait for it, or name another") from None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
 def writing(target: Path) -> Iterator[None]:
     """Turn what the system says while ``target`` is written into a :class:`UserError` that names it."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:  # a library's, which speaks of something else
+    except Exception as error:
+        reason = _refusal(error, target)
+        if reason is None:
             raise
-        known = error.filename is None or PREFIX in str(error.filename) or str(error.filename) == str(target)
-        reason = error.strerror if known else f"{error.strerror} ({error.filename})"
         raise UserError(f"{target} cannot be written: {reason}") from None
+
+
+def _refusal(error: Exception, target: Path) -> str | None:
+    """What the system said, or None where an error speaks of something else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        known = error.filename is None or PREFIX in str(error.filename) or str(error.filename) == str(target)
+        return error.strerror if known else f"{error.strerror} ({error.filename})"
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # of torch.save, which hides the reason
+        return "not all of it could be saved, is the disk full?"
+    told = re.search(r"I/O error: (.*) \(os error \d+\)", str(error))  # of safetensors
+    return told and told[1]
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -185,15 +217,20 @@ def _wait_for(handle: int) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Lock a folder until its handle is closed; None where another process has it locked, or there are no locks."""
-    handle = None
-    try:
+    """Lock a folder until its handle is closed; None where there are no locks.
+
+    Raises:
+        BlockingIOError: where another process has it locked.
+    """
+    with suppress(ImportError):
         import fcntl  # Windows has none
 
         handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        if handle is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except OSError as error:
             os.close(handle)
-        return None
-    return handle
+            if isinstance(error, BlockingIOError):
+                raise
+    return None

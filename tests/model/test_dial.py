@@ -47,8 +47,9 @@ def test_every_budget_is_reached_on_the_calibration_data(granularity, skip, tmp_
     dial = calibrate(model, data)
     save_routers(model, tmp_path, extra={"dial": dial})
     least = mean(reached(turned(capacity=0.0), data))
-    for budget in (0.13, 0.5, 0.9, 1.0):
-        assert abs(mean(reached(turned(capacity=budget), data)) - max(budget, least)) <= 0.02
+    for budget in (0.015, 0.13, 0.5, 0.9, 0.985, 1.0):
+        near = 0.02 if 0.1 < budget < 0.95 else 0.007  # scores lie far apart at the ends
+        assert abs(mean(reached(turned(capacity=budget), data)) - max(budget, least)) <= near
         share = dial["flops"][0] + budget * (1 - dial["flops"][0])
         model = turned(flops=share)
         assert abs(flops_share(model, reached(model, data)) - share) <= 0.02 * (1 - dial["flops"][0])

@@ -22,7 +22,8 @@ from .routed import Routed
 from .routing import routed_modules, run_decoder
 from .skip_path import first_tokens
 
-GRID = tuple(round(0.05 * step, 2) for step in range(21))
+GRID = (0.0, 0.01, 0.02, *(round(0.05 * step, 2) for step in range(1, 20)), 0.98, 0.99, 1.0)
+"""Shares with a threshold of their own; the last scores are outliers, far from which shares end between them."""
 GAP = 0.2
 """Shares of the routed work closer than this need no pass between them."""
 _MARGIN = 1e-3  # places: thresholds of the end points lie this far outside the scores

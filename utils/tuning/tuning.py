@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 
 from router_tuning.errors import UserError
-from router_tuning.files import publish, write_text
+from router_tuning.files import exclusive, publish, write_text
 from router_tuning.model import save_routers
 from router_tuning.provenance import provenance
 from router_tuning.tuning.recipes import RECIPES
@@ -36,8 +37,13 @@ def run_tuning(run: Run) -> TunedRun:
 
     Raises:
         UserError: for a base that cannot be routed, a checkpoint of another run, data without assistant text, routers
-            that cannot be calibrated.
+            that cannot be calibrated, a folder in which another run is at work.
     """
+    with exclusive(run.output) if run.training.should_save else nullcontext():
+        return _tuned(run)
+
+
+def _tuned(run: Run) -> TunedRun:
     training = run.training
     agree_on(run.settings | {"checkpoint": run.resume and run.resume.name})
     for note in run.notes:
