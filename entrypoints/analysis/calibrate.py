@@ -1,9 +1,10 @@
 """Calibrate the budget dial of a tuned run on your own conversations, and store it with the routers.
 
     python entrypoints/analysis/calibrate.py --run trained_models/... --data data/mixed/data.jsonl
-    python entrypoints/analysis/calibrate.py --run trained_models/... --data my.jsonl --capacity 0.5 --rows 1000
-Every later --capacity of that run uses it. --capacity also turns the dial: the run then loads at that budget. Sequence
-level calibrates on the prompts (what generation decides on), token level on whole conversations.
+    python entrypoints/analysis/calibrate.py --run trained_models/... --data my.jsonl --flops 0.8 --rows 1000
+Every later --flops and --capacity of that run uses it. Here they turn the dial, too: the run then loads, and is
+exported, at that budget. Sequence level calibrates on the prompts (what generation decides on), token level on whole
+conversations.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="JSONL file with messages")
     parser.add_argument("--rows", type=at_least(1), default=1000, help="conversations, drawn from the file")
     parser.add_argument("--max_seq_length", type=at_least(2), default=2048, help="tokens; longer ones are cut")
-    parser.add_argument("--capacity", type=float, help="also turn the dial to this share of the routed work")
+    turn = parser.add_mutually_exclusive_group()
+    turn.add_argument("--capacity", type=float, help="also turn the dial to this share of the routed work")
+    turn.add_argument("--flops", type=float, help="also turn it to this share of the decoder's operations")
     args = parser.parse_args()
-    if args.capacity is not None and not 0 <= args.capacity <= 1:
-        raise UserError(f"--capacity {args.capacity} must lie in [0, 1]")
+    for name in ("capacity", "flops"):
+        if (share := getattr(args, name)) is not None and not 0 <= share <= 1:
+            raise UserError(f"--{name} {share} must lie in [0, 1]")
     return args
 
 
@@ -47,8 +51,9 @@ def main() -> None:
         dial = calibrate(model, batches, start=config.get("dial"))
     except ValueError as error:
         raise UserError(f"{args.run}: {error}") from None
-    if args.capacity is not None:
-        set_thresholds(model, thresholds_for({"dial": dial}, args.capacity, args.run))
+    for axis in ("capacity", "flops"):
+        if (share := getattr(args, axis)) is not None:
+            set_thresholds(model, thresholds_for({"dial": dial}, share, args.run, axis))
     kept = {key: value for key, value in config.items() if key not in OURS and not key.startswith("mod_")}
     save_routers(model, args.run, extra={**kept, "dial": dial, "base": config["base"]})
     print(f"calibrated on {len(labelled)} conversations: {dial['flops'][0]:.3f} to 1 of the decoder's operations")

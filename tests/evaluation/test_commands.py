@@ -110,12 +110,13 @@ def test_a_run_is_exported_and_both_are_shown(command, root, base, tmp_path, cap
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines), lines
 
 
-def test_a_dial_is_calibrated_on_rows_of_ones_own_and_turned(command, root, base, tmp_path):
+@pytest.mark.parametrize("axis", ["capacity", "flops"])
+def test_a_dial_is_calibrated_on_rows_of_ones_own_and_turned(command, root, base, tmp_path, axis):
     run = write_run(tmp_path / "run", base)
     before = (run / "router.safetensors").read_bytes()
-    rows = ["--data", root / "data/sample/heldout/add.jsonl", "--rows", "24", "--capacity", "0.5"]
+    rows = ["--data", root / "data/sample/heldout/add.jsonl", "--rows", "24", f"--{axis}", "0.9"]
     assert command("analysis/calibrate.py", "--run", run, "--base", base, *rows) == 0
     config = json.loads((run / "router_config.json").read_text())
-    assert config["mod_threshold"] == thresholds_for(config, 0.5, run)
+    assert config["mod_threshold"] == thresholds_for(config, 0.9, run, axis)
     assert load_tuned(base, run).config.mod_threshold == config["mod_threshold"]
     assert (run / "router.safetensors").read_bytes() == before

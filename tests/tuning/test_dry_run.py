@@ -57,3 +57,10 @@ def test_few_rows_are_not_counted_as_the_many_that_were_asked_for(parts, tmp_pat
     run.steps, there = 0, sum(run.data.lengths)
     assert there < run.command.budget.calibration_tokens < run.command.budget.label_tokens
     assert duration.tokens_read(run) == 4 * there + 8 * there
+
+
+def test_a_run_that_goes_on_is_told_what_is_left(parts, tmp_path):
+    run = Run(command(parts, tmp_path / "out", router_dir=None))
+    run.encode()
+    whole, run.resume = duration.tokens_read(run), tmp_path / "out/checkpoint-4"
+    assert duration.tokens_read(run) == whole * 2 / run.steps

@@ -12,7 +12,7 @@ from router_tuning.data.json_rows import SPACE
 from router_tuning.errors import UserError
 
 ROLES = ("system", "user", "assistant")
-AGAIN = "make it again with entrypoints/data/reformat_datasets.py"
+AGAIN = "docs/data.md says how a row is written; entrypoints/data/reformat_datasets.py writes such rows"
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -38,7 +38,7 @@ def dry_run(command: Command) -> str:
     lines = [
         f"base         {command.model.name}: {total / 1e9:.3f} B parameters in {command.model.dtype}",
         f"routing      {routing.granularity} on {layers}",
-        f"trains       {routing.trains}: {trained:,} parameters ({trained / total:.2e})",
+        f"trains       {routing.trained_parts}: {trained:,} parameters, {trained / total:.2%} of all",
         f"steps        {_steps(command)}",
         f"micro-batch  {micro} sequences of at most {command.data.max_seq_length} tokens",
         f"memory       {weights / 1e9:.1f} GB of weights, {_PER_TRAINED * trained / 1e9:.1f} GB of gradients and "

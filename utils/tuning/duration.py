@@ -63,7 +63,7 @@ def backward_passes(model: PreTrainedModel, tokens: int) -> float:
 
 
 def tokens_read(run: Run, backward: float = 1.0) -> float:
-    """Tokens of training and, of ``budget``, start and calibration, in forward passes through the dense base.
+    """What is left of training and, of ``budget``, start and calibration: tokens in passes through the dense base.
 
     Args:
         backward: forward passes that a backward pass towards the first layer takes, see :func:`backward_passes`.
@@ -73,10 +73,12 @@ def tokens_read(run: Run, backward: float = 1.0) -> float:
     deep = 1.0 if routing.mod_layers == "auto" else (routing.mod_n or layers) / layers
     passes = 1 + backward * (2 if routing.trains == "full" else deep)
     passes *= 2 if routing.recipe == "budget" else 1  # the dense model beside, and a second loss backwards
-    found = passes * run.steps * run.training.global_batch_size * sum(lengths) / len(lengths)
+    steps = run.steps - (int(run.resume.name.rpartition("-")[2]) if run.resume else 0)
+    found = passes * steps * run.training.global_batch_size * sum(lengths) / len(lengths)
     if routing.recipe == "budget":
         times = 4 if set(routing.config().parts.values()) == {"sequence"} else 1
-        found += (3 + backward) * times * min(budget.label_tokens, sum(lengths) / times)  # rows are drawn once
+        fitted = 1 if run.resume or routing.router_dir else 3 + backward  # routers that are there keep their start
+        found += fitted * times * min(budget.label_tokens, sum(lengths) / times)  # rows are drawn once
         found += 8 * min(budget.calibration_tokens, sum(lengths))
     return found
 

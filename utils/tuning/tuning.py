@@ -91,10 +91,11 @@ def describe(run: Run) -> None:
     learnt = [parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad]
     logger.info(
         f"{command.model.name}: {routing.mod_granularity} on layers {routing.mod_layers}; "
-        f"{sum(learnt):,} of {run.model.num_parameters():,} parameters train ({command.routing.trains})"
+        f"{sum(learnt):,} of {run.model.num_parameters():,} parameters train ({command.routing.trained_parts})"
     )
+    template = "published" if command.data.chat_template == "published" else "base's own"
     logger.info(
-        f"{data.raw.path}: {len(data.rows)} conversations in the {command.data.chat_template} chat template "
+        f"{data.raw.path}: {len(data.rows)} conversations in the {template} chat template "
         f"(left out: {data.left_out or 0}; {data.cut} cut at {run.max_length} tokens)"
     )
     if data.cut and run.max_length < command.data.max_seq_length:

@@ -67,7 +67,7 @@ def check_file(path: Path, limit: int) -> RawData:
         digest.update(line + b"\n")
         rows += 1
     if rows == 0:
-        raise UserError(f"{path} holds no conversation; make it again with entrypoints/data/reformat_datasets.py")
+        raise UserError(f"{path} holds no conversation; how they are written: docs/data.md")
     return RawData(path, rows, digest.hexdigest())
 
 

@@ -101,6 +101,12 @@ class RoutingArguments:
         """``routers``, ``lora`` (routers and adapters) or ``full``."""
         return "lora" if self.lora else "routers" if self.router_only else "full"
 
+    @property
+    def trained_parts(self) -> str:
+        """The same, and skip paths, for a person to read."""
+        base = {"routers": "routers", "lora": "routers and LoRA", "full": "all weights"}[self.trains]
+        return base + " and skip paths" * self.train_skip
+
     def problems(self) -> list[str]:
         """What is wrong with these values, one line each."""
         found = []

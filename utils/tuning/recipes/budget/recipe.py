@@ -7,6 +7,8 @@ requested share of the routed work runs, and a dial that reaches any other share
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from router_tuning.errors import UserError
@@ -21,6 +23,7 @@ from router_tuning.tuning.run import Run, TunedRun
 from router_tuning.tuning.trainer.customized_trainer import RouterTrainer
 from router_tuning.tuning.trainer.routing_statistics import CAPACITY, layer_key
 
+logger = logging.getLogger(__name__)
 _ROWS = 8
 _LABELLED_AT_ONCE = 1024
 """Tokens of a batch whose damages are read: its logits, and their gradient, are in memory."""
@@ -59,6 +62,7 @@ def measure(run: Run, tuned: TunedRun) -> None:
     sequence = is_sequence_level(model)
     rows = run.rows(run.command.budget.calibration_tokens * (2 if sequence else 1), other=True)
     batches = inputs_to_calibrate_on(rows, run.collator, sequence)
+    logger.info(f"calibrating the dial on {_tokens(rows):,} tokens")
     tuned.extra["dial"] = dial = calibrate(model, batches, start=tuned.extra["dial"])
     set_thresholds(model, thresholds_for({"dial": dial}, run.routing.target_capacity, run.output))
     modules = routed_modules(model)
@@ -74,7 +78,9 @@ def _start(run: Run) -> Start:
         modules = routed_modules(run.model)
         logit = {name: min(max(module.mod_logit, -30.0), 30.0) for name, module in modules.items()}
         return Start(logit, {}, RIDGES[0])
-    batches = in_batches(_label_rows(run), run.collator, _ROWS, _LABELLED_AT_ONCE)
+    rows = _label_rows(run)
+    logger.info(f"fitting routers to start from on {_tokens(rows):,} tokens")
+    batches = in_batches(rows, run.collator, _ROWS, _LABELLED_AT_ONCE)
     generator = torch.Generator().manual_seed(run.training.seed)
     order = torch.randperm(len(batches), generator=generator).tolist()  # rows of all lengths among those held out
     return fit_routers(run.model, [batches[index] for index in order], run.training.seed)
@@ -100,6 +106,10 @@ def _trained(run: Run, start: Start) -> tuple[RouterTrainer, dict[str, float]]:
     )
     trainer.train(resume_from_checkpoint=None if run.resume is None else str(run.resume))
     return trainer, {name: -bias for name, bias in trainer.policy.bias.items()}
+
+
+def _tokens(rows: list[dict[str, list[int]]]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
 
 
 def _label_rows(run: Run) -> list[dict[str, list[int]]]:
