@@ -46,6 +46,7 @@ def main() -> None:
     rows = read_rows(args.data, args.rows)
     model, tokenizer, *_ = opened(args, capacity=None)
     labelled = encoded(rows, tokenizer, args.max_seq_length)
+    print(f"calibrating on {len(labelled)} conversations", flush=True)
     batches = inputs_to_calibrate_on(labelled, Collator(tokenizer), is_sequence_level(model))
     try:
         dial = calibrate(model, batches, start=config.get("dial"))
@@ -56,7 +57,7 @@ def main() -> None:
             set_thresholds(model, thresholds_for({"dial": dial}, share, args.run, axis))
     kept = {key: value for key, value in config.items() if key not in OURS and not key.startswith("mod_")}
     save_routers(model, args.run, extra={**kept, "dial": dial, "base": config["base"]})
-    print(f"calibrated on {len(labelled)} conversations: {dial['flops'][0]:.3f} to 1 of the decoder's operations")
+    print(f"the dial reaches {dial['flops'][0]:.3f} to 1 of the decoder's operations")
     print(f"output: {args.run}")
 
 

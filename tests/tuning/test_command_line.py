@@ -74,6 +74,8 @@ def test_what_is_called_otherwise_now_or_has_no_effect_is_noted():
         "--do_train (",
     )
     assert all(note in "\n".join(notes) for note in told) and len(notes) <= 3
+    for line, noted in (("--recipe budget", 0), ("--recipe budget --gradient_scale 1", 1), ("--gradient_scale 2", 0)):
+        assert len(parsed(line)[0].notes) == noted
 
 
 def test_lowest_budgets_lie_below_the_target_or_at_a_share_of_the_decoder():

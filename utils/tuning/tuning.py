@@ -144,6 +144,8 @@ def save_measured(run: Run, tuned: TunedRun) -> None:
         reached, asked = tuned.measured.get(CAPACITY), run.routing
         if reached is not None and abs(reached - asked.target_capacity) > _TOLERANCE:
             logger.warning(missed_target(reached, asked.target_capacity, asked.recipe))
+        elif reached is not None:
+            logger.info(f"reached: {reached:.3f} of the routed work runs, {asked.target_capacity:g} was asked for")
     tuned.trainer.accelerator.wait_for_everyone()
 
 

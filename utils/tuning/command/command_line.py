@@ -130,6 +130,8 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
         problems += part.problems()
     if routing.recipe != "budget" and (given := not_default(vars(budget))):
         problems += [f"--{name} is a setting of --recipe budget" for name in given]
+    if routing.recipe == "budget" and routing.gradient_scale:
+        notes.append("without effect: --gradient_scale (recipe budget has no penalty)")
     _set_precision(model, routing, values, notes)
     typed = {f.name: values[f.name] for f in dataclasses.fields(TuningArguments) if f.init}
     wrong_numbers = out_of_range(typed)

@@ -17,7 +17,7 @@ RECIPE_DEFAULTS: dict[str, dict[str, Any]] = {
         "train_skip": True,
         "adam_beta2": 0.99,
         "learning_rate": 6e-3,
-        "gradient_scale": 0.1,
+        "gradient_scale": 0.0,
         "global_batch_size": 16,
         "num_train_epochs": 3.0,
     }
