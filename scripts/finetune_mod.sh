@@ -135,9 +135,11 @@ group=$!
 trap 'kill -TERM -- "-${group}" 2>/dev/null || true' TERM
 trap 'kill -INT -- "-${group}" 2>/dev/null || true' INT
 code=0
-wait "${group}" || code=$?
-while kill -0 -- "-${group}" 2>/dev/null; do
-  sleep 0.2
-done
+{
+  wait "${group}" || code=$?
+  while kill -0 -- "-${group}"; do
+    sleep 0.2
+  done
+} 2>/dev/null  # where bash would say that the group was terminated
 [[ ! -s "${ROUTER_TUNING_EXIT_CODE_FILE}" ]] || code="$(<"${ROUTER_TUNING_EXIT_CODE_FILE}")"
 exit "${code}"

@@ -52,7 +52,7 @@ def test_two_processes_until_sigterm_then_one_to_the_end(parts, tmp_path):
     assert 4 <= step < STEPS and f"continuing from checkpoint-{step}\n" in second
     kept = {path.name for path in run.glob("checkpoint-*")}
     assert kept == {f"checkpoint-{STEPS}", f"checkpoint-{STEPS - 1}"}, "the newest two by default"
-    assert "configs/accelerate/cpu_ddp.yaml, 2 process(es) on 1 machine(s)" in first
+    assert "configs/accelerate/cpu_ddp.yaml, 2 process(es) on 1 machine(s)" in first and "launch[@]" not in first
     assert "2 process(es) x 2 sequences x 2 accumulated" in first, "as the processes themselves count"
     told = first.partition("Received 15 death signal")[0] + second  # what the launcher adds is no part of a normal run
     assert STEPS - 1 <= len(re.findall("^step ", told, re.MULTILINE)) <= STEPS, "a line per step, none twice"

@@ -116,8 +116,8 @@ def downloaded(hub_id: str, patterns: list[str], **options: Any) -> Path:
     except Exception as error:  # the hub client raises many kinds: offline, gated, unknown, disk full
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{hub_id} did not come from the hub: {reason} (gated models need `hf auth login`; without a network name "
-            "a local folder, or bring a .gguf file with prepare_base.py)"
+            f"{hub_id} did not come from the hub: {reason} (gated models need `hf auth login`; without the hub name "
+            "a local folder or .gguf file with --source of prepare_base.py: ckpt/README.md)"
         ) from None
 
 
