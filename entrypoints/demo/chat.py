@@ -1,4 +1,4 @@
-"""Chat in the terminal with a routed model; after every answer: what ran, and the time that was saved.
+"""Chat in the terminal with a routed model; after every answer: what ran, and with --compare the time saved.
 
     python entrypoints/demo/chat.py --run trained_models/tiny-llama-mod/... --compare
     python entrypoints/demo/chat.py --model exports/tiny
