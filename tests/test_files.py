@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, whatever ends the process that writes them."""
 
+import errno
 import os
 import signal
 import stat
@@ -12,7 +13,7 @@ import torch
 from refused import refused
 from safetensors.torch import save_file
 
-from router_tuning.errors import UserError
+from router_tuning.errors import UserError, cli
 from router_tuning.files import exclusive, publish, scratch_folder, write_json, write_text
 
 
@@ -101,6 +102,16 @@ def test_so_is_a_full_disk_whatever_writes(tmp_path, full_disk, save, said):
     with full_disk(9000), refused(f"made cannot be written: {said}", UserError), publish(tmp_path / "made") as draft:
         save({"values": torch.zeros(10_000)}, draft)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_what_the_system_refuses_ends_a_command_in_one_line(number, capsys):
+    def main():
+        raise OSError(number, os.strerror(number), "/place")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli(main)
+    assert capsys.readouterr().err == f"error: {os.strerror(number)} (/place)\n"
 
 
 def test_a_folder_is_had_by_one_process_at_a_time(tmp_path):

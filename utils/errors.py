@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What a system says of a full disk, and of what is not to be read or written."""
+
 
 class UserError(ValueError):
     """Input that the user can mend; the message says what is wrong, where, and what to do."""
@@ -35,14 +38,16 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def cli(main: Callable[[], None]) -> None:
-    """Run an entrypoint's ``main``; a :class:`UserError` becomes one line on stderr and exit code 2."""
+    """Run an entrypoint's ``main``; a :class:`UserError`, and a file that the system refuses, becomes one line on
+    stderr and exit code 2.
+    """
     try:
         main()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _REFUSED:
             raise
         sys.stderr.write(f"error: {error.strerror}{f' ({error.filename})' * bool(error.filename)}\n")
         raise SystemExit(2) from None

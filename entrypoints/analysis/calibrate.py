@@ -14,7 +14,7 @@ from pathlib import Path
 
 from router_tuning.checkpoint.loading import add_arguments, opened
 from router_tuning.errors import UserError, at_least, cli, parser_of
-from router_tuning.evaluation.documents import encoded, read_rows
+from router_tuning.evaluation.documents import encoded, longest, read_rows
 from router_tuning.model import save_routers, set_thresholds
 from router_tuning.model.dial import calibrate
 from router_tuning.model.saving import read_router_config, thresholds_for
@@ -45,7 +45,7 @@ def main() -> None:
     config = read_router_config(args.run)
     rows = read_rows(args.data, args.rows)
     model, tokenizer, *_ = opened(args, capacity=None)
-    labelled = encoded(rows, tokenizer, args.max_seq_length)
+    labelled = encoded(rows, tokenizer, min(args.max_seq_length, longest(model, tokenizer)))
     print(f"calibrating on {len(labelled)} conversations", flush=True)
     batches = inputs_to_calibrate_on(labelled, Collator(tokenizer), is_sequence_level(model))
     try:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from router_tuning.checkpoint.loading import add_arguments, opened
 from router_tuning.errors import UserError, at_least, cli, parser_of
-from router_tuning.evaluation.documents import encoded, read_rows, rendered
+from router_tuning.evaluation.documents import encoded, longest, read_rows, rendered
 from router_tuning.files import write_json, write_text
 from router_tuning.model.saving import read_router_config, thresholds_for
 from router_tuning.provenance import provenance
@@ -79,7 +79,7 @@ def main() -> None:
     if args.dial_rows and config.get("dial"):
         points = {f"capacity {share:g}": thresholds_for(config, share, routers) for share in DIAL}
         dial_rows = [row for file in files for row in read_rows(file, args.dial_rows, seed=7)]
-        length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        length = longest(model, tokenizer)
         data["dial"] = dial_curve(model, encoded(dial_rows, tokenizer, length), Collator(tokenizer), points)
     data["training"] = training_log(args.run) if args.run else []
     data["metadata"] = metadata(args, model)

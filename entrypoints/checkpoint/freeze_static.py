@@ -21,7 +21,7 @@ from router_tuning.checkpoint.card import front_matter, training_facts
 from router_tuning.checkpoint.freeze import freeze, write_frozen
 from router_tuning.checkpoint.loading import add_arguments, load_dense, opened
 from router_tuning.errors import UserError, at_least, cli, parser_of
-from router_tuning.evaluation.documents import encoded, read_rows
+from router_tuning.evaluation.documents import encoded, longest, read_rows
 from router_tuning.evaluation.tables import Table
 from router_tuning.evaluation.texts import answer_loss
 from router_tuning.model import record_routing, routed_modules
@@ -56,7 +56,7 @@ def main() -> None:
         raise UserError(f"--rows {' '.join(map(str, args.rows))}: no .jsonl files there")
     rows = [row for file in files for row in read_rows(file, args.rows_per_file)]
     model, tokenizer, base, _ = opened(args)
-    length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    length = longest(model, tokenizer)
     measured_on = encoded(rows, tokenizer, length), Collator(tokenizer)
     with torch.no_grad(), record_routing(model) as log:
         routed_loss = answer_loss(model, *measured_on)

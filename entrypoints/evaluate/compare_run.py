@@ -19,7 +19,7 @@ from router_tuning.checkpoint.loading import add_arguments, load_dense, load_tun
 from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.evaluation.comparison import comparison_table, legend, reading
 from router_tuning.evaluation.controls import random_masks, removal_order, removed
-from router_tuning.evaluation.documents import encoded, prompt_batches, read_rows, rendered
+from router_tuning.evaluation.documents import encoded, longest, prompt_batches, read_rows, rendered
 from router_tuning.evaluation.records import COMPARISON, difference_table, task_table
 from router_tuning.evaluation.scoring import Benchmark, score, scored_parts
 from router_tuning.files import write_text
@@ -73,7 +73,7 @@ def main() -> None:
     args = parse_args()
     tuned, tokenizer, base, _ = opened(args, flops=args.flops)
     collate, dense = Collator(tokenizer), load_dense(base, args.dtype)
-    length = min(tokenizer.model_max_length, dense.config.max_position_embeddings)
+    length = longest(dense, tokenizer)
     files = args.prompts or sorted((ROOT / "data/sample/heldout").glob("*.jsonl"))
     asked = [row for file in files for row in read_rows(file, args.prompts_per_file)]
     shown = [text for _, text in rendered(asked, tokenizer)]

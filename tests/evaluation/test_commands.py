@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from tiny_checkpoint import write_dial, write_run
+from transformers import LlamaModel
 
 from router_tuning.checkpoint.loading import load_tuned
 from router_tuning.model.saving import thresholds_for
@@ -111,11 +112,16 @@ def test_a_run_is_exported_and_both_are_shown(command, root, base, tmp_path, cap
 
 
 @pytest.mark.parametrize("axis", ["capacity", "flops"])
-def test_a_dial_is_calibrated_on_rows_of_ones_own_and_turned(command, root, base, tmp_path, axis):
+def test_a_dial_is_calibrated_on_rows_of_ones_own_and_turned(command, root, base, tmp_path, monkeypatch, axis):
+    seen, forward = [], LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda *args, **given: seen.append(given) or forward(*args, **given))
     run = write_run(tmp_path / "run", base)
     before = (run / "router.safetensors").read_bytes()
-    rows = ["--data", root / "data/sample/heldout/add.jsonl", "--rows", "24", f"--{axis}", "0.9"]
+    lines = (root / "data/sample/heldout/add.jsonl").read_text().splitlines()[:24]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines, lines[0].replace("Compute", "Compute " * 600)]) + "\n")
+    rows = ["--data", tmp_path / "rows.jsonl", f"--{axis}", "0.9"]
     assert command("analysis/calibrate.py", "--run", run, "--base", base, *rows) == 0
+    assert max(given["input_ids"].shape[1] for given in seen) == 512, "no more than the base has positions"
     config = json.loads((run / "router_config.json").read_text())
     assert config["mod_threshold"] == thresholds_for(config, 0.9, run, axis)
     assert load_tuned(base, run).config.mod_threshold == config["mod_threshold"]

@@ -52,7 +52,8 @@ def test_a_long_run_is_told_how_to_be_short(parts, tmp_path, monkeypatch, caplog
 
 @pytest.mark.parametrize("granularity", ["attn_token", "attn_sequence"])
 def test_few_rows_are_not_counted_as_the_many_that_were_asked_for(parts, tmp_path, granularity):
-    run = Run(command(parts, tmp_path / "out", router_dir=None, recipe="budget", granularity=granularity))
+    options = {"router_dir": None, "recipe": "budget", "gradient_scale": None}
+    run = Run(command(parts, tmp_path / "out", granularity=granularity, **options))
     run.encode()
     run.steps, there = 0, sum(run.data.lengths)
     assert there < run.command.budget.calibration_tokens < run.command.budget.label_tokens

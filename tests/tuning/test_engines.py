@@ -32,7 +32,7 @@ CONFIGS = {
 ALL, SHARDING = tuple(CONFIGS), ("FSDP2", "DeepSpeed ZeRO-2", "DeepSpeed ZeRO-3")
 LORA = {"lora": True, "lora_r": 2, "lora_dropout": 0.2, "num_train_epochs": 1, "router_dir": None}
 LORA["lora_target_modules"] = "q_proj,down_proj"  # ZeRO-3 pays for each module
-BUDGET = {"recipe": "budget", "router_dir": None, "num_train_epochs": 1}
+BUDGET = {"recipe": "budget", "router_dir": None, "num_train_epochs": 1, "gradient_scale": None}
 KINDS = {
     "plain": {},
     "lora": LORA,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from router_tuning.data.rows import checked_row, lines_of
 from router_tuning.errors import UserError
@@ -84,6 +84,11 @@ def _windows(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, size: int
             if len(window) > 2 * CONTEXT
         ]
     return found
+
+
+def longest(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest document that a model has positions for."""
+    return min(tokenizer.model_max_length, model.config.get_text_config().max_position_embeddings)
 
 
 def rendered(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[tuple[Row, str]]:

@@ -269,6 +269,8 @@ _NOT_FOR_TUNING = dict.fromkeys(
     "ignore_data_skip": "a resumed run would learn from rows that it has seen, not from the others",
     "auto_find_batch_size": "what a step learns would change; set --per_device_train_batch_size",
     "push_to_hub": "export the run first, then upload the export",
+    "data_seed": "--seed draws the rows of a step, too",
+    "train_sampling_strategy": "--seed draws the rows of a step, and --length_grouping orders them within it",
 }
 """What a Trainer can do and a run of routers cannot."""
 PARTS = (ModelArguments, RoutingArguments, BudgetArguments, DataArguments, TuningArguments)

@@ -128,12 +128,9 @@ def parse_command(argv: Sequence[str] | None = None) -> Command:
     model, routing, budget, data = parts
     for part in parts:
         problems += part.problems()
-    if routing.recipe != "budget" and (given := not_default(vars(budget))):
-        problems += [f"--{name} is a setting of --recipe budget" for name in given]
-    if routing.recipe == "budget" and routing.gradient_scale:
-        notes.append("without effect: --gradient_scale (recipe budget has no penalty)")
     _set_precision(model, routing, values, notes)
     typed = {f.name: values[f.name] for f in dataclasses.fields(TuningArguments) if f.init}
+    problems += _unread({**vars(routing), **vars(budget), **typed})
     wrong_numbers = out_of_range(typed)
     problems += [*out_of_range({**vars(routing), **vars(budget), **vars(data)}), *wrong_numbers]
     if not wrong_numbers:
@@ -174,6 +171,30 @@ def _tried(typed: Mapping[str, Any], given: set[str]) -> TuningArguments:
         raise UserError(
             f"the Trainer of transformers refuses {'one of ' * (len(names) > 1)}{told}: {reason}"
         ) from None
+
+
+_READ_BY = (
+    ("recipe", "budget", [f.name for f in dataclasses.fields(BudgetArguments)]),
+    (
+        "recipe",
+        "paper",
+        "threshold gradient_scale label_smoothing_factor fp16 activation_checkpointing".split(),
+    ),
+    ("lora", True, "lora_r lora_alpha lora_dropout lora_target_modules".split()),
+    ("skip", "low_rank", ["skip_rank"]),
+)
+"""Arguments that nothing reads unless another has this value."""
+
+
+def _unread(values: Mapping[str, Any]) -> list[str]:
+    """What is given and nothing would read, one line each."""
+    usual = DEFAULTS | recipe_defaults(values["recipe"], values["granularity"])
+    return [
+        f"--{name} is a setting of --{other} {value}"
+        for other, value, names in _READ_BY
+        for name in names
+        if values[name] != usual[name] and values[other] != value
+    ]
 
 
 def _names(argv: Sequence[str]) -> set[str]:
