@@ -15,6 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 # ---- what to tune: FOLDER_NAME, MOD_N, GRANULARITY, RECIPE, … as `finetune_mod.py --help` and docs/tuning.md list them,
 # read by the entrypoint; what is not set keeps the default of the recipe.
 RUN="${RUN:-}"                                  # YAML of settings (configs/runs); variables and arguments count more
+[[ -e "${RUN}" || ! -f "${ROOT}/${RUN}" ]] || RUN="${ROOT}/${RUN}"
 in_run() { sed -n "s/^$1: *\([^ #]*\).*/\1/p" "${RUN:-/dev/null}"; }
 # ---- where
 PORT="${PORT:-29501}"

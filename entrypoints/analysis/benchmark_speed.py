@@ -29,11 +29,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from router_tuning.bases.description import dense_config
-from router_tuning.bases.shards import weight_map
+from router_tuning.checkpoint.loading import is_export, load_dense
 from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.files import read_json_lines
 from router_tuning.model import ModConfig
-from router_tuning.model.saving import WEIGHTS_NAME
 from router_tuning.places import ROOT
 from router_tuning.provenance import provenance
 from router_tuning.speed.benchmark import Setting, benchmark, routed_copy
@@ -85,7 +84,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.model and args.shape != parser.get_default("shape"):
         raise UserError(f"--shape {args.shape} is that of --model {args.model}: leave one of them out")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    try:
+        on_gpu = torch.device(args.device).type == "cuda"
+    except RuntimeError:
+        raise UserError(f"--device {args.device} is no device of torch's: cpu, cuda, cuda:1, …") from None
+    if on_gpu and not torch.cuda.is_available():
         raise UserError(f"torch {torch.__version__} sees no GPU; rehearse on a CPU with --shape tiny --device cpu")
     return args
 
@@ -160,17 +163,15 @@ def timed_rows(dense: PreTrainedModel, setting: Setting) -> list[Row]:
 def load(args: argparse.Namespace) -> PreTrainedModel:
     """The dense model; random weights are made on their device."""
     device = torch.device(args.device)
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.model is None:
         config = SMALL[args.shape] if args.shape in SMALL else dense_config(ROOT / "ckpt" / f"{args.shape}-mod")
         torch.manual_seed(0)
         with device:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    config, files = dense_config(args.model), weight_map(args.model)
-    if (args.model / WEIGHTS_NAME) in files.values():
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    if is_export(args.model):
         raise UserError(f"--model {args.model} is an export: name its base; compare_run.py times what a run decides")
-    model = AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype, use_safetensors=True)
-    return model.to(device).eval()
+    return load_dense(args.model, dtype).to(device)
 
 
 def keep_freed_pages() -> None:
@@ -198,11 +199,15 @@ def main() -> None:
     settings = {name: str(value) for name, value in vars(args).items() if name not in CHOOSE}
     about = {"command": command, **provenance(), "settings": settings}
     ready = (time.time() - psutil.Process().create_time()) / 60
+    rows = []
     for row in run_cells(wanted, args.output, about, args.minutes - ready):
+        rows.append(row)
         tqdm.write(line_of(row))
     for table in speed_tables(measured(read_json_lines(args.output), about)).values():
         print(f"\n{table.text()}")
     print(f"output: {args.output}")
+    if rows and all("failed" in row for row in rows):
+        raise UserError(f"every cell failed, the first by {rows[0]['failed']}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python entrypoints/evaluate/compare_run.py --run trained_models/tiny-llama-mod/mixed/...
     python entrypoints/evaluate/compare_run.py --run OURS --flops 0.75 --beside PUBLISHED
 A run of another recipe is turned to what the first one leaves of the operations; one without a dial is calibrated.
-Writes evaluation/comparison.jsonl and report.md under the run.
+Writes evaluation/comparison.jsonl and report.md under the run, in the place of those of an earlier comparison.
 """
 
 from __future__ import annotations

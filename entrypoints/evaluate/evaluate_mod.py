@@ -1,8 +1,9 @@
-"""Score a dense base or a tuned run with lm-eval, and note what every task cost.
+"""Score a dense base, a tuned run or an export with lm-eval, and note what every task cost.
 
     python entrypoints/evaluate/evaluate_mod.py --base ckpt/tiny-llama-mod --output dense.jsonl
     python entrypoints/evaluate/evaluate_mod.py --run trained_models/tiny-llama-mod/... --flops 0.9
     python entrypoints/evaluate/evaluate_mod.py --base ckpt/mistral-7b-mod --tasks mod_paper --batch_size 8
+    python entrypoints/evaluate/evaluate_mod.py --model exports/my-export --flops 0.9
 Several GPUs: accelerate launch entrypoints/evaluate/evaluate_mod.py ... (each process takes a share of the documents).
 Writes one record; results_table.py puts records of several files side by side.
 """
@@ -18,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from router_tuning.checkpoint.loading import load_dense, opened
+from router_tuning.checkpoint.loading import add_arguments, is_export, load_dense, opened
 from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.evaluation.records import task_table
 from router_tuning.evaluation.scoring import Benchmark, score
@@ -31,8 +32,7 @@ from router_tuning.tuning.encoding import load_tokenizer
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = parser_of(__doc__)
-    parser.add_argument("--run", type=Path, help="folder with router.safetensors; without it the base runs dense")
-    parser.add_argument("--base", type=Path, help="folder of the base checkpoint (default: the one the run names)")
+    add_arguments(parser, export=True, capacity=False)
     dial = parser.add_mutually_exclusive_group()
     dial.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
     dial.add_argument("--flops", type=float, help="turn it to this share of the decoder's operations")
@@ -40,14 +40,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=at_least(1), help="documents per task")
     parser.add_argument("--num_fewshot", type=at_least(0), help="examples in the prompt (default: what the task says)")
     parser.add_argument("--batch_size", type=batch_size, default=16, help="a number, or auto")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--metadata", type=json_object, default={}, help="JSON passed to the tasks")
     parser.add_argument("--output", type=Path, help="results file (default: below the run's folder)")
     args = parser.parse_args()
-    if args.run is None and args.base is None:
-        raise UserError("name what to score: --run (tuned) or --base (dense)")
-    if args.run is None and (args.capacity, args.flops) != (None, None):
-        raise UserError("--capacity and --flops turn the dial of trained routers: name them with --run")
+    args.tuned = args.run or args.model
+    if not (args.tuned or args.base):
+        raise UserError("name what to score: --run (tuned), --model (an export) or --base (dense)")
+    if not args.tuned and (args.capacity, args.flops) != (None, None):
+        raise UserError("--capacity and --flops turn the dial of trained routers: name them with --run or --model")
+    if not args.tuned and is_export(args.base):
+        raise UserError(f"--base {args.base} is an export, which would run dense here: name it with --model")
     return args
 
 
@@ -75,7 +77,7 @@ def tell_cost(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTr
 
 def main() -> None:
     args = parse_args()
-    if args.run:
+    if args.tuned:
         model, tokenizer, base, _ = opened(args, flops=args.flops)
     else:
         model, tokenizer, base = load_dense(args.base, args.dtype), load_tokenizer(args.base), args.base
@@ -84,12 +86,12 @@ def main() -> None:
         tell_cost(args, model, tokenizer)
     benchmark = Benchmark(args.tasks, options)
     axis, budget = ("flops", args.flops) if args.capacity is None else ("capacity", args.capacity)
-    cell = {"policy": "routed" if args.run else "dense", "recipe": args.run and args.run.name, "budget": budget}
+    cell = {"policy": "routed" if args.tuned else "dense", "recipe": args.tuned and args.tuned.name, "budget": budget}
     record = score(benchmark, model, model, tokenizer, cell)
     if record is None:
         return
-    label = "dense" if args.run is None else "tuned" if budget is None else f"tuned-{axis}-{budget:g}"
-    output = args.output or (args.run or Path("runs") / base.name) / "evaluation" / f"{label}.jsonl"
+    label = "dense" if not args.tuned else "tuned" if budget is None else f"tuned-{axis}-{budget:g}"
+    output = args.output or (args.tuned or Path("runs") / base.name) / "evaluation" / f"{label}.jsonl"
     write_text(output, json.dumps(record) + "\n")
     print(task_table([record]).text())
     print(f"results: {output}")

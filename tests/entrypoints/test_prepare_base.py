@@ -178,8 +178,11 @@ def test_what_does_not_fit_is_refused_and_nothing_touched(base, variant, spoil, 
     assert (content(base), content(variant)) == before and os.listdir(variant.parent) == [variant.name]
 
 
-@pytest.mark.parametrize("source", ["/none", "./none", "none", "models/none.gguf", None])
-def test_source_that_is_nothing(variant, source, monkeypatch):
+@pytest.mark.parametrize("source", ["/none", "./none", "none", "models/none.gguf", "here/none", None])
+def test_source_that_is_nothing(variant, source, monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
     def fake(*_, **__):
         raise ConnectionError("no route\nto host")
 

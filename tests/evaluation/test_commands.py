@@ -105,6 +105,13 @@ def test_a_run_is_exported_and_both_are_shown(command, root, base, tmp_path, cap
     assert shown["run"]["prompts"] == shown["export"]["prompts"] and len(shown["run"]["prompts"]) == 2
     assert len(shown["run"]["dial"]) == 10 and shown["run"]["dial"] == shown["export"]["dial"]
     capsys.readouterr()
+    scored = ["--tasks", "mod_copy_mc", "--limit", "2"]
+    assert command("evaluate/evaluate_mod.py", "--model", tmp_path / "full", "--flops", "0.8", *scored) == 0
+    record = json.loads((tmp_path / "full/evaluation/tuned-flops-0.8.jsonl").read_text())
+    assert record["cell"]["policy"] == "routed" and record["cell"]["budget"] == 0.8
+    capsys.readouterr()
+    assert command("evaluate/evaluate_mod.py", "--base", tmp_path / "full") == 2
+    assert "is an export, which would run dense here: name it with --model" in capsys.readouterr().err
     for arguments in (("--per_file", "0"), ("--run", run), ("--output", "page.json")):
         assert command("analysis/routing_report.py", "--model", tmp_path / "full", *prompts, *arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()

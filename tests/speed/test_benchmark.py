@@ -82,6 +82,7 @@ def test_a_base_whose_configuration_says_what_to_route_is_timed_dense_beside_its
         ("--capacities 2", "--capacities 2.0"),
         ("--kv_policies drop --granularities mlp_token", "is for attn_token, block_token, not mlp_token"),
         (f"--model {ROOT / 'ckpt/tiny-llama-mod'} --shape tiny", "leave one of them out"),
+        ("--device foo", "--device foo is no device of torch's"),
         ("--model /nowhere", "/nowhere/config.json: no such file"),
         pytest.param("--device cuda", "sees no GPU; rehearse on a CPU with --shape tiny", marks=NO_GPU),
     ],

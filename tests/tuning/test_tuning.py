@@ -124,6 +124,7 @@ def test_a_record_is_read_from_everywhere_and_names_the_hub_id_of_the_base(parts
         ({"train_file": "bad.jsonl", "max_train_samples": 0}, "bad.jsonl:27"),
         ({"train_file": "none.jsonl"}, "none.jsonl is missing"),
         ({"model_name_or_path": "./nowhere"}, "no base at"),
+        ({"model_name_or_path": "empty/nowhere"}, "no base at"),
         ({"model_name_or_path": "empty"}, r"prepare_base.py --folder_name \S+ --source <hub id or local folder>"),
         ({"global_batch_size": 64}, "26 rows do not fill one step of 64 sequences: set --global_batch_size"),
         ({"tokenizer_name": "larger"}, r"larger: its ids reach (\d+) in the data, .* vocab_size \1: "),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from router_tuning.bases.gguf import convert_gguf
 from router_tuning.bases.shards import INDEX, SMALL_FILES, WEIGHTS, bring, small_files, tensor_shapes, weight_map
 from router_tuning.errors import UserError
 from router_tuning.files import read_json, scratch_folder, write_json, writing
+from router_tuning.places import is_hub_id
 
 RECORD = "base.json"
 """What this command brought into a folder: source, revision, files."""
@@ -99,7 +99,7 @@ def _locate(source: str, revision: str | None, converted: Path) -> Path:
             raise UserError(f"--source {source} is a file, but no .gguf file")
         convert_gguf(local.absolute(), converted)
         return converted
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(".") or source.endswith(".gguf"):
+    if not is_hub_id(source) or source.endswith(".gguf"):
         raise UserError(f"--source {source} is no folder, no .gguf file, and no hub id such as Qwen/Qwen2.5-0.5B")
     patterns = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", *SMALL_FILES]
     return downloaded(source, patterns, revision=revision)

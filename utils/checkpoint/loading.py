@@ -15,6 +15,7 @@ from router_tuning.bases.description import dense_config
 from router_tuning.bases.shards import tensor_names, weight_map
 from router_tuning.checkpoint.exporting import check_adapter, fitted
 from router_tuning.errors import UserError
+from router_tuning.files import read_json
 from router_tuning.model import is_routed, load_routers, routed_modules, set_thresholds
 from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, thresholds_for
 from router_tuning.tuning.encoding import load_tokenizer
@@ -124,6 +125,12 @@ def load_export(folder: Path, dtype: str = "auto") -> PreTrainedModel:
         raise UserError(f"{folder} is not routed: its config names no mod_layers")
     _check_finite(model, folder)
     return model.to(default_device()).eval()
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder's configuration is that of an export; false where there is none."""
+    path = weights_folder(folder) / "config.json"
+    return path.is_file() and str(read_json(path).get("model_type")).endswith("_mod")
 
 
 def weights_folder(export: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from router_tuning.data.containers import reading
 from router_tuning.data.formats import FORMATS
 from router_tuning.errors import UserError
+from router_tuning.places import is_hub_id
 
 METADATA = frozenset({"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "config.json"})
 """What the hub and ``datasets`` put beside the data."""
@@ -17,7 +18,6 @@ _KINDS = ("json", "jsonl", "ndjson", "parquet", "arrow")
 _DATA_FILE = re.compile(rf"(.+)\.({'|'.join(_KINDS)})(?:\.(?:gz|zst))?")
 _WANTED = ".json, .jsonl, .ndjson, .parquet or .arrow, alone or with .gz or .zst"
 _SPLIT = re.compile(r"(?:^|[^a-z])(train|test|validation|valid|val|dev|eval)(?:[^a-z]|$)")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def source_of(name: str, given: str | Path) -> Source:
     if path.is_dir():
         with reading(path):
             return Source(name, tuple(_files_of(name, path)), path)
-    if isinstance(given, str) and _HUB_ID.fullmatch(given):
+    if isinstance(given, str) and is_hub_id(given):
         return Source(name, tuple(_hub_files(given)), path)
     raise UserError(f"{name}: {given} is no file, no folder and no hub id (owner/name)")
 

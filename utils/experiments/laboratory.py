@@ -48,11 +48,17 @@ class Laboratory:
 
     Args:
         results: the plan's JSON-lines file. work: folder of trained routers and of what is found on the way.
+
+    Raises:
+        UserError: where a file of the plan is not there.
     """
 
     def __init__(self, plan: Plan, results: Path, work: Path) -> None:
         self.plan, self.results, self.work = plan, results, work
         self.base = plan.path(plan.base)
+        for place in (plan.base, plan.data, *(text.file for text in plan.texts.values())):
+            if not plan.path(place).exists():
+                raise UserError(f"experiment {plan.name}: {plan.path(place)} is not there; see the head of its file")
         self._removables: dict[str, PreTrainedModel] = {}
 
     def done(self) -> dict[str, Record]:

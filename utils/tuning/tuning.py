@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
@@ -68,8 +69,11 @@ def _tuned(run: Run) -> TunedRun:
     try:
         recipe.measure(run, tuned)
     except ValueError as error:
-        command = f"python entrypoints/analysis/calibrate.py --run {run.output} --data {run.data.raw.path}"
-        raise UserError(f"{error}; the trained routers are saved: calibrate them with {command}") from None
+        where = shlex.join(["--run", str(run.output), "--data", str(run.data.raw.path)])
+        raise UserError(
+            f"{error}; the trained routers are saved: calibrate them with "
+            f"python entrypoints/analysis/calibrate.py {where}"
+        ) from None
     save_measured(run, tuned)
     return tuned
 

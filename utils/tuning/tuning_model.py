@@ -16,7 +16,7 @@ from router_tuning.errors import UserError
 from router_tuning.model import ModConfig
 from router_tuning.model.configuration_mod import select_layers
 from router_tuning.model.saving import base_fingerprint
-from router_tuning.places import ROOT
+from router_tuning.places import ROOT, is_hub_id
 from router_tuning.tuning.command.arguments import ModelArguments, RoutingArguments
 from router_tuning.tuning.placement import candidates
 
@@ -31,7 +31,7 @@ def locate_base(arguments: ModelArguments, weights: bool = True) -> Path:
     """
     folder = Path(arguments.base).expanduser()
     if not folder.is_dir():
-        if arguments.model_name_or_path and arguments.base.count("/") == 1 and not arguments.base.startswith("."):
+        if arguments.model_name_or_path and is_hub_id(arguments.base):
             patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] if weights else ["config.json"]
             options = {"cache_dir": arguments.cache_dir, "token": arguments.token}
             return downloaded(arguments.base, patterns, revision=arguments.model_revision, **options)
