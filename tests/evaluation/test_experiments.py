@@ -8,8 +8,10 @@ from tiny_tuning import write_conversations
 
 from router_tuning.errors import UserError
 from router_tuning.evaluation.records import read_records
+from router_tuning.experiments import laboratory
 from router_tuning.experiments.laboratory import Laboratory, shard
 from router_tuning.experiments.plan import Cell, read_plan
+from router_tuning.model import fit_skip_paths
 from router_tuning.model.configuration_mod import parse_granularity
 
 RUN = {"global_batch_size": 8, "max_train_samples": 16, "learning_rate": 0.01}
@@ -19,7 +21,7 @@ PLAN = {
     "granularities": ["attn_token+mlp_token"],
     "budgets": [0.85, 0.1],
     "recipes": {
-        "fisher": {"recipe": "budget", "num_train_epochs": 0, **RUN},
+        "fisher": {"recipe": "budget", "num_train_epochs": 0, "skip_rank": 8, **RUN},
         "paper": {"recipe": "paper", "granularity": "attn_sequence", "router_pooling": "prompt", **RUN},
     },
     "static": ["zero", "low_rank"],
@@ -50,8 +52,11 @@ def plan_file(tmp_path, base, monkeypatch):
     return write
 
 
-def test_every_cell_runs_once_at_equal_operations(command, plan_file, tmp_path, capsys):
-    path = plan_file()
+def test_every_cell_runs_once_at_equal_operations(command, plan_file, tmp_path, capsys, monkeypatch):
+    fitted, path = [], plan_file()
+    monkeypatch.setattr(
+        laboratory, "fit_skip_paths", lambda *given: fitted.append(given[-1]) or fit_skip_paths(*given)
+    )
     where = ["--results", tmp_path / "results", "--work", tmp_path / "work"]
     assert command("analysis/experiments.py", path, *where, "--only", "random") == 2
     assert command("analysis/experiments.py", path, *where, "--only", "rondom") == 2
@@ -65,6 +70,7 @@ def test_every_cell_runs_once_at_equal_operations(command, plan_file, tmp_path, 
     assert all(text in said for text in wanted), said
     assert command("analysis/experiments.py", path, *where) == 0
     assert "13 cells" in (said := capsys.readouterr().out) and "static low_rank, fisher" in said
+    assert fitted == [8, 32], "removed modules have paths of the rank that the recipe beside them has"
     results = tmp_path / "results/small.jsonl"
     names = ("policy", "recipe", "budget")
     records = {tuple(map(r["cell"].get, names)): r for r in read_records(results)}

@@ -27,7 +27,7 @@ from router_tuning.evaluation.tasks import requested_tokens
 from router_tuning.evaluation.texts import batches_of, vocabulary
 from router_tuning.experiments.plan import Cell, Plan
 from router_tuning.files import append_json, read_json_lines, write_json
-from router_tuning.model import fit_skip_paths, route
+from router_tuning.model import ModConfig, fit_skip_paths, route
 from router_tuning.model.saving import read_router_config
 from router_tuning.places import SHIPPED
 from router_tuning.tuning.batching import Collator
@@ -59,7 +59,7 @@ class Laboratory:
         for place in (plan.base, plan.data, *(text.file for text in plan.texts.values())):
             if not plan.path(place).exists():
                 raise UserError(f"experiment {plan.name}: {plan.path(place)} is not there; see the head of its file")
-        self._removables: dict[str, PreTrainedModel] = {}
+        self._removables: dict[tuple[str, int], PreTrainedModel] = {}
 
     def done(self) -> dict[str, Record]:
         """Records by cell, made with the plan's present settings."""
@@ -140,7 +140,8 @@ class Laboratory:
         policy, _, kind = cell.policy.partition("_")
         parts = self._controlled(cell) if policy in ("random", "static") else {}
         if policy == "static":
-            model, order = self._removable(kind), self._order(kind, min(part["share"] for part in parts.values()))
+            path = kind, self.plan.recipes[cell.recipe or ""].get("skip_rank", ModConfig().skip_rank)
+            model, order = self._removable(*path), self._order(*path, min(part["share"] for part in parts.values()))
         else:
             model = self.dense if policy == "dense" else self._routed(cell)
 
@@ -190,9 +191,9 @@ class Laboratory:
                 raise UserError(f"tuning failed, see above: {' '.join(command)}")
         return folder
 
-    def _removable(self, kind: str) -> PreTrainedModel:
+    def _removable(self, kind: str, rank: int) -> PreTrainedModel:
         """The base, routed so that any module can be removed for an input, with skip paths in their places."""
-        if kind not in self._removables:
+        if (kind, rank) not in self._removables:
             dense = load_dense(self.base, self.plan.dtype)
             layers = list(range(dense.config.get_text_config().num_hidden_layers))
             model = route(dense, mod_layers=layers, granularity=self.plan.removable, router_pooling="prompt").eval()
@@ -200,12 +201,12 @@ class Laboratory:
                 found = batches_of(self._search_documents(fit=True), Collator(self.tokenizer), vocabulary(model))
                 try:
                     inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for _, batch in found]
-                    fit_skip_paths(model, inputs, kind)
+                    fit_skip_paths(model, inputs, kind, rank)
                 except ValueError as error:
                     raise UserError(f"{self.plan.data}, behind the {self.plan.search_tokens} tokens that removal is "
                                     f"chosen on: {error}") from None  # fmt: skip
-            self._removables[kind] = model
-        return self._removables[kind]
+            self._removables[kind, rank] = model
+        return self._removables[kind, rank]
 
     def _search_documents(self, fit: bool = False) -> list[Document]:
         """The first rows of the training data with ``search_tokens``, or those behind them with ``fit_tokens``."""
@@ -218,15 +219,15 @@ class Laboratory:
                 break
         return found[fit]
 
-    def _order(self, kind: str, share: float) -> list[Removed]:
+    def _order(self, kind: str, rank: int, share: float) -> list[Removed]:
         """Modules in the order of their removal, at least until ``share`` is left; found once."""
         plan, documents = self.plan, self._search_documents()
-        chosen_by = [plan.base, plan.granularities, plan.candidates, plan.fit_tokens, documents]
+        chosen_by = [plan.base, plan.granularities, plan.candidates, plan.fit_tokens, rank, documents]
         path = self.work / f"removal__{kind}__{_mark(chosen_by)}.json"
         order = json.loads(path.read_text()) if path.is_file() else []
         if not order or order[-1][-1] > share:
             # Some texts run less of a policy than others: a little further, so that it need not be found twice.
-            model, lowest = self._removable(kind), min([share, *plan.budgets]) - 0.05
+            model, lowest = self._removable(kind, rank), min([share, *plan.budgets]) - 0.05
             order = removal_order(self.dense, model, documents, Collator(self.tokenizer), lowest, plan.candidates)
             write_json(path, [tuple(step) for step in order])
         if order[-1][-1] > share:
