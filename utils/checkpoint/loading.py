@@ -17,6 +17,7 @@ from router_tuning.checkpoint.exporting import check_adapter, fitted
 from router_tuning.errors import UserError
 from router_tuning.files import read_json
 from router_tuning.model import is_routed, load_routers, routed_modules, set_thresholds
+from router_tuning.model.configuration_mod import GUARD
 from router_tuning.model.saving import WEIGHTS_NAME, read_router_config, thresholds_for
 from router_tuning.tuning.encoding import load_tokenizer
 from router_tuning.tuning.run_folder import ADAPTER, MODEL, base_of, tokenizer_of
@@ -130,7 +131,7 @@ def load_export(folder: Path, dtype: str = "auto") -> PreTrainedModel:
 def is_export(folder: Path) -> bool:
     """Whether a folder's configuration is that of an export; false where there is none."""
     path = weights_folder(folder) / "config.json"
-    return path.is_file() and str(read_json(path).get("model_type")).endswith("_mod")
+    return path.is_file() and GUARD in read_json(path)
 
 
 def weights_folder(export: Path) -> Path:
