@@ -36,9 +36,8 @@ def legend(records: Sequence[Record]) -> str:
         documents = sum(task["samples"] for task in ours["tasks"].values())
         lines.append(f"{score}: mean over {len(ours['tasks'])} tasks, {documents} held-out items in all.")
     text = ours["texts"]["answers"]
-    lines.append(
-        f"KL: divergence from the dense model's predictions, nats per token of {text['tokens']} in held-out answers."
-    )
+    told = f"nats per token of {text['tokens']} in the answers of --prompts"
+    lines.append(f"KL: divergence from the dense model's predictions, {told}.")
     if cost := ours.get("cost"):
         prompts, answers = (cost[phase]["seconds_dense"] for phase in ("prefill", "generate"))
         lines.append(
