@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from router_tuning.checkpoint.loading import add_arguments, opened
+from router_tuning.checkpoint.loading import AXES, add_arguments, opened
 from router_tuning.errors import UserError, at_least, cli, parser_of
 from router_tuning.evaluation.documents import encoded, longest, read_rows
 from router_tuning.model import save_routers, set_thresholds
@@ -26,15 +26,12 @@ OURS = ("format", "base")
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = parser_of(__doc__)
-    add_arguments(parser, capacity=False)
+    add_arguments(parser)
     parser.add_argument("--data", type=Path, required=True, help="JSONL file with messages")
     parser.add_argument("--rows", type=at_least(1), default=1000, help="conversations, drawn from the file")
     parser.add_argument("--max_seq_length", type=at_least(2), default=2048, help="tokens; longer ones are cut")
-    turn = parser.add_mutually_exclusive_group()
-    turn.add_argument("--capacity", type=float, help="also turn the dial to this share of the routed work")
-    turn.add_argument("--flops", type=float, help="also turn it to this share of the decoder's operations")
     args = parser.parse_args()
-    for name in ("capacity", "flops"):
+    for name in AXES:
         if (share := getattr(args, name)) is not None and not 0 <= share <= 1:
             raise UserError(f"--{name} {share} must lie in [0, 1]")
     return args
@@ -52,7 +49,7 @@ def main() -> None:
         dial = calibrate(model, batches, start=config.get("dial"))
     except ValueError as error:
         raise UserError(f"{args.run}: {error}") from None
-    for axis in ("capacity", "flops"):
+    for axis in AXES:
         if (share := getattr(args, axis)) is not None:
             set_thresholds(model, thresholds_for({"dial": dial}, share, args.run, axis))
     kept = {key: value for key, value in config.items() if key not in OURS and not key.startswith("mod_")}

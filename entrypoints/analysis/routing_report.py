@@ -31,7 +31,7 @@ DIAL = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = parser_of(__doc__)
-    add_arguments(parser, export=True)
+    add_arguments(parser, export=True, dial=["capacity"])
     parser.add_argument("--prompts", type=Path, nargs="+", required=True, help="JSONL files or folders of them")
     parser.add_argument("--per_file", type=at_least(1), default=4, help="prompts shown per file")
     parser.add_argument("--dial_rows", type=at_least(0), default=4, help="rows per file of the dial curve, 0: none")

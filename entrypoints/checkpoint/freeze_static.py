@@ -32,7 +32,7 @@ from router_tuning.tuning.run_folder import read_run, trained
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = parser_of(__doc__)
-    add_arguments(parser, capacity=False)
+    add_arguments(parser, dial=())
     parser.add_argument(
         "--rows", type=Path, nargs="+", required=True, help="JSONL files or folders: what is measured on"
     )

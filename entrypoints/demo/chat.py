@@ -23,8 +23,7 @@ HELP = __doc__.strip().splitlines()[-1]
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = parser_of(__doc__)
-    add_arguments(parser, export=True, capacity=False)
-    parser.add_argument("--flops", type=float, help="turn the stored dial to this share of the decoder's operations")
+    add_arguments(parser, export=True, dial=["flops"])
     parser.add_argument("--compare", action="store_true", help="generate densely as well and show the time saved")
     parser.add_argument("--system", help="system message")
     parser.add_argument("--max_new_tokens", type=at_least(1), default=128)

@@ -34,10 +34,7 @@ from router_tuning.tuning.run_folder import data_of, read_run
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = parser_of(__doc__)
-    add_arguments(parser, capacity=False)
-    dial = parser.add_mutually_exclusive_group()
-    dial.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
-    dial.add_argument("--flops", type=float, help="turn it to this share of the decoder's operations")
+    add_arguments(parser)
     parser.add_argument("--beside", type=Path, help="folder of another run on this base, of another recipe")
     parser.add_argument("--tasks", nargs="*", default=["mod_heldout"], help="lm-eval tasks or groups")
     parser.add_argument("--limit", type=at_least(1), help="documents per task")

@@ -32,10 +32,7 @@ from router_tuning.tuning.encoding import load_tokenizer
 def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = parser_of(__doc__)
-    add_arguments(parser, export=True, capacity=False)
-    dial = parser.add_mutually_exclusive_group()
-    dial.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
-    dial.add_argument("--flops", type=float, help="turn it to this share of the decoder's operations")
+    add_arguments(parser, export=True)
     parser.add_argument("--tasks", nargs="+", default=["mod_heldout"], help="lm-eval tasks or groups")
     parser.add_argument("--limit", type=at_least(1), help="documents per task")
     parser.add_argument("--num_fewshot", type=at_least(0), help="examples in the prompt (default: what the task says)")

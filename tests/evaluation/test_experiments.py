@@ -63,11 +63,9 @@ def test_every_cell_runs_once_at_equal_operations(command, plan_file, tmp_path, 
     assert command("analysis/experiments.py", path, *where, "--only", "random", "--build_only") == 2
     assert command("analysis/experiments.py", plan_file(data="none.jsonl"), *where) == 2
     path = plan_file()
-    said, wanted = (
-        capsys.readouterr().err,
-        ("routed__fisher", "--only rondom", "leave out --only", "none.jsonl is not"),
-    )
-    assert all(text in said for text in wanted), said
+    said = capsys.readouterr().err
+    for text in ("routed__fisher", "--only rondom", "leave out --only", "none.jsonl is not"):
+        assert text in said
     assert command("analysis/experiments.py", path, *where) == 0
     assert "13 cells" in (said := capsys.readouterr().out) and "static low_rank, fisher" in said
     assert fitted == [8, 32], "removed modules have paths of the rank that the recipe beside them has"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,15 +33,22 @@ class Opened(NamedTuple):
     routers: Path
 
 
-def add_arguments(parser: argparse.ArgumentParser, export: bool = False, capacity: bool = True) -> None:
-    """``--run --base --dtype`` of a command, ``--model`` where an export will do, too, and ``--capacity``."""
+AXES = {"capacity": "the routed work", "flops": "the decoder's operations"}
+"""What a dial is turned to a share of, by the name of the argument."""
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, export: bool = False, dial: Sequence[str] = ("capacity", "flops")
+) -> None:
+    """``--run --base --dtype`` of a command, ``--model`` where an export will do, too, and one or none of ``dial``."""
     parser.add_argument("--run", type=Path, required=not export, help="folder of the tuning run")
     parser.add_argument("--base", type=Path, help="folder of its base (default: the one the run names)")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     if export:
         parser.add_argument("--model", type=Path, help="an export instead of a run")
-    if capacity:
-        parser.add_argument("--capacity", type=float, help="turn the stored dial to this share of the routed work")
+    turn = parser.add_mutually_exclusive_group() if dial else parser
+    for axis in dial:
+        turn.add_argument(f"--{axis}", type=float, help=f"turn the stored dial to this share of {AXES[axis]}")
 
 
 def opened(args: argparse.Namespace, **budget: float | None) -> Opened:

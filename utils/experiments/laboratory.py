@@ -140,8 +140,8 @@ class Laboratory:
         policy, _, kind = cell.policy.partition("_")
         parts = self._controlled(cell) if policy in ("random", "static") else {}
         if policy == "static":
-            path = kind, self.plan.recipes[cell.recipe or ""].get("skip_rank", ModConfig().skip_rank)
-            model, order = self._removable(*path), self._order(*path, min(part["share"] for part in parts.values()))
+            skip = kind, self.plan.recipes[cell.recipe or ""].get("skip_rank", ModConfig().skip_rank)
+            model, order = self._removable(*skip), self._order(*skip, min(part["share"] for part in parts.values()))
         else:
             model = self.dense if policy == "dense" else self._routed(cell)
 
